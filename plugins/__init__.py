@@ -1,1 +1,1 @@
-"""The parts that come with the framework, by kind. A file of yours in this folder is found, too."""
+"""The built-in parts, by kind. Your own files in this folder are found, too."""

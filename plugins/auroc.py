@@ -1,13 +1,13 @@
-"""The area under the receiver operating characteristic, from counts that add over batches.
+"""The area under the receiver operating characteristic, from counts that are added over batches.
 
-Scores are counted in histograms of several resolutions. The coarsest one covers all scores; each
-finer one is wrapped around: a score falls into the bin of its number modulo the number of bins.
-Which of the numbers that share a bin was meant follows from the coarser histogram, so that scores
-of any magnitude and offset are told apart.
+Scores are counted in histograms of several resolutions. The coarsest one covers all scores. Each
+finer one wraps around: a score is counted in bin (key modulo number of bins). The coarser histogram
+tells which of the keys that share a bin occur, so that scores of any magnitude and offset are
+resolved.
 
-One histogram cannot do that: scores may have offsets of 100 and more, where the bins that cover all
-scores are wide. With 65,536 bins, the area of 20,000 normal scores of deviation 1 is 0.003 off at
-an offset of 100, and 0.09 at 1000.
+One histogram is not enough: with an offset of 100 or more, bins that cover all scores are too wide.
+With 65,536 bins, the area for 20,000 normal scores of standard deviation 1 has an error of 0.003 at
+an offset of 100, and of 0.09 at 1000.
 
 With 4096 bins, the counts are 65,536 numbers for each class (2 x 8 histograms x 4096 bins; the
 Trainer sums them in float64, 0.5 MiB) up to 64 classes, and 4.7 million (36 MiB) for 65 to 256
@@ -23,7 +23,7 @@ from torch import Tensor
 from framework import Metric, Range, metrics
 from framework.contracts.alignment import same_shape
 
-from .metrics import class_rows, mean_of, wide
+from .metrics import class_rows, mean_or_nan, wide
 
 MANTISSA_BITS = 31  # an offset of 2^20 standard deviations leaves 2^11 steps in each
 EXPONENT_BITS = 8
@@ -31,33 +31,37 @@ LOWEST_EXPONENT = -120  # scores between -2^-120 and 2^-120 count as 0
 KEY_BITS = 1 + EXPONENT_BITS + MANTISSA_BITS
 STEP_BITS = 4  # a bin of one histogram is 2^4 bins of the next
 MOST_BINS = 2**18  # of one resolution, of all classes together, if each has 1,024 at least
-WORTH = 1e-7  # a bin that holds a smaller share of all pairs is not resolved further
+NEGLIGIBLE = 1e-7  # a bin with a smaller fraction of all pairs is not resolved further
 
 
 @metrics.register("auroc", aliases=["auc"])
 class AreaUnderCurve(Metric):
-    """The chance that a sample of a class gets a higher score than another does.
+    """The probability that a sample of a class has a higher score than another sample.
 
-    The area under the receiver operating characteristic (Hanley and McNeil 1982), within about
-    0.001 of the exact one. The score of a class is the logarithm of its odds, log p - log(1 - p),
-    which does not saturate as p does; that of a label is its logit. It is a mean over
-    classes, or labels.
+    This is the area under the receiver operating characteristic (Hanley and McNeil 1982), with an
+    error of about 0.001, averaged over classes or labels. The score of a class is its log odds,
+    log p - log(1 - p), which does not saturate as p does; the score of a label is its logit.
     """
 
     name = "auroc"
     targets: ClassVar[tuple[str, ...]] = ("class", "labels")
 
     def __init__(self, bins: Annotated[int, Range("[2, inf)")] = 4096):
-        """Say how finely.
+        """Store the number of bins.
 
         Args:
-            bins: of each of the histograms of scores, of which there are eight with 4096 bins;
-                fewer for more than 64 classes, down to 1,024 for 256 and more, to save memory.
+            bins: number of bins of each histogram of scores (with 4096 bins there are eight
+                histograms); reduced for more than 64 classes, down to 1,024 for 256 or more, to
+                save memory.
         """
         self.bins = bins
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return counts of the others and of a class's own, (2, classes, histograms, bins)."""
+        """Return counts for the other samples and for those of the class.
+
+        Returns:
+            (2, classes, histograms, bins).
+        """
         if targets.is_floating_point():
             scores = wide(outputs).reshape(len(outputs), -1)
             own = same_shape(outputs, targets).reshape(scores.shape) > 0.5
@@ -83,7 +87,7 @@ class AreaUnderCurve(Metric):
         return counts.reshape(2, classes, len(shifts), bins)
 
     def compute(self, sums: Tensor) -> float:
-        if sums.ndim != 4:  # of an older version, from a checkpoint
+        if sums.ndim != 4:  # from a checkpoint of an older version
             return float("nan")
         if sums.isnan().any():
             return float("nan")
@@ -92,19 +96,20 @@ class AreaUnderCurve(Metric):
             pairs = others[0].sum() * own[0].sum()
             if pairs > 0:
                 areas.append(area(torch.stack([others, own])) / pairs)
-        return mean_of(torch.stack(areas)) if areas else float("nan")
+        return mean_or_nan(torch.stack(areas)) if areas else float("nan")
 
 
 def shifts_of(bins: int) -> list[int]:
-    """Return by how many bits a key is shifted for each histogram, the coarsest one first."""
+    """Return the right shift of keys for each histogram, the coarsest one first."""
     coarsest = KEY_BITS - (bins.bit_length() - 1)
     return [*range(coarsest, 0, -STEP_BITS), 0]
 
 
 def area(histograms: Tensor) -> Tensor:
-    """Return the pairs whose own score is the higher one, and half of those with equal scores.
+    """Return the number of pairs where the own score is higher, plus half of those that are equal.
 
-    histograms: counts of the others and of the own, (2, histograms, bins).
+    Args:
+        histograms: counts for the other and the own samples, (2, histograms, bins).
     """
     place, counts = resolve(histograms)
     others, own = counts[:, place.argsort()]
@@ -113,7 +118,7 @@ def area(histograms: Tensor) -> Tensor:
 
 
 def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least keys of the bins worth telling apart, and their counts, (2, bins)."""
+    """Return the lowest keys of the bins that are not negligible, and their counts, (2, bins)."""
     bins = histograms.shape[2]
     pairs = histograms[:, 0].sum(1).prod()
     coarser, *finer = shifts_of(bins)
@@ -122,33 +127,34 @@ def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
     settled_places = []
     settled_counts = []
     for level, shift in enumerate(finer, 1):
-        worth = counts.prod(0) > WORTH * pairs
-        settled_places.append(place[~worth] << coarser)
-        settled_counts.append(counts[:, ~worth])
+        split = counts.prod(0) > NEGLIGIBLE * pairs
+        settled_places.append(place[~split] << coarser)
+        settled_counts.append(counts[:, ~split])
         children = torch.arange(2 ** (coarser - shift))
-        place = (place[worth].unsqueeze(1) << (coarser - shift)) + children
+        place = (place[split].unsqueeze(1) << (coarser - shift)) + children
         background = torch.cat(settled_counts, dim=1).sum(1) / bins
-        shared = []
+        split_histograms = []
         for kind in range(2):
-            coarse, wrapped = counts[kind, worth], histograms[kind, level]
-            shared.append(share_out(coarse, wrapped, place % bins, background[kind]).flatten())
-        counts = torch.stack(shared)
+            coarse = counts[kind, split]
+            finer = split_counts(coarse, histograms[kind, level], place % bins, background[kind])
+            split_histograms.append(finer.flatten())
+        counts = torch.stack(split_histograms)
         place = place.flatten()
         coarser = shift
     return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
 
 
-def share_out(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tensor) -> Tensor:
-    """Return the counts of bins as those of the finer bins inside, (bins, inside).
+def split_counts(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tensor) -> Tensor:
+    """Split the counts of bins into those of the finer bins inside, (bins, inside).
 
-    Of a wrapped bin that belongs to several coarser ones, each gets a share in proportion to its
-    own count; then the finer counts of each are brought to the sum that is known.
+    If a wrapped bin belongs to several coarser bins, its count is divided in proportion to their
+    counts. Then the finer counts of each coarser bin are rescaled to its count.
 
     Args:
-        counts: of the coarser bins, (bins,).
-        histogram: the wrapped, finer one.
-        bins: where in it the finer bins are counted, (bins, inside).
-        background: what each wrapped bin holds, on average, of bins that are not resolved.
+        counts: counts of the coarser bins, (bins,).
+        histogram: the finer, wrapped histogram.
+        bins: indices of the finer bins in the histogram, (bins, inside).
+        background: average count of a wrapped bin from bins that are not resolved.
     """
     inside = bins.shape[1]
     expected = (counts / inside).unsqueeze(1).expand_as(bins)
@@ -160,23 +166,27 @@ def share_out(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tenso
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """Return log p - log(1 - p) of each class, without p itself, which may round to 0 or 1."""
+    """Return log p - log(1 - p) of each class without computing p, which may round to 0 or 1."""
     if logits.shape[1] == 2:
         return logits - logits.flip(1)
     classes = torch.arange(logits.shape[1], device=logits.device)
     likeliest = logits.argmax(1, keepdim=True) == classes
     logarithms = logits.log_softmax(1)
     others = logits.masked_fill(likeliest, -torch.inf).logsumexp(1, keepdim=True)
-    # 1 - p has its digits where p is at most 1/2, and that is so for every class but the likeliest.
+    # 1 - p is precise for p <= 1/2, which holds for every class but the most likely one.
     return torch.where(likeliest, logits - others, logarithms - torch.log1p(-logarithms.exp()))
 
 
 def as_keys(scores: Tensor) -> Tensor:
-    """Return integers in the order of the scores, from -2^39 to 2^39 - 1, made of their bits."""
+    """Return integers in the order of the scores, from -2^39 to 2^39 - 1, from their bits."""
     if scores.dtype == torch.float64:
-        integers, mantissa_bits, bias = torch.int64, 52, 1023
+        integers = torch.int64
+        mantissa_bits = 52
+        bias = 1023
     else:
-        integers, mantissa_bits, bias = torch.int32, 23, 127
+        integers = torch.int32
+        mantissa_bits = 23
+        bias = 127
     highest = 2.0 ** (2**EXPONENT_BITS + LOWEST_EXPONENT - 2)
     highest = min(highest, torch.finfo(scores.dtype).max)
     sizes = scores.abs().clamp(max=highest).view(integers).long()

@@ -1,9 +1,9 @@
-"""Losses: loss(outputs, targets) -> mean, a scalar. Outputs are logits of classes or labels, or values.
+"""Losses: loss(outputs, targets) returns a mean, a scalar.
 
-Targets are class indices (batch,), labels of 0 and 1 (batch, labels) or values (batch, values). torch's own come by
-table; a loss of your own is an `nn.Module` with a decorator. A loss whose mean is over anything but all
-numbers of the targets, or those that it does not ignore, has a method `count(targets)`: otherwise unequal
-batches are weighted wrongly.
+Outputs are logits of classes or labels, or values. Targets are class indices (batch,), labels of 0
+and 1 (batch, labels) or values (batch, values). A new loss is a registered `nn.Module`. If its mean
+is not over all elements of the targets (or those that it does not ignore), it needs a method
+`count(targets)`; otherwise batches of unequal size get wrong weights.
 """
 
 import math
@@ -29,8 +29,8 @@ from framework import (
 )
 from framework.contracts.loss import count_targets, distributions, zero_of_none
 
-REDUCTION = ("reduction", "size_average", "reduce")  # a loss is a mean: the trainer relies on it
-NEVER = -(2**63)  # the index that no target has
+REDUCTION = ("reduction", "size_average", "reduce")  # the trainer expects a mean
+NEVER = -(2**63)  # an index that no target has
 Weight = list[float] | Literal["balanced"] | None
 
 losses.register("mse", nn.MSELoss, aliases=["l2"], hide=REDUCTION)
@@ -45,26 +45,29 @@ losses.register("multilabel_soft_margin", nn.MultiLabelSoftMarginLoss, hide=(*RE
 
 
 def at_least_single(outputs: Tensor) -> Tensor:
-    """Return half-precision outputs as float32, and others as they are."""
+    """Convert half-precision outputs to float32."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def tensor_or_none(numbers: list[float] | None) -> Tensor | None:
+    """Return the numbers as a tensor, or None."""
     return None if numbers is None else torch.tensor(numbers)
 
 
 class ByClass:
-    """Of losses with a factor a class: those that were given, or such that all classes weigh the same in training."""
+    """Base of losses with a weight per class, either a list or `balanced`."""
 
     target_form = "classes"
     weight: Tensor | None
     ignore_index: int | None
 
     def set(self, weight: Weight, ignore_index: int | None) -> None:
-        self.ignore_index, self.balanced = ignore_index, weight == "balanced"
+        """Set the class weights; balanced ones are computed by `learn`."""
+        self.ignore_index = ignore_index
+        self.balanced = weight == "balanced"
         self.zero_weights = isinstance(weight, list) and 0 in weight
         if weight == "balanced":
-            self.weight = torch.empty(0)  # a buffer, which goes to the device with the others
+            self.weight = torch.empty(0)  # a buffer, so that it moves to the device
         elif weight is not None:
             self.weight = torch.tensor(weight)
 
@@ -77,51 +80,64 @@ class ByClass:
     def mean(
         self, loss: Callable[..., Tensor], outputs: Tensor, targets: Tensor, **settings: float
     ) -> Tensor:
-        """Return the mean of a loss of torch, or 0 when no target counts."""
+        """Return the mean of a loss of torch, or 0 if no target counts."""
         ignored = NEVER if self.ignore_index is None else self.ignore_index
-        none_counts = self.zero_weights and not targets.is_floating_point()
-        if none_counts:
-            some = torch.as_tensor(self.count(targets)) > 0
-            outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
+        maybe_zero_sum = self.zero_weights and not targets.is_floating_point()
+        if maybe_zero_sum:
+            any_counts = torch.as_tensor(self.count(targets)) > 0
+            outputs = torch.where(any_counts, outputs, 0.0)  # the gradient of torch would be nan
         mean = loss(outputs, targets, self.factors(), ignore_index=ignored, **settings)
-        if none_counts:
-            return zero_of_none(mean, some)
-        return mean if self.ignore_index is None else zero_of_none(mean, (targets != ignored).any())
+        if maybe_zero_sum:
+            return zero_of_none(mean, any_counts)
+        if self.ignore_index is not None:
+            return zero_of_none(mean, (targets != ignored).any())
+        return mean
 
     def learn(self, data: Data) -> None:
-        """Take from the training targets what `balanced` needs; a task that is given data calls this first."""
+        """Compute balanced weights from the training targets; a task calls this before training."""
         if self.balanced and self.weight is not None:
-            self.weight = balanced(targets_of(data), data.out_shape[0], self.ignore_index).to(
-                self.weight
-            )
+            weight = balanced_weights(training_targets(data), data.out_shape[0], self.ignore_index)
+            self.weight = weight.to(self.weight)
 
     def factors(self) -> Tensor | None:
-        """Return the factor of each class. Raises DataError when they were to be learnt, and were not."""
+        """Return the weight of each class.
+
+        Raises:
+            DataError: the weights are balanced, but `learn` was not called.
+        """
         if self.balanced and self.weight is not None and not len(self.weight):
             raise DataError(
-                "loss.weight=balanced: this task shows the loss no data; give one number a class instead"
+                "loss.weight=balanced: this task does not give the loss the training data;"
+                " set one number per class instead"
             )
         return self.weight
 
 
-def balanced(targets: Tensor, classes: int, ignored: int | None = None) -> Tensor:
-    """Return n / (K n_k) for each of the K classes, n_k of the n targets being of class k (King and Zeng 2001).
+def balanced_weights(targets: Tensor, classes: int, ignored: int | None = None) -> Tensor:
+    """Return n / (K n_k) for each of K classes, n_k of the n targets being of class k.
 
-    A class that has no target counts as if it had one: in a fold, it may have some elsewhere.
+    A class without targets counts as if it had one: in another fold it may have some (King and Zeng
+    2001).
     """
-    known = targets.flatten() if ignored is None else targets[targets != ignored]
-    if not len(known):
-        raise DataError("loss.weight=balanced: every training target is ignored")
-    low, high = known.aminmax()
+    counted = targets.flatten() if ignored is None else targets[targets != ignored]
+    if not len(counted):
+        raise DataError("loss.weight=balanced: all training targets are ignored")
+    low, high = counted.aminmax()
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
-        allowed = f"with {classes} classes they go from 0 to {classes - 1}"
-        raise DataError(f"loss.weight=balanced: a training target is {wrong}; {allowed}")
-    return len(known) / (classes * known.cpu().bincount(minlength=classes).clamp(min=1))
+        raise DataError(
+            f"loss.weight=balanced: expected training targets from 0 to {classes - 1}"
+            f" ({classes} classes), got {wrong}"
+        )
+    return len(counted) / (classes * counted.cpu().bincount(minlength=classes).clamp(min=1))
 
 
-def targets_of(data: Data) -> Tensor:
-    """Return the training targets. Raises DataError where every sample would have to be read for them."""
+def training_targets(data: Data) -> Tensor:
+    """Return the training targets.
+
+    Raises:
+        DataError: the targets are no classes, or are known only after reading every sample.
+    """
     split = data.train
     targets: Any = None
     if isinstance(split, TensorSplit | TensorDataset):
@@ -131,20 +147,23 @@ def targets_of(data: Data) -> Tensor:
     elif isinstance(split, LabelledSplit):
         targets = split.labels
     if not isinstance(targets, Tensor) or targets.is_floating_point():
-        what = f"the training split of {type(data).__name__} does not give its classes beforehand"
-        raise DataError(f"loss.weight=balanced: {what}; give one number a class instead")
+        raise DataError(
+            f"loss.weight=balanced: the training split of {type(data).__name__} does not list its"
+            " classes; set one number per class instead"
+        )
     return targets
 
 
 @losses.register("cross_entropy", aliases=["ce"])
 class CrossEntropy(ByClass, nn.CrossEntropyLoss):
-    """Cross entropy of class logits (batch, classes, ...) with class indices, or with class probabilities.
+    """Cross entropy of class logits (batch, classes, ...) and class indices or probabilities.
 
     Args:
-        weight: one factor a class, the mean being over the weights of the targets; balanced: such that each class
-            weighs the same in the training targets, however rare it is.
-        ignore_index: targets with this value count for nothing.
-        label_smoothing: share of each target that is spread evenly over all classes (Szegedy et al. 2016, section 7).
+        weight: one weight per class, for a weighted mean; balanced: all classes have the same total
+            weight in the training targets.
+        ignore_index: targets with this value are ignored.
+        label_smoothing: fraction of each target that is spread evenly over all classes (Szegedy et
+            al. 2016, section 7).
     """
 
     def __init__(
@@ -162,12 +181,14 @@ class CrossEntropy(ByClass, nn.CrossEntropyLoss):
 
 @losses.register("label_smoothing")
 class LabelSmoothing(CrossEntropy):
-    """Cross entropy whose targets keep 1 - smoothing and spread the rest over all classes (Szegedy et al. 2016).
+    """Cross entropy with smoothed targets: 1 - smoothing, and the rest spread over all classes.
+
+    Szegedy et al. 2016, arXiv:1512.00567, section 7.
 
     Args:
-        smoothing: share of each target that is spread evenly over all classes.
-        weight: one factor a class, or balanced: as in cross_entropy.
-        ignore_index: targets with this value count for nothing.
+        smoothing: fraction of each target that is spread evenly over all classes.
+        weight: one weight per class, or balanced, as in cross_entropy.
+        ignore_index: targets with this value are ignored.
     """
 
     def __init__(
@@ -178,11 +199,11 @@ class LabelSmoothing(CrossEntropy):
 
 @losses.register("nll")
 class NegativeLogLikelihood(ByClass, nn.NLLLoss):
-    """Negative log likelihood of class indices, for a model whose outputs are log-probabilities.
+    """Negative log likelihood of class indices, for outputs that are log-probabilities.
 
     Args:
-        weight: one factor a class, or balanced: as in cross_entropy.
-        ignore_index: targets with this value count for nothing.
+        weight: one weight per class, or balanced, as in cross_entropy.
+        ignore_index: targets with this value are ignored.
     """
 
     def __init__(self, weight: Weight = None, ignore_index: int | None = None):
@@ -195,10 +216,10 @@ class NegativeLogLikelihood(ByClass, nn.NLLLoss):
 
 @losses.register("bce_with_logits", aliases=["bce"])
 class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
-    """Binary cross entropy of label logits with labels of 0 and 1, a mean over samples and labels.
+    """Binary cross entropy of label logits and labels of 0 and 1, averaged over samples and labels.
 
     Args:
-        pos_weight: one factor a label on its positive targets, against their rarity.
+        pos_weight: one weight per label for its positive targets.
     """
 
     def __init__(self, pos_weight: list[float] | None = None):
@@ -207,7 +228,10 @@ class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
 
 @losses.register("kl_div", aliases=["kl"])
 class KLDivergence(nn.Module):
-    """KL(targets || softmax(outputs)), a mean over samples; targets are class probabilities (batch, classes)."""
+    """KL(targets || softmax(outputs)), averaged over samples.
+
+    Targets are class probabilities (batch, classes).
+    """
 
     target_form = "values"
 
@@ -220,14 +244,18 @@ class KLDivergence(nn.Module):
 
 @losses.register("focal")
 class Focal(nn.Module):
-    """-alpha_t (1 - p_t)^gamma log(p_t): the easy samples count less (Lin et al. 2017, section 3, arXiv:1708.02002).
+    """-alpha_t (1 - p_t)^gamma log(p_t), which down-weights easy samples (Lin et al. 2017).
 
-    Integer targets are classes (softmax); floating ones are labels (sigmoid; a mean over samples and labels).
-    Raises DataError when `alpha` is one number but the targets are classes.
+    Integer targets are classes (softmax); floating-point targets are labels (sigmoid), averaged
+    over samples and labels. arXiv:1708.02002, section 3.
 
     Args:
-        gamma: how much the easy samples count less; 0 is cross entropy.
-        alpha: weight of the positive labels (1 - alpha is that of the negative), or one weight a class or label.
+        gamma: focusing parameter; 0 is cross entropy.
+        alpha: weight of positive labels (negative ones have 1 - alpha), or one weight per class or
+            label.
+
+    Raises:
+        DataError: `alpha` is one number but the targets are classes.
     """
 
     target_form = "classes or labels"
@@ -241,24 +269,25 @@ class Focal(nn.Module):
         self.register_buffer("alpha", None if alpha is None else torch.tensor(alpha))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (
-            self.of_labels(outputs, targets)
-            if targets.is_floating_point()
-            else self.of_classes(outputs, targets)
-        )
+        if targets.is_floating_point():
+            return self.of_labels(outputs, targets)
+        return self.of_classes(outputs, targets)
 
     def of_classes(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss for class indices."""
         loss = F.cross_entropy(outputs, targets, reduction="none", ignore_index=NEVER)
         loss = self.focus(loss) * loss
         if self.alpha is None:
             return loss.mean()
         if self.alpha.ndim == 0:
             raise DataError(
-                "focal: one number as `alpha` is for labels; for classes give one a class: alpha=[0.2, 0.8]"
+                f"loss.alpha={self.alpha:g}: one number is for labels;"
+                " for classes set one per class, such as alpha=[0.2, 0.8]"
             )
         return (self.alpha[targets] * loss).mean()
 
     def of_labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss for labels of 0 and 1."""
         loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
         loss = self.focus(loss) * loss
         if self.alpha is not None:
@@ -266,20 +295,24 @@ class Focal(nn.Module):
         return loss.mean()
 
     def focus(self, loss: Tensor) -> Tensor:
-        """(1 - p_t)^gamma. The clamp keeps the slope of a fractional power finite where p_t rounds to 1."""
+        """Return (1 - p_t)^gamma for the cross entropy -log(p_t).
+
+        The clamp keeps the gradient of a fractional power finite where p_t rounds to 1.
+        """
         tiny = torch.finfo(loss.dtype).tiny
         return (-torch.expm1(-loss)).clamp_min(tiny) ** self.gamma
 
 
 @losses.register("dice")
 class Dice(nn.Module):
-    """1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth) of probabilities p (Milletari et al. 2016).
+    """1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth) for probabilities p and targets t.
 
-    The sums are over all but the batch axis, and the loss is their mean over samples. Integer targets are classes
-    (softmax over axis 1); floating ones are labels (sigmoid), of the outputs' shape.
+    The sums are over all axes but the batch, and the loss is averaged over samples. Integer targets
+    are classes (softmax over axis 1); floating-point targets are labels (sigmoid) of the shape of
+    the outputs (Milletari et al. 2016, arXiv:1606.04797).
 
     Args:
-        smooth: keeps the gradient of a sample without any label.
+        smooth: added to numerator and denominator, so that a sample without labels has a gradient.
     """
 
     target_form = "classes or labels"
@@ -298,25 +331,29 @@ class Dice(nn.Module):
         else:
             probabilities = outputs.softmax(1)
             targets = F.one_hot(targets, outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
-        p, t = probabilities.flatten(1), targets.flatten(1)
+        p = probabilities.flatten(1)
+        t = targets.flatten(1)
         overlap = 2 * (p * t).sum(1) + self.smooth
         return (1 - overlap / (p.square().sum(1) + t.square().sum(1) + self.smooth)).mean()
 
 
 @losses.register("hinge")
 class Hinge(nn.Module):
-    """max(0, margin - s outputs), s = 2 targets - 1, for labels of 0 and 1; a mean over samples and labels.
+    """max(0, margin - s outputs) with s = 2 targets - 1, for labels of 0 and 1.
+
+    The loss is averaged over samples and labels.
 
     Args:
-        margin: beyond it an output on the right side costs nothing.
-        squared: take the square.
+        margin: outputs beyond it on the correct side have loss 0.
+        squared: square the loss.
     """
 
     target_form = "values"
 
     def __init__(self, margin: PositiveFloat = 1.0, squared: bool = False):
         super().__init__()
-        self.margin, self.power = margin, 2 if squared else 1
+        self.margin = margin
+        self.power = 2 if squared else 1
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (self.margin - (2 * targets - 1) * outputs).relu().pow(self.power).mean()
@@ -324,7 +361,9 @@ class Hinge(nn.Module):
 
 @losses.register("quantile", aliases=["pinball"])
 class Quantile(nn.Module):
-    """max(q e, (q - 1) e), e = targets - outputs: its minimum is the q-quantile (Koenker and Bassett 1978).
+    """max(q e, (q - 1) e) with e = targets - outputs; the q-quantile minimizes it.
+
+    Koenker and Bassett 1978, "Regression quantiles".
 
     Args:
         q: the quantile; 0.5 is the median.
@@ -343,10 +382,10 @@ class Quantile(nn.Module):
 
 @losses.register("log_cosh")
 class LogCosh(nn.Module):
-    """log(cosh(outputs - targets)): quadratic near 0, linear far off, smooth everywhere."""
+    """log(cosh(outputs - targets)): quadratic near 0, linear far from 0, smooth everywhere."""
 
     target_form = "values"
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        size = (outputs - targets).abs()
-        return (size + F.softplus(-2 * size) - math.log(2)).mean()  # cosh itself overflows
+        error = (outputs - targets).abs()
+        return (error + F.softplus(-2 * error) - math.log(2)).mean()  # cosh would overflow

@@ -1,13 +1,14 @@
-"""Metrics: sums that add over batches of any size, and a formula over them.
+"""Metrics: sums that are added over batches of any size, and a formula of the sums.
 
-Outputs are logits (batch, classes or labels, ...) or values (batch, ...). Class targets are indices, of which negative
-ones count for nothing: a task gives metrics a negative index for each target that its loss ignores. Label targets are
-floats of 0 and 1, and a label is predicted when its logit is above 0.
-Without a single target a value is nan.
+Outputs are logits (batch, classes or labels, ...) or values (batch, ...). Class targets are
+indices; negative ones are ignored: a task passes a negative index for each target that its loss
+ignores. Label targets are floats of 0 and 1, and a label is predicted if its logit is above 0.
+Without targets, the value is nan.
 """
 
 import math
 from fractions import Fraction
+from itertools import combinations_with_replacement
 from typing import ClassVar, Literal
 
 import torch
@@ -22,43 +23,49 @@ Targets = tuple[str, ...]
 
 
 def class_rows(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (rows, classes) and indices (rows,), whatever axes follow the classes."""
+    """Return logits (rows, classes) and indices (rows,), with all other axes flattened."""
     targets = class_shape(outputs, targets)
     return outputs.movedim(1, -1).flatten(0, -2), targets.flatten()
 
 
 def decisions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two boolean tables (rows, classes or labels): what is predicted, what is true."""
+    """Return predictions and targets as boolean tables (rows, classes or labels)."""
     if targets.is_floating_point():
         return outputs > 0, same_shape(outputs, targets) > 0.5
     outputs, targets = class_rows(outputs, targets)
-    index = torch.arange(
-        outputs.shape[1], device=outputs.device
-    )  # not one_hot, which reads the values on the host
+    # one_hot would read the values on the host.
+    index = torch.arange(outputs.shape[1], device=outputs.device)
     predicted = (outputs.argmax(1, keepdim=True) == index) & (targets >= 0).unsqueeze(1)
     return predicted, targets.unsqueeze(1) == index
 
 
 def sum_and_number(values: Tensor) -> Tensor:
+    """Return the sum and the number of values, (2,)."""
     total = values.sum()
     return torch.stack([total, torch.full_like(total, values.numel())])
 
 
 def wide(numbers: Tensor) -> Tensor:
-    """Return float64 numbers, or float32 ones where the device (mps) has no float64."""
+    """Convert to float64, or to float32 on mps, which has no float64."""
     return numbers.float() if numbers.device.type == "mps" else numbers.double()
 
 
-def ratio(part: float | Tensor, whole: float | Tensor) -> float:
-    return float(part) / float(whole) if whole else math.nan
+def ratio(numerator: float | Tensor, denominator: float | Tensor) -> float:
+    """Return the ratio, or nan for a denominator of 0."""
+    if not denominator:
+        return math.nan
+    return float(numerator) / float(denominator)
 
 
-def mean_of(values: Tensor) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def mean_or_nan(values: Tensor) -> float:
+    """Return the mean, or nan without values."""
+    if not len(values):
+        return math.nan
+    return float(values.mean())
 
 
 class Share(Metric):
-    """A metric with two sums: how many are right, of how many."""
+    """A metric that is the ratio of two sums, such as the number correct and the number of all."""
 
     def compute(self, sums: Tensor) -> float:
         return ratio(*sums.tolist())
@@ -66,31 +73,32 @@ class Share(Metric):
 
 @metrics.register("accuracy", aliases=["acc"])
 class Accuracy(Share):
-    """The share of targets that are predicted: of classes, or of all single labels."""
+    """The fraction of correct predictions of classes, or of all labels."""
 
     name = "accuracy"
     targets: ClassVar[Targets] = ("class", "labels")
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
-            right = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
-            return sum_and_number(right)
+            correct = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
+            return sum_and_number(correct)
         targets = class_shape(outputs, targets)
         return torch.stack([(outputs.argmax(1) == targets).sum(), (targets >= 0).sum()])
 
 
 @metrics.register("top_k")
 class TopK(Share):
-    """The share of class targets among the k highest outputs; 1 when there are no more than k classes.
+    """The fraction of class targets among the k highest outputs; 1 with at most k classes.
 
     Args:
-        k: how many of the highest outputs count.
+        k: number of highest outputs.
     """
 
     targets: ClassVar[Targets] = ("class",)
 
     def __init__(self, k: PositiveInt = 5):
-        self.k, self.name = k, f"top{k}"
+        self.k = k
+        self.name = f"top{k}"
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs, targets = class_rows(outputs, targets)
@@ -100,18 +108,18 @@ class TopK(Share):
 
 @metrics.register("exact_match", aliases=["subset_accuracy"])
 class ExactMatch(Share):
-    """The share of samples whose labels are all predicted rightly."""
+    """The fraction of samples with all labels predicted correctly."""
 
     name = "exact_match"
     targets: ClassVar[Targets] = ("labels",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        right = ((outputs > 0) == (same_shape(outputs, targets) > 0.5)).flatten(1).all(1)
-        return sum_and_number(right)
+        correct = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
+        return sum_and_number(correct.flatten(1).all(1))
 
 
 class Counts(Metric):
-    """A metric on three counts a class or label: rightly predicted, predicted, true; sums (3, classes)."""
+    """A metric on three counts per class or label: correct, predicted, true. Sums: (3, classes)."""
 
     targets: ClassVar[Targets] = ("class", "labels")
 
@@ -121,7 +129,7 @@ class Counts(Metric):
 
 
 class Averaged(Counts):
-    """A score of each class or label, averaged; those that occur neither in targets nor predictions are left out."""
+    """An average of scores of classes or labels that occur in targets or predictions."""
 
     measure: ClassVar[str]
 
@@ -132,44 +140,44 @@ class Averaged(Counts):
     def compute(self, sums: Tensor) -> float:
         if self.average == "micro":
             sums = sums.sum(1, keepdim=True)
-        right, predicted, true = sums[:, sums[1] + sums[2] > 0]
-        scores = right / self.whole(predicted, true).clamp_min(
-            1
-        )  # without a whole nothing is right: 0
+        correct, predicted, true = sums[:, sums[1] + sums[2] > 0]
+        scores = correct / self.denominator(predicted, true).clamp_min(1)  # 0 / 0 counts as 0
         if self.average == "weighted":
             return ratio((scores * true).sum(), true.sum())
-        return mean_of(scores)
+        return mean_or_nan(scores)
 
-    def whole(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return what the rightly predicted are a share of."""
+    def denominator(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """Return the denominator of the score; the numerator is the number of correct ones."""
         raise NotImplementedError
 
 
 @metrics.register("precision")
 class Precision(Averaged):
-    """The share of the predictions of a class or label that are right.
+    """The fraction of the predictions of a class or label that are correct.
 
     Args:
-        average: macro: the mean over classes; weighted: by how often each is true; micro: one score of all counts.
+        average: macro: the mean over classes; weighted: weighted by the number of targets; micro:
+            one score of the total counts.
     """
 
     measure = "precision"
 
-    def whole(self, predicted: Tensor, true: Tensor) -> Tensor:
+    def denominator(self, predicted: Tensor, true: Tensor) -> Tensor:
         return predicted
 
 
 @metrics.register("recall")
 class Recall(Averaged):
-    """The share of a class's or label's targets that are predicted.
+    """The fraction of the targets of a class or label that are predicted.
 
     Args:
-        average: macro: the mean over classes; weighted: by how often each is true; micro: one score of all counts.
+        average: macro: the mean over classes; weighted: weighted by the number of targets; micro:
+            one score of the total counts.
     """
 
     measure = "recall"
 
-    def whole(self, predicted: Tensor, true: Tensor) -> Tensor:
+    def denominator(self, predicted: Tensor, true: Tensor) -> Tensor:
         return true
 
 
@@ -178,48 +186,60 @@ class F1(Averaged):
     """The harmonic mean of precision and recall.
 
     Args:
-        average: macro: the mean over classes; weighted: by how often each is true; micro: one score of all counts.
+        average: macro: the mean over classes; weighted: weighted by the number of targets; micro:
+            one score of the total counts.
     """
 
     measure = "f1"
 
-    def whole(self, predicted: Tensor, true: Tensor) -> Tensor:
+    def denominator(self, predicted: Tensor, true: Tensor) -> Tensor:
         return (predicted + true) / 2
 
 
 @metrics.register("balanced_accuracy")
 class BalancedAccuracy(Counts):
-    """The mean over the classes that occur in the targets of the share that is predicted."""
+    """The mean recall over the classes that occur in the targets."""
 
     name = "balanced_accuracy"
     targets: ClassVar[Targets] = ("class",)
 
     def compute(self, sums: Tensor) -> float:
-        right, _, true = sums[:, sums[2] > 0]
-        return mean_of(right / true)
+        correct, _, true = sums[:, sums[2] > 0]
+        return mean_or_nan(correct / true)
 
 
 @metrics.register("matthews", aliases=["mcc"])
 class Matthews(Counts):
-    """The correlation of predicted and true classes, in [-1, 1]; 0 is chance (Gorodkin 2004, for many classes)."""
+    """The correlation of predicted and true classes, in [-1, 1]; 0 is chance.
+
+    The form for several classes: Gorodkin 2004, "Comparing two K-category assignments".
+    """
 
     name = "matthews"
     targets: ClassVar[Targets] = ("class",)
 
     def compute(self, sums: Tensor) -> float:
-        # As integers, for the squares of large counts differ by little.
-        right, predicted, true = sums.long().tolist()
+        # Python integers are exact, also for differences of the squares of large counts.
+        correct, predicted, true = sums.long().tolist()
         number = sum(true)
-        covariance = number * sum(right) - sum(p * t for p, t in zip(predicted, true, strict=True))
-        of_predicted = number**2 - sum(count**2 for count in predicted)
-        of_true = number**2 - sum(count**2 for count in true)
-        spread = of_predicted * of_true
-        return covariance / math.sqrt(spread) if spread else ratio(0.0, number)
+        covariance = number * sum(correct) - dot(predicted, true)
+        variances = (number**2 - dot(predicted, predicted)) * (number**2 - dot(true, true))
+        if not variances:
+            return ratio(0.0, number)
+        return covariance / math.sqrt(variances)
+
+
+def dot(a: list[int], b: list[int]) -> int:
+    """Return the scalar product."""
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 @metrics.register("perplexity")
 class Perplexity(Metric):
-    """exp of the mean cross entropy of class targets; the number of equally likely classes that would do as well."""
+    """exp of the mean cross entropy of class targets.
+
+    k equally likely classes have perplexity k.
+    """
 
     name = "perplexity"
     better = "lower"
@@ -237,7 +257,7 @@ class Perplexity(Metric):
 
 
 def residuals(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return errors and targets (batch, values); one of (batch,) and (batch, 1) cannot spread the other."""
+    """Return errors and targets, (batch, values); (batch,) and (batch, 1) are not broadcast."""
     targets = same_shape(outputs, targets)
     outputs = wide(outputs).reshape(len(outputs), -1)
     targets = wide(targets).reshape(outputs.shape)
@@ -246,7 +266,7 @@ def residuals(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @metrics.register("mae")
 class MeanAbsoluteError(Share):
-    """The mean absolute difference of outputs and targets, in the targets' unit."""
+    """The mean absolute difference of outputs and targets, in the unit of the targets."""
 
     name = "mae"
     better = "lower"
@@ -258,7 +278,7 @@ class MeanAbsoluteError(Share):
 
 @metrics.register("mse")
 class MeanSquaredError(Share):
-    """The mean squared difference of outputs and targets, in the square of the targets' unit."""
+    """The mean squared difference of outputs and targets, in the squared unit of the targets."""
 
     name = "mse"
     better = "lower"
@@ -270,7 +290,7 @@ class MeanSquaredError(Share):
 
 @metrics.register("rmse")
 class RootMeanSquaredError(MeanSquaredError):
-    """The root of the mean squared difference of outputs and targets, in the targets' unit."""
+    """The root mean squared difference of outputs and targets, in the unit of the targets."""
 
     name = "rmse"
 
@@ -280,18 +300,18 @@ class RootMeanSquaredError(MeanSquaredError):
 
 @metrics.register("r2")
 class R2(Metric):
-    """1 - squared error / variance of the targets, a mean over the values; 1 is perfect, 0 is their mean.
+    """1 - squared error / variance of the targets, averaged over values (R²).
 
-    A value whose targets are all equal scores 1 when it is met exactly, else 0. Fewer than two
-    samples give nan. The variance is exact however far the targets are from 0: the sums are of
-    parts of targets (see `exact_parts`).
+    1 is perfect; predicting the mean gives 0. A value with constant targets scores 1 if all errors
+    are 0, else 0. Fewer than two samples give nan. The variance is exact, also for targets with a
+    large mean, since the sums are of parts of targets (see `exact_parts`).
     """
 
     name = "r2"
     targets: ClassVar[Targets] = ("value",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return squared error, number and sums of parts and products of each, (16, values)."""
+        """Return squared error, number, and sums of parts and of their products, (16, values)."""
         error, targets = residuals(outputs, targets)
         number = torch.full_like(error[0], len(error))
         parts = exact_parts(targets)
@@ -300,47 +320,48 @@ class R2(Metric):
         return torch.cat([totals[:1], number.unsqueeze(0), totals[1:]])
 
     def compute(self, sums: Tensor) -> float:
-        if len(sums) != 2 + PARTS + len(PAIRS):  # of an older version, from a checkpoint
+        if len(sums) != 2 + PARTS + len(PAIRS):  # from a checkpoint of an older version
             return math.nan
         if sums[1, 0] < 2:
             return math.nan
-        scores = [r2_of_one(column) for column in sums.T.tolist()]
+        scores = [exact_r2(column) for column in sums.T.tolist()]
         return sum(scores) / len(scores) if scores else math.nan
 
 
 @metrics.register("r2_log")
 class R2OfLogarithms(R2):
-    """R² of the logarithms of outputs and targets, for amounts above 0 with relative errors."""
+    """R² of the logarithms of outputs and targets, for positive values with relative errors."""
 
     name = "r2_log"
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        # What is predicted below 0 has no logarithm, and is as wrong as the smallest amount.
+        # Negative values have no logarithm and are replaced by the smallest positive number.
         smallest = torch.finfo(torch.float32).tiny
-        outputs, targets = wide(outputs), wide(targets)
-        return super().sums(outputs.clamp_min(smallest).log(), targets.clamp_min(smallest).log())
+        outputs = wide(outputs).clamp_min(smallest).log()
+        targets = wide(targets).clamp_min(smallest).log()
+        return super().sums(outputs, targets)
 
 
-PART_BITS = 13  # a product of two has 26 bits: float64 sums of 2^27 of like size are exact
-PARTS = 4  # 4 x 13 bits, and a sign, hold the 53 bits of a float64
+PART_BITS = 13  # products have 26 bits: float64 sums of 2^27 products of similar size are exact
+PARTS = 4  # 4 x 13 bits and a sign hold the 53 bits of a float64
 EXACT_NUMBER = 2**27
-ROUNDING = 2.0**-50  # of the sums of more products than that, as a share of the sum of squares
-PAIRS = [(first, second) for first in range(PARTS) for second in range(first, PARTS)]
+ROUNDING = 2.0**-50  # error of longer sums, as a fraction of the sum of squares
+PAIRS = list(combinations_with_replacement(range(PARTS), 2))
 
 
 def exact_parts(numbers: Tensor) -> list[Tensor]:
     """Return parts that add up to the numbers, multiples of a power of 2 with at most 13 bits.
 
-    Numbers of like size are cut at the same places: sums of the parts, and of their products, are
-    then exact in float64, where a sum of squares would lose the digits that the variance is made
-    of. (The splitting of Dekker 1971, "A floating-point technique for extending the available
-    precision", at fixed places.)
+    Numbers of similar size are cut at the same bits. Sums of the parts and of their products are
+    then exact in float64, while a plain sum of squares would lose the digits of the variance. This
+    is the splitting of Dekker 1971, "A floating-point technique for extending the available
+    precision", at fixed bits.
     """
     if numbers.dtype != torch.float64:  # mps
-        nothing = torch.zeros_like(numbers)
-        return [numbers, *[nothing] * (PARTS - 1)]
+        zeros = torch.zeros_like(numbers)
+        return [numbers] + [zeros] * (PARTS - 1)
     exponent = numbers.view(torch.int64) & 0x7FF0000000000000
-    # The largest power of 2 that is not above the number.
+    # Without the mantissa, this is the largest power of 2 that is not above the number.
     power = exponent.view(torch.float64).clamp_min(2.0**-900)
     parts = []
     rest = numbers
@@ -352,8 +373,8 @@ def exact_parts(numbers: Tensor) -> list[Tensor]:
     return [*parts, rest]
 
 
-def r2_of_one(sums: list[float]) -> float:
-    """Return R² of one value, from its column of `R2.sums`, by exact arithmetic."""
+def exact_r2(sums: list[float]) -> float:
+    """Return R² of one value by exact arithmetic from its column of `R2.sums`."""
     squared_error, number, *rest = sums
     if not all(map(math.isfinite, sums)):
         return -math.inf if squared_error == math.inf else math.nan
@@ -365,5 +386,7 @@ def r2_of_one(sums: list[float]) -> float:
     rounding = 0.0 if number <= EXACT_NUMBER else ROUNDING
     if variation <= Fraction(rounding) * squares:
         return 1.0 if squared_error == 0 else 0.0
-    share = Fraction(squared_error) / variation
-    return 1 - float(share) if share < 1e300 else -math.inf
+    unexplained = Fraction(squared_error) / variation
+    if unexplained >= 1e300:  # float() could overflow
+        return -math.inf
+    return 1 - float(unexplained)

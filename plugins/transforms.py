@@ -1,7 +1,8 @@
-"""Transforms of training batches: each sample is changed by a draw of its own, all samples of a batch at once.
+"""Transforms of training batches, with an independent random draw for each sample.
 
-Inputs are images (C, H, W) as the data set gives them, usually standardised, so that 0 is the mean of all pixels.
-Those that mix samples mix their targets too: of classes they make class probabilities.
+Inputs are images (C, H, W) as the data set returns them, usually standardized, so that 0 is the
+mean of all pixels. Transforms that mix samples also mix their targets: class indices become class
+probabilities.
 """
 
 import math
@@ -30,35 +31,36 @@ from framework import (
 IMAGES = "images (C, H, W)"
 
 
-def each(draws: Tensor, like: Tensor) -> Tensor:
-    """Return one number a sample, shape (batch,), so that it broadcasts against `like`, (batch, ...)."""
+def per_sample(draws: Tensor, like: Tensor) -> Tensor:
+    """Reshape one number per sample, (batch,), to broadcast against `like`, (batch, ...)."""
     return draws.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def chosen(p: float, like: Tensor) -> Tensor:
-    """Draw with probability p for each sample whether it is changed, shape (batch,)."""
+def draw_mask(p: float, like: Tensor) -> Tensor:
+    """Draw True with probability p for each sample, (batch,)."""
     return torch.rand(len(like), device=like.device) < p
 
 
 def within(first: Tensor, last: Tensor, size: int) -> Tensor:
-    """Return a mask (batch, size), true from `first` up to but without `last`, each of shape (batch,)."""
-    places = torch.arange(size, device=first.device)
-    return (places >= first[:, None]) & (places < last[:, None])
+    """Return a mask (batch, size), true from `first` to before `last`, each of shape (batch,)."""
+    positions = torch.arange(size, device=first.device)
+    return (positions >= first[:, None]) & (positions < last[:, None])
 
 
 def boxes(tops: Tensor, bottoms: Tensor, lefts: Tensor, rights: Tensor, like: Tensor) -> Tensor:
     """Return a mask (batch, 1, H, W) of one box in each image."""
-    rows, columns = within(tops, bottoms, like.shape[-2]), within(lefts, rights, like.shape[-1])
+    rows = within(tops, bottoms, like.shape[-2])
+    columns = within(lefts, rights, like.shape[-1])
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @transforms.register("flip", aliases=["horizontal_flip"])
 class Flip(Transform):
-    """Mirrors images, left to right or upside down.
+    """Mirror images, left to right or upside down.
 
     Args:
         p: probability for each image.
-        axis: horizontal: left and right change places; vertical: top and bottom.
+        axis: horizontal: swap left and right; vertical: swap top and bottom.
     """
 
     def __init__(
@@ -68,23 +70,23 @@ class Flip(Transform):
         axis: Literal["horizontal", "vertical"] = "horizontal",
     ):
         shapes.expect(in_shape, IMAGES, "flip")
-        self.p, self.axis = p, {"horizontal": -1, "vertical": -2}[axis]
+        self.p = p
+        self.axis = {"horizontal": -1, "vertical": -2}[axis]
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
-        return (
-            torch.where(each(chosen(self.p, images), images), images.flip(self.axis), images),
-            *rest,
-        )
+        flipped = per_sample(draw_mask(self.p, images), images)
+        return (torch.where(flipped, images.flip(self.axis), images), *rest)
 
 
 @transforms.register("crop", aliases=["random_crop"])
 class Crop(Transform):
-    """Pads images on all sides and cuts out as much as they were, anywhere: a shift by up to `padding` pixels.
+    """Pad images and crop them to their size at a random position: a shift by up to `padding`.
 
     Args:
         padding: pixels on each side.
-        fill: what is padded: edge: the outermost pixels again; reflect: the picture mirrored; zero: the mean.
+        fill: values of the padding: edge: the outermost pixels; reflect: the mirrored image; zero:
+            0, the mean.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class Crop(Transform):
         _, high, wide = shapes.expect(in_shape, IMAGES, "crop")
         if fill == "reflect" and padding >= min(high, wide):
             raise BuildError(
-                f"crop cannot mirror {padding} pixels of {tuple(in_shape)}; fill=edge can pad so many"
+                f"crop: padding={padding}: fill=reflect needs less than the size of"
+                f" {tuple(in_shape)}; fill=edge has no limit"
             )
         self.padding = padding
         self.mode = {"edge": "replicate", "reflect": "reflect", "zero": "constant"}[fill]
@@ -108,20 +111,23 @@ class Crop(Transform):
         tops, lefts = torch.randint(0, 2 * self.padding + 1, (2, count), device=images.device)
         rows = (tops[:, None] + torch.arange(high, device=images.device))[:, None, :, None]
         columns = (lefts[:, None] + torch.arange(wide, device=images.device))[:, None, None, :]
-        cut = padded.gather(2, rows.expand(count, channels, high, padded.shape[3]))
-        return (cut.gather(3, columns.expand(count, channels, high, wide)), *rest)
+        cropped = padded.gather(2, rows.expand(count, channels, high, padded.shape[3]))
+        cropped = cropped.gather(3, columns.expand(count, channels, high, wide))
+        return (cropped, *rest)
 
 
 @transforms.register("resized_crop", aliases=["random_resized_crop"])
 class ResizedCrop(Transform):
-    """Cuts a box out of each image and scales it to the size of the whole (Szegedy et al. 2015, arXiv:1409.4842, 6).
+    """Crop a random box of each image and resize it to the size of the image.
 
-    The box lies anywhere inside the image; between its pixels it is interpolated linearly.
+    The box is inside the image; its pixels are interpolated linearly (Szegedy et al. 2015,
+    arXiv:1409.4842, section 6).
 
     Args:
-        smallest: the box has a share of the image's area between this and 1, each as likely.
-        ratio: how many times as wide as high, or as high as wide, a box of a square image is at most; the logarithm
-            is uniform, as far as the box's share of the area leaves room.
+        smallest: the area of the box, as a fraction of the area of the image, is uniform between
+            this and 1.
+        ratio: largest aspect ratio of the box for a square image, wide or high; its logarithm is
+            uniform, within the limits that the area of the box sets.
     """
 
     def __init__(
@@ -131,69 +137,64 @@ class ResizedCrop(Transform):
         ratio: Annotated[float, Range("[1, inf)")] = 4 / 3,
     ):
         shapes.expect(in_shape, IMAGES, "resized_crop")
-        self.smallest, self.ratio = smallest, ratio
+        self.smallest = smallest
+        self.ratio = ratio
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
         if not images.is_floating_point():
-            raise SettingError(
-                f"resized_crop: the inputs are {images.dtype}, which cannot be interpolated"
-            )
-        share, stretch, left, top = torch.rand(4, len(images), device=images.device)
-        share = 1 - (1 - self.smallest) * share
-        widest = (-share.log()).clamp(
-            max=math.log(self.ratio)
-        )  # with more it would be wider than the image
+            raise SettingError(f"resized_crop: expected floating-point images, got {images.dtype}")
+        area, stretch, left, top = torch.rand(4, len(images), device=images.device)
+        area = 1 - (1 - self.smallest) * area
+        # A larger logarithm of the aspect ratio would make the box wider than the image.
+        widest = (-area.log()).clamp(max=math.log(self.ratio))
         stretch = ((2 * stretch - 1) * widest).exp()
-        wide, high = (share * stretch).sqrt(), (share / stretch).sqrt()
-        none = torch.zeros_like(share)
-        x, y = (
-            (2 * left - 1) * (1 - wide),
-            (2 * top - 1) * (1 - high),
-        )  # of the middle; the image goes from -1 to 1
-        maps = torch.stack([wide, none, x, none, high, y], 1).reshape(-1, 2, 3)
+        wide = (area * stretch).sqrt()
+        high = (area / stretch).sqrt()
+        # The center of the box, in coordinates from -1 to 1 in each axis of the image.
+        x = (2 * left - 1) * (1 - wide)
+        y = (2 * top - 1) * (1 - high)
+        zero = torch.zeros_like(area)
+        maps = torch.stack([wide, zero, x, zero, high, y], 1).reshape(-1, 2, 3)
         grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-        cut = F.grid_sample(
+        cropped = F.grid_sample(
             images, grid.to(images.dtype), padding_mode="border", align_corners=False
         )
-        return (cut, *rest)
+        return (cropped, *rest)
 
 
 @transforms.register("cutout", aliases=["random_erasing"])
 class Cutout(Transform):
-    """Sets a square of each image to 0, the mean; its centre is any pixel (DeVries and Taylor 2017, arXiv:1708.04552).
+    """Set a square at a random position of each image to 0, the mean (DeVries and Taylor 2017).
+
+    arXiv:1708.04552. The center of the square is any pixel.
 
     Args:
-        size: side of the square in pixels; what lies outside the image is cut off.
+        size: side of the square in pixels; the part outside the image is ignored.
         p: probability for each image.
     """
 
     def __init__(self, in_shape: Shape, size: PositiveInt = 8, p: Fraction = 1.0):
         shapes.expect(in_shape, IMAGES, "cutout")
-        self.size, self.p = size, p
+        self.size = size
+        self.p = p
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
-        tops = (
-            torch.randint(0, images.shape[-2], (len(images),), device=images.device)
-            - self.size // 2
-        )
-        lefts = (
-            torch.randint(0, images.shape[-1], (len(images),), device=images.device)
-            - self.size // 2
-        )
-        erased = boxes(tops, tops + self.size, lefts, lefts + self.size, images) & each(
-            chosen(self.p, images), images
-        )
+        count, _, high, wide = images.shape
+        tops = torch.randint(0, high, (count,), device=images.device) - self.size // 2
+        lefts = torch.randint(0, wide, (count,), device=images.device) - self.size // 2
+        erased = boxes(tops, tops + self.size, lefts, lefts + self.size, images)
+        erased = erased & per_sample(draw_mask(self.p, images), images)
         return (images.masked_fill(erased, 0.0), *rest)
 
 
 @transforms.register("noise", aliases=["gaussian_noise"])
 class Noise(Transform):
-    """Adds normal noise to each number of the inputs, of any shape.
+    """Add Gaussian noise to inputs of any shape.
 
     Args:
-        std: its standard deviation, in units of the inputs as the model gets them.
+        std: standard deviation, in the unit of the inputs of the model.
     """
 
     def __init__(self, std: PositiveFloat = 0.1):
@@ -202,91 +203,97 @@ class Noise(Transform):
     def __call__(self, batch: Batch) -> Batch:
         inputs, *rest = batch
         if not inputs.is_floating_point():
-            raise SettingError(
-                f"noise: the inputs are {inputs.dtype}, which are no amounts to add noise to"
-            )
+            raise SettingError(f"noise: expected floating-point inputs, got {inputs.dtype}")
         return (inputs + self.std * torch.randn_like(inputs), *rest)
 
 
 @transforms.register("brightness_contrast")
 class BrightnessContrast(Transform):
-    """m + (1 + c)(x - m) + b with m the mean of an image, and b and c drawn for each image.
+    """m + (1 + c)(x - m) + b, where m is the mean of the image, and b and c are random.
 
     Args:
-        brightness: b is uniform between minus this and this, in units of the inputs as the model gets them.
-        contrast: c is uniform between minus this and this.
+        brightness: b is uniform in [-brightness, brightness], in the unit of the inputs of the
+            model.
+        contrast: c is uniform in [-contrast, contrast].
     """
 
     def __init__(
         self, in_shape: Shape, brightness: NonNegativeFloat = 0.2, contrast: Fraction = 0.2
     ):
         shapes.expect(in_shape, IMAGES, "brightness_contrast")
-        self.brightness, self.contrast = brightness, contrast
+        self.brightness = brightness
+        self.contrast = contrast
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
         shift, stretch = 2 * torch.rand(2, len(images), device=images.device) - 1
         mean = images.mean((1, 2, 3), keepdim=True)
-        changed = mean + (1 + self.contrast * each(stretch, images)) * (images - mean)
-        return (changed + self.brightness * each(shift, images), *rest)
+        changed = mean + (1 + self.contrast * per_sample(stretch, images)) * (images - mean)
+        return (changed + self.brightness * per_sample(shift, images), *rest)
 
 
 class Mixing(Transform):
-    """Base of transforms that mix each sample with another of the batch, and their targets in the same shares."""
+    """Base of transforms that mix each sample with another one of the batch, and their targets."""
 
-    def __init__(self, who: str, out_shape: Shape, alpha: float, p: float):
-        self.who, self.classes, self.alpha, self.p = who, out_shape[0], alpha, p
+    def __init__(self, name: str, out_shape: Shape, alpha: float, p: float):
+        self.name = name
+        self.classes = out_shape[0]
+        self.alpha = alpha
+        self.p = p
         self.criterion: Any = None
 
     def on_fit_start(self, trainer: Context) -> None:
         self.criterion = trainer.task.criterion
 
     def draw(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each sample the share that it keeps, from Beta(alpha, alpha), and with which one it is mixed."""
+        """Draw the fraction that each sample keeps, from Beta(alpha, alpha), and its partner."""
         share = torch.distributions.Beta(self.alpha, self.alpha).sample((len(inputs),)).to(inputs)
-        share = torch.where(chosen(self.p, inputs), share, 1.0)
+        share = torch.where(draw_mask(self.p, inputs), share, 1.0)
         return share, torch.randperm(len(inputs), device=inputs.device)
 
-    def mixed(self, targets: Tensor, share: Tensor, other: Tensor) -> Tensor:
-        """Return the targets, mixed; of class indices the probabilities of classes, (batch, classes)."""
+    def mixed_targets(self, targets: Tensor, share: Tensor, other: Tensor) -> Tensor:
+        """Mix targets; class indices become class probabilities (batch, classes)."""
         if not targets.is_floating_point():
             self.check(targets)
             try:
                 targets = F.one_hot(targets.long(), self.classes).to(share)
             except RuntimeError as error:
-                last = self.classes - 1
-                said = f"{self.who}: a target is no class from 0 to {last}: {error}"
-                raise SettingError(said) from error
-        kept = each(share, targets)
+                raise SettingError(
+                    f"{self.name}: expected class targets from 0 to {self.classes - 1}: {error}"
+                ) from error
+        kept = per_sample(share, targets)
         return kept * targets + (1 - kept) * targets[other]
 
     def check(self, targets: Tensor) -> None:
-        """Raise SettingError where class probabilities would be taken for something else."""
+        """Raise SettingError for a loss or targets that do not fit class probabilities."""
         if self.criterion is not None and not isinstance(self.criterion, nn.CrossEntropyLoss):
             loss = type(self.criterion).__name__
             raise SettingError(
-                f"{self.who} makes class probabilities of targets, which the loss {loss} does not take; "
-                "cross_entropy does"
+                f"{self.name} turns class indices into probabilities, which the loss {loss} does"
+                " not accept; use cross_entropy"
             )
         ignored = None if self.criterion is None else self.criterion.ignore_index
         if ignored is not None and 0 <= ignored < self.classes:
             raise SettingError(
-                f"{self.who} mixes all classes, also those that the loss ignores: ignore_index={ignored}"
+                f"{self.name} mixes all classes, also the ignored one: loss.ignore_index={ignored}"
             )
         if targets.ndim != 1:
             raise SettingError(
-                f"{self.who} mixes one class a sample, not targets of shape {tuple(targets.shape)}"
+                f"{self.name}: expected one class per sample, got targets of shape"
+                f" {tuple(targets.shape)}"
             )
 
 
 @transforms.register("mixup")
 class Mixup(Mixing):
-    """λ x + (1 - λ) x' of two samples of a batch, and of their targets (Zhang et al. 2018, arXiv:1710.09412, eq. 1).
+    """λ x + (1 - λ) x' for pairs of samples and for their targets (Zhang et al. 2018).
 
-    λ is drawn for each sample. Metrics in training then count the likelier class of the two.
+    arXiv:1710.09412, equation 1.
+
+    λ is drawn for each sample. Metrics in training count the more probable of the two classes.
 
     Args:
-        alpha: of the Beta distribution of λ: the larger, the more even the mixture.
+        alpha: parameter of the Beta distribution of λ; larger values mix more evenly.
         p: probability for each sample.
     """
 
@@ -296,25 +303,23 @@ class Mixup(Mixing):
     def __call__(self, batch: Batch) -> Batch:
         inputs, targets, *rest = batch
         if not inputs.is_floating_point():
-            raise SettingError(f"mixup: the inputs are {inputs.dtype}, which cannot be mixed")
+            raise SettingError(f"mixup: expected floating-point inputs, got {inputs.dtype}")
         share, other = self.draw(inputs)
-        kept = each(share, inputs)
-        return (
-            kept * inputs + (1 - kept) * inputs[other],
-            self.mixed(targets, share, other),
-            *rest,
-        )
+        kept = per_sample(share, inputs)
+        mixed = kept * inputs + (1 - kept) * inputs[other]
+        return (mixed, self.mixed_targets(targets, share, other), *rest)
 
 
 @transforms.register("cutmix")
 class CutMix(Mixing):
-    """Puts a box of another image into each image; targets are mixed by area (Yun et al. 2019, arXiv:1905.04899, 3.1).
+    """Replace a random box of each image by that of another image, and mix the targets by area.
 
-    The box has the share 1 - λ of the area, λ from Beta(alpha, alpha), about any pixel; what lies outside is cut off,
-    and λ becomes the share that is really kept.
+    The box has the area fraction 1 - λ with λ from Beta(alpha, alpha), and any pixel as its center.
+    The part outside the image is ignored: the targets are mixed by the fraction of pixels that are
+    kept (Yun et al. 2019, arXiv:1905.04899, section 3.1).
 
     Args:
-        alpha: of the Beta distribution of λ; 1: every share is as likely.
+        alpha: parameter of the Beta distribution of λ; 1 is the uniform distribution.
         p: probability for each image.
     """
 
@@ -332,11 +337,12 @@ class CutMix(Mixing):
         lefts, rights = self.side(share, wide)
         inside = boxes(tops, bottoms, lefts, rights, images)
         kept = 1 - inside.flatten(1).sum(1).to(share) / (high * wide)
-        return (torch.where(inside, images[other], images), self.mixed(targets, kept, other), *rest)
+        mixed = torch.where(inside, images[other], images)
+        return (mixed, self.mixed_targets(targets, kept, other), *rest)
 
     @staticmethod
     def side(share: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Return first and last of a box's pixels along an axis, before anything is cut off."""
+        """Return start and end of a box along an axis, which may lie outside the image."""
         length = (size * (1 - share).sqrt()).long()
-        first = torch.randint(0, size, (len(share),), device=share.device) - length // 2
-        return first, first + length
+        start = torch.randint(0, size, (len(share),), device=share.device) - length // 2
+        return start, start + length

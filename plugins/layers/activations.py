@@ -1,6 +1,7 @@
-"""Activations: torch's own under the names people use, and what torch lacks.
+"""Activations: those of torch under their usual names, and some that torch lacks.
 
-Each keeps its input's shape, except the gates, which halve the last axis. Softmax and its kin act on the last axis.
+The output has the shape of the input, except for the gated activations (glu, reglu, geglu, swiglu),
+which halve the last axis. Softmax, softmin and log_softmax act on the last axis.
 """
 
 from typing import Literal
@@ -52,11 +53,11 @@ activations.register("glu", nn.GLU, hide=["dim"])
 
 @activations.register("threshold")
 class Threshold(nn.Threshold):
-    """Return x where it is above a threshold, else a fixed value; by default this is relu.
+    """Return x if x > threshold, else `value`; the default is relu.
 
     Args:
-        threshold: above it the input passes.
-        value: what replaces all else.
+        threshold: inputs above it are returned unchanged.
+        value: replaces all other inputs.
     """
 
     def __init__(self, threshold: float = 0.0, value: float = 0.0):
@@ -65,7 +66,7 @@ class Threshold(nn.Threshold):
 
 @activations.register("softmax")
 class Softmax(nn.Softmax):
-    """exp(x) over its sum along the last axis: positive numbers with sum 1."""
+    """exp(x) / sum(exp(x)) along the last axis: positive numbers with sum 1."""
 
     def __init__(self) -> None:
         super().__init__(dim=-1)
@@ -128,7 +129,9 @@ class Snake(nn.Module):
 
 @activations.register("sine")
 class Sine(nn.Module):
-    """sin(ωx) (Sitzmann et al. 2020, "SIREN", arXiv:2006.09661, section 3.2, with ω = 30 for coordinates in [-1, 1]).
+    """sin(ωx) (Sitzmann et al. 2020, "SIREN", arXiv:2006.09661, section 3.2).
+
+    The paper uses ω = 30 for coordinates in [-1, 1].
 
     Args:
         omega: frequency.
@@ -155,7 +158,10 @@ class SquaredReLU(nn.Module):
 
 @activations.register("quick_gelu")
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the cheap approximation of gelu (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
+    """x · sigmoid(1.702 x), an approximation of gelu.
+
+    Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -163,7 +169,10 @@ class QuickGELU(nn.Module):
 
 @activations.register("reglu")
 class ReGLU(nn.Module):
-    """a · relu(b), for [a, b] the halves of the last axis (Shazeer 2020, arXiv:2002.05202, eq. 5; order as in glu)."""
+    """a · relu(b), where [a, b] are the halves of the last axis.
+
+    Shazeer 2020, arXiv:2002.05202, equation 5; the order of the halves is that of glu.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = halves(x)
@@ -172,7 +181,10 @@ class ReGLU(nn.Module):
 
 @activations.register("geglu")
 class GEGLU(nn.Module):
-    """a · gelu(b), for [a, b] the halves of the last axis (Shazeer 2020, arXiv:2002.05202, eq. 5; order as in glu)."""
+    """a · gelu(b), where [a, b] are the halves of the last axis.
+
+    Shazeer 2020, arXiv:2002.05202, equation 5; the order of the halves is that of glu.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = halves(x)
@@ -181,7 +193,10 @@ class GEGLU(nn.Module):
 
 @activations.register("swiglu")
 class SwiGLU(nn.Module):
-    """a · silu(b), for [a, b] the halves of the last axis (Shazeer 2020, arXiv:2002.05202, eq. 5; order as in glu)."""
+    """a · silu(b), where [a, b] are the halves of the last axis.
+
+    Shazeer 2020, arXiv:2002.05202, equation 5; the order of the halves is that of glu.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = halves(x)
@@ -192,7 +207,7 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Split the last axis in two. Raises BuildError when it is odd."""
     if x.shape[-1] % 2:
         raise BuildError(
-            f"a gate halves the last axis, so that must be even; it is {x.shape[-1]} in {tuple(x.shape)}"
+            f"gated activation: expected an even last axis, got {x.shape[-1]} in {tuple(x.shape)}"
         )
     a, b = x.chunk(2, dim=-1)
     return a, b

@@ -1,4 +1,4 @@
-"""Blocks over sequences (T, D): tokens and patches made into them, positions, attention, transformers, MLP-Mixer."""
+"""Blocks over sequences (T, D): embeddings, positions, attention, transformer layers, MLP-Mixer."""
 
 import math
 from typing import Literal
@@ -27,7 +27,7 @@ def embedding(in_shape: Shape, vocabulary: PositiveInt = 256, width: PositiveInt
     """A learned vector for each token id: (T,) of integers -> (T, width).
 
     Args:
-        vocabulary: how many ids there are, from 0 on (256: bytes).
+        vocabulary: number of token ids, counted from 0 (256: bytes).
         width: features of a vector.
     """
     shapes.expect(in_shape, "token ids (T,)", "embedding")
@@ -36,13 +36,14 @@ def embedding(in_shape: Shape, vocabulary: PositiveInt = 256, width: PositiveInt
 
 @blocks.register("patch_embedding")
 class PatchEmbedding(nn.Module):
-    """Square patches of an image, each mapped linearly to a vector (Dosovitskiy et al. 2021, arXiv:2010.11929).
+    """Split an image into square patches and map each one linearly to a vector.
 
-    (C, H, W) -> (T, width), with T = H / patch · W / patch, row by row.
+    (C, H, W) -> (T, width), with T = H / patch · W / patch, row by row (Dosovitskiy et al. 2021,
+    arXiv:2010.11929).
     """
 
     def __init__(self, in_shape: Shape, patch: PositiveInt = 4, width: PositiveInt = 64):
-        """Check that the patches tile the image.
+        """Check that the patches tile the image and build the projection.
 
         Args:
             patch: height and width of a patch.
@@ -51,11 +52,10 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         channels, high, wide = shapes.expect(in_shape, "images (C, H, W)", "patch_embedding")
         if high % patch or wide % patch:
-            divisors = [
-                n for n in range(1, math.gcd(high, wide) + 1) if math.gcd(high, wide) % n == 0
-            ]
+            largest = math.gcd(high, wide)
+            divisors = [n for n in range(1, largest + 1) if largest % n == 0]
             raise BuildError(
-                f"patch_embedding cannot tile {in_shape} with patch={patch}; it can with {divisors}"
+                f"patch_embedding: patch={patch} does not tile {in_shape}; use one of {divisors}"
             )
         self.projection = nn.Conv2d(channels, width, patch, stride=patch)
 
@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
 
 @blocks.register("class_token")
 class ClassToken(nn.Module):
-    """A learned vector put before a sequence, to gather what a class head reads: (T, D) -> (T + 1, D)."""
+    """Prepend a learned vector to a sequence, for the class head to read: (T, D) -> (T + 1, D)."""
 
     def __init__(self, in_shape: Shape):
         super().__init__()
@@ -78,9 +78,10 @@ class ClassToken(nn.Module):
 
 @blocks.register("position", aliases=["positional_encoding"])
 class Position(nn.Module):
-    """x + a vector for each position; sequences may be shorter than T.
+    """x + a vector for each position; a sequence may be shorter than T.
 
-    sinusoidal: sin(t / 10000^(2i / D)) at feature 2i, cos of the same at 2i + 1 (Vaswani et al. 2017, section 3.5).
+    sinusoidal: sin(t / 10000^(2i / D)) at feature 2i, cos of the same at 2i + 1 (Vaswani et al.
+    2017, section 3.5).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Position(nn.Module):
         """Build the table of vectors.
 
         Args:
-            position: learned vectors, or waves.
+            position: learned vectors, or fixed sine waves.
             dropout: probability of zeroing an output.
             dropout_kind: how outputs are dropped.
         """
@@ -118,9 +119,10 @@ def waves(steps: int, features: int) -> Tensor:
 
 @blocks.register("attention")
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2): (T, D) -> (T, D).
+    """Multi-head scaled dot-product attention: (T, D) -> (T, D).
 
-    With a memory, forward(x, memory), the keys and values come from there (its shape: (batch, any T, memory_width)).
+    forward(x, memory) takes keys and values from the memory (batch, any T, memory_width) (Vaswani
+    et al. 2017, arXiv:1706.03762, section 3.2).
     """
 
     def __init__(
@@ -135,19 +137,21 @@ class Attention(nn.Module):
         """Build the projections.
 
         Args:
-            heads: attentions side by side; must divide D.
-            causal: a position sees itself and those before it.
+            heads: number of attention heads; must divide D.
+            causal: each position attends only to itself and to earlier positions.
             dropout: probability of zeroing an attention weight.
-            bias: whether the projections have one.
-            memory_width: features of a memory to attend to; null: the sequence attends to itself.
+            bias: add a learned bias in the projections.
+            memory_width: features of a memory to attend to; null: self-attention.
         """
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "attention")
         if features % heads:
             raise BuildError(
-                f"attention cannot split {features} features into {heads} heads of one size"
+                f"attention: {features} features cannot be split into {heads} heads of equal size"
             )
-        self.heads, self.causal, self.p = heads, causal, dropout
+        self.heads = heads
+        self.causal = causal
+        self.p = dropout
         self.query = nn.Linear(features, features, bias=bias)
         self.key_value = nn.Linear(memory_width or features, 2 * features, bias=bias)
         self.output = nn.Linear(features, features, bias=bias)
@@ -155,12 +159,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         if self.needs_memory and memory is None:
-            raise ValueError(
-                "attention with a memory_width needs a memory: call it as block(x, memory)"
-            )
+            raise ValueError("attention with memory_width: expected a memory: block(x, memory)")
         source = x if memory is None else memory
         query = self.split(self.query(x))
-        key, value = map(self.split, self.key_value(source).chunk(2, dim=-1))
+        key, value = self.key_value(source).chunk(2, dim=-1)
+        key = self.split(key)
+        value = self.split(value)
         p = self.p if self.training else 0.0
         mixed = scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=self.causal)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -171,11 +175,14 @@ class Attention(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """x + dropout(module(norm(x))), or with the norm last, norm(x + dropout(module(x)))."""
+    """x + dropout(module(norm(x))), or, with norm_first=False, norm(x + dropout(module(x)))."""
 
     def __init__(self, module: nn.Module, norm: nn.Module, dropout: nn.Module, norm_first: bool):
         super().__init__()
-        self.module, self.norm, self.dropout, self.norm_first = module, norm, dropout, norm_first
+        self.module = module
+        self.norm = norm
+        self.dropout = dropout
+        self.norm_first = norm_first
 
     def forward(self, x: Tensor, *memory: Tensor) -> Tensor:
         if self.norm_first:
@@ -184,7 +191,7 @@ class Sublayer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, attention to a memory where asked for, and two linear layers, each a Sublayer."""
+    """Self-attention, optional attention to a memory, and two linear layers, each a Sublayer."""
 
     def __init__(
         self,
@@ -203,25 +210,20 @@ class TransformerLayer(nn.Module):
         features = in_shape[-1]
 
         def sublayer(module: nn.Module) -> Sublayer:
-            normed = norm((features,))
-            return Sublayer(
-                module, normed, dropout_kind(dropout) if dropout > 0 else nn.Identity(), norm_first
-            )
+            norm_module = norm((features,))
+            dropout_module = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+            return Sublayer(module, norm_module, dropout_module, norm_first)
 
         def attention(**settings) -> Sublayer:
-            return sublayer(
-                blocks.build("attention", in_shape, heads=heads, dropout=dropout, **settings)
-            )
+            settings |= {"heads": heads, "dropout": dropout}
+            return sublayer(blocks.build("attention", in_shape, **settings))
 
-        wide = {"width": expansion * features, "dropout": dropout, "dropout_kind": dropout_kind}
-        narrow = {"width": features, "activation": None}
-        makers = [
-            blocks.maker("linear", activation=activation, **wide),
-            blocks.maker("linear", **narrow),
-        ]
         self.attention = attention(causal=causal)
         self.cross_attention = attention(memory_width=memory_width) if memory_width else None
-        self.feed_forward = sublayer(nn.Sequential(*shapes.build_chain(makers, in_shape)[0]))
+        hidden = expansion * features
+        self.feed_forward = sublayer(
+            two_linear_layers(in_shape, hidden, activation, dropout, dropout_kind, last_dropout=0.0)
+        )
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention(x)
@@ -242,17 +244,20 @@ def transformer_encoder(
     dropout_kind: Dropout = "dropout",
     causal: bool = False,
 ) -> nn.Module:
-    """One layer of a transformer encoder (Vaswani et al. 2017, arXiv:1706.03762, section 3.1): (T, D) -> (T, D).
+    """One layer of a transformer encoder: (T, D) -> (T, D).
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.1.
 
     Args:
-        heads: attentions side by side; must divide D.
+        heads: number of attention heads; must divide D.
         expansion: hidden features of the two linear layers, per feature of the sequence.
         activation: between the two linear layers.
-        norm: of each position.
-        norm_first: norm each branch's input (Xiong et al. 2020, arXiv:2002.04745); false: each sum, as in 2017.
+        norm: normalization of each position.
+        norm_first: normalize the input of each branch (Xiong et al. 2020, arXiv:2002.04745); false:
+            normalize each sum, as in the original paper.
         dropout: probability of zeroing attention weights, hidden features and each branch.
         dropout_kind: how hidden features and branches are dropped.
-        causal: a position sees itself and those before it.
+        causal: each position attends only to itself and to earlier positions.
     """
     shapes.expect(in_shape, "(T, D)", "transformer_encoder")
     return TransformerLayer(
@@ -272,32 +277,42 @@ def transformer_decoder(
     dropout_kind: Dropout = "dropout",
     memory_width: PositiveInt | None = None,
 ) -> nn.Module:
-    """One causal layer of a transformer decoder (Vaswani et al. 2017, arXiv:1706.03762, section 3.1): (T, D) -> (T, D).
+    """One causal layer of a transformer decoder: (T, D) -> (T, D).
 
-    A position sees itself and those before it; with a memory_width also all of a memory: forward(x, memory).
+    Each position attends to itself and to earlier positions; with memory_width, forward(x, memory)
+    also attends to all of a memory (Vaswani et al. 2017, arXiv:1706.03762, section 3.1).
 
     Args:
-        heads: attentions side by side; must divide D.
+        heads: number of attention heads; must divide D.
         expansion: hidden features of the two linear layers, per feature of the sequence.
         activation: between the two linear layers.
-        norm: of each position.
-        norm_first: norm each branch's input (Xiong et al. 2020, arXiv:2002.04745); false: each sum, as in 2017.
+        norm: normalization of each position.
+        norm_first: normalize the input of each branch (Xiong et al. 2020, arXiv:2002.04745); false:
+            normalize each sum, as in the original paper.
         dropout: probability of zeroing attention weights, hidden features and each branch.
         dropout_kind: how hidden features and branches are dropped.
-        memory_width: features of the memory to attend to, such as an encoder's output; null: no memory.
+        memory_width: features of the memory, such as the output of an encoder; null: no memory.
     """
     shapes.expect(in_shape, "(T, D)", "transformer_decoder")
-    rest = {"causal": True, "memory_width": memory_width}
     return TransformerLayer(
-        in_shape, heads, expansion, activation, norm, norm_first, dropout, dropout_kind, **rest
+        in_shape,
+        heads,
+        expansion,
+        activation,
+        norm,
+        norm_first,
+        dropout,
+        dropout_kind,
+        causal=True,
+        memory_width=memory_width,
     )
 
 
 @blocks.register("mlp_mixer")
 class MLPMixer(nn.Module):
-    """Two linear layers across positions, then two across features, each x + mlp(norm(x)): (T, D) -> (T, D).
+    """Two linear layers across positions, then two across features: (T, D) -> (T, D).
 
-    Tolstikhin et al. 2021, arXiv:2105.01601, equation 1.
+    Each step is x + mlp(norm(x)) (Tolstikhin et al. 2021, arXiv:2105.01601, equation 1).
     """
 
     def __init__(
@@ -316,27 +331,46 @@ class MLPMixer(nn.Module):
             token_width: hidden features of the step across positions.
             width: hidden features of the step across features.
             activation: between two linear layers.
-            norm: of each position, before each step.
-            dropout: probability of zeroing, after each linear layer.
+            norm: normalization of each position before each step.
+            dropout: probability of zeroing after each linear layer.
             dropout_kind: how features are dropped.
         """
         super().__init__()
         steps, features = shapes.expect(in_shape, "(T, D)", "mlp_mixer")
-        rest = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}
+        settings = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}
         self.norm = norm((features,))
-        self.tokens = mixing((features, steps), token_width, **rest)
-        self.features = blocks.build("residual_mlp", in_shape, width=width, norm=norm, **rest)
+        self.tokens = two_linear_layers((features, steps), token_width, **settings)
+        self.features = blocks.build("residual_mlp", in_shape, width=width, norm=norm, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
         return self.features(mixed)
 
 
-def mixing(
-    shape: Shape, width: int, activation: Activation, dropout: float, dropout_kind: Dropout
+def two_linear_layers(
+    shape: Shape,
+    hidden: int,
+    activation: Activation,
+    dropout: float,
+    dropout_kind: Dropout,
+    last_dropout: float | None = None,
 ) -> nn.Sequential:
-    """Return two linear layers over the last axis of `shape`, which they keep."""
-    rest = {"dropout": dropout, "dropout_kind": dropout_kind}
-    first = blocks.maker("linear", width=width, activation=activation, **rest)
-    second = blocks.maker("linear", width=shape[-1], activation=None, **rest)
-    return nn.Sequential(*shapes.build_chain([first, second], shape)[0])
+    """Return two linear layers that keep `shape`, with `hidden` features between them.
+
+    Args:
+        dropout: after both layers, or only after the first one if `last_dropout` is 0.
+    """
+    if last_dropout is None:
+        last_dropout = dropout
+    first = blocks.maker(
+        "linear", width=hidden, activation=activation, dropout=dropout, dropout_kind=dropout_kind
+    )
+    second = blocks.maker(
+        "linear",
+        width=shape[-1],
+        activation=None,
+        dropout=last_dropout,
+        dropout_kind=dropout_kind,
+    )
+    modules, _ = shapes.build_chain([first, second], shape)
+    return nn.Sequential(*modules)

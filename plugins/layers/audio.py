@@ -1,11 +1,11 @@
-"""Features of sound as blocks, so that a model takes waveforms; SpecAugment; and pictures of what a model hears.
+"""Audio features as blocks, so that a model takes waveforms; SpecAugment; images of the features.
 
-Waveforms and features follow the convention of `sequence.py` here: (channels + 1, length), the last channel being
-the mask.
+Waveforms and features follow the convention of `layers/sequence.py`: (channels + 1, length), the
+last channel being the mask.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +34,20 @@ WAVEFORM = "a waveform with its mask (channels+1, samples)"
 
 
 class LogMel(nn.Module):
-    """Waveforms (batch, channels + 1, samples) to log energies of mel bands (batch, mels + 1, frames)."""
+    """Log energies of mel bands: (batch, channels + 1, samples) -> (batch, mels + 1, frames)."""
 
     def __init__(self, window: Tensor, filters: Tensor, hop: int, floor: float):
         super().__init__()
-        self.hop, self.floor = hop, floor
+        self.hop = hop
+        self.floor = floor
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = (x[:, -1:] > 0).to(x.dtype)
         wave = (x[:, :-1].mean(1, keepdim=True) * mask).squeeze(1)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # half the bits are too few for energies before the logarithm
+        # Half precision is too coarse for energies before the logarithm.
+        with torch.autocast(x.device.type, enabled=False):
             n_fft = 2 * (self.filters.shape[1] - 1)
             spectrum = torch.stft(
                 wave,
@@ -60,7 +60,7 @@ class LogMel(nn.Module):
             )
             power = torch.view_as_real(spectrum).square().sum(-1)
             energies = (self.filters @ power).clamp(min=self.floor).log()
-        mask = mask[:, :, :: self.hop]  # a frame is what its middle sample is
+        mask = mask[:, :, :: self.hop]  # a frame is real if its middle sample is real
         return torch.cat([energies[:, :, : mask.shape[2]] * mask, mask], dim=1)
 
 
@@ -78,30 +78,34 @@ def log_mel(
     high_hz: PositiveFloat | None = None,
     floor: PositiveFloat = 1e-6,
 ) -> nn.Module:
-    """ln max(floor, energy) in overlapping triangles on the mel scale, of the short-time spectrum of a waveform.
+    """Logarithm of the energy in mel bands: ln max(floor, energy), for each frame of a waveform.
 
-    (channels + 1, samples) -> (mels + 1, frames), a frame every hop, about its first sample; channels are averaged.
-    Energy is the squared magnitude of the windowed Fourier transform, zeros beyond the ends.
+    (channels + 1, samples) -> (mels + 1, frames). Channels are averaged. Frame t is centered at
+    sample t * hop. The energy of a band is the squared magnitude of the windowed Fourier transform,
+    weighted by a triangle on the mel scale. The waveform is zero-padded at both ends.
 
     Args:
-        sample_rate: samples a second; must be that of the data.
-        mels: triangles.
-        window_ms: milliseconds that a frame looks at.
-        hop_ms: milliseconds from frame to frame.
-        n_fft: points of the transform, an even number; null: the power of two that holds the window.
-        window: its form.
-        scale: slaney: 3 f / 200 mels up to 1 kHz, logarithmic above, triangles of one area (Slaney 1998, Auditory
-            Toolbox, report 1998-010); htk: 2595 log10(1 + f / 700), triangles of height 1 (HTK Book, 5.4).
-        low_hz: where the first triangle begins.
-        high_hz: where the last one ends; null: half the sample rate.
-        floor: the least energy; what is below counts as silence.
+        sample_rate: samples per second; must be that of the data.
+        mels: number of mel bands.
+        window_ms: length of the window in milliseconds.
+        hop_ms: step between frames in milliseconds.
+        n_fft: length of the Fourier transform, an even number; null: the smallest power of two that
+            is not below the window.
+        window: window function.
+        scale: slaney: 3 f / 200 mels up to 1 kHz, logarithmic above, triangles of equal area
+            (Slaney 1998, Auditory Toolbox, report 1998-010); htk: 2595 log10(1 + f / 700),
+            triangles of height 1 (HTK Book, 5.4).
+        low_hz: lower end of the first band.
+        high_hz: upper end of the last band; null: half the sample rate.
+        floor: lower bound of the energy.
     """
     shapes.expect(in_shape, "(channels+1, samples)", "log_mel")
     if in_shape[0] < 2:
         raise BuildError(
-            f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel beside the mask"
+            f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel besides the mask"
         )
-    length, hop = round(window_ms * sample_rate / 1000), round(hop_ms * sample_rate / 1000)
+    length = round(window_ms * sample_rate / 1000)
+    hop = round(hop_ms * sample_rate / 1000)
     n_fft = n_fft or 2 ** math.ceil(math.log2(max(length, 2)))
     high_hz = high_hz or sample_rate / 2
     check_frames(sample_rate, length, hop, n_fft, low_hz, high_hz)
@@ -113,26 +117,31 @@ def log_mel(
 def check_frames(
     sample_rate: int, length: int, hop: int, n_fft: int, low_hz: float, high_hz: float
 ) -> None:
-    """Raise BuildError for frames and bands that cannot be."""
+    """Raise BuildError for impossible frames or bands."""
     if length < 1 or hop < 1:
         raise BuildError(
-            f"log_mel: window_ms and hop_ms must be a sample at least, {1000 / sample_rate:g} ms"
+            f"log_mel: window_ms and hop_ms: expected one sample or more, {1000 / sample_rate:g} ms"
         )
     if n_fft < length or n_fft % 2:
         raise BuildError(
-            f"log_mel: n_fft={n_fft} must be even, and hold the window of {length} samples"
+            f"log_mel: n_fft={n_fft}: expected an even number not below the window of {length}"
+            " samples"
         )
     if not low_hz < high_hz <= sample_rate / 2:
         raise BuildError(
-            f"log_mel: bands from low_hz={low_hz:g} to high_hz={high_hz:g} must lie, in this order, below half of "
-            f"sample_rate={sample_rate}"
+            f"log_mel: expected low_hz < high_hz <= sample_rate / 2, got low_hz={low_hz:g},"
+            f" high_hz={high_hz:g}, sample_rate={sample_rate}"
         )
 
 
 def mel_filters(
     sample_rate: int, n_fft: int, mels: int, scale: Scale, low_hz: float, high_hz: float
 ) -> Tensor:
-    """Return the triangles over the bins of a spectrum, (mels, n_fft / 2 + 1). Raises BuildError for an empty one."""
+    """Return the triangles over the bins of a spectrum, (mels, n_fft / 2 + 1).
+
+    Raises:
+        BuildError: a triangle contains no bin.
+    """
     ends = torch.tensor([low_hz, high_hz], dtype=torch.float64)
     low, high = hz_to_mel(ends, scale).tolist()
     corners = mel_to_hz(torch.linspace(low, high, mels + 2, dtype=torch.float64), scale)
@@ -143,21 +152,22 @@ def mel_filters(
     empty = int((filters.amax(1) == 0).sum())
     if empty:
         raise BuildError(
-            f"log_mel: {empty} of {mels} mels fall between the points of n_fft={n_fft}; take fewer mels"
+            f"log_mel: {empty} of mels={mels} bands contain no frequency bin of n_fft={n_fft};"
+            " reduce mels"
         )
     if scale == "slaney":
         filters *= (2 / (corners[2:] - corners[:-2]))[:, None]
     return filters.float()
 
 
-BREAK_HZ, BREAK_MEL, LOG_STEP = (
-    1000.0,
-    15.0,
-    math.log(6.4) / 27,
-)  # of Slaney's scale: linear below, logarithmic above
+# The mel scale of Slaney is linear below this frequency and logarithmic above.
+BREAK_HZ = 1000.0
+BREAK_MEL = 15.0
+LOG_STEP = math.log(6.4) / 27
 
 
 def hz_to_mel(hz: Tensor, scale: Scale) -> Tensor:
+    """Convert frequencies to mels."""
     if scale == "htk":
         return 2595 * torch.log10(1 + hz / 700)
     above = BREAK_MEL + (hz.clamp(min=BREAK_HZ) / BREAK_HZ).log() / LOG_STEP
@@ -165,6 +175,7 @@ def hz_to_mel(hz: Tensor, scale: Scale) -> Tensor:
 
 
 def mel_to_hz(mel: Tensor, scale: Scale) -> Tensor:
+    """Convert mels to frequencies."""
     if scale == "htk":
         return 700 * (10 ** (mel / 2595) - 1)
     above = BREAK_HZ * ((mel - BREAK_MEL) * LOG_STEP).exp()
@@ -172,7 +183,7 @@ def mel_to_hz(mel: Tensor, scale: Scale) -> Tensor:
 
 
 class Cepstrum(nn.Module):
-    """The first coefficients of the cosine transform of log energies, at each frame."""
+    """The first coefficients of the cosine transform (DCT-II) of log energies, for each frame."""
 
     def __init__(self, mels: int, coefficients: int):
         super().__init__()
@@ -200,39 +211,51 @@ def mfcc(
     high_hz: PositiveFloat | None = None,
     floor: PositiveFloat = 1e-6,
 ) -> nn.Module:
-    """Mel-frequency cepstral coefficients: the orthonormal cosine transform (DCT-II) of `log_mel` at each frame.
+    """Mel-frequency cepstral coefficients: the orthonormal DCT-II of `log_mel` for each frame.
 
-    (channels + 1, samples) -> (coefficients + 1, frames) (Davis & Mermelstein 1980). Without a lifter.
+    (channels + 1, samples) -> (coefficients + 1, frames) (Davis & Mermelstein 1980). There is no
+    liftering.
 
     Args:
-        sample_rate: samples a second; must be that of the data.
-        coefficients: how many, from number 0 (the mean level) on; at most mels.
-        mels: triangles of the spectrum.
-        window_ms: milliseconds that a frame looks at.
-        hop_ms: milliseconds from frame to frame.
-        n_fft: points of the transform, an even number; null: the power of two that holds the window.
-        window: its form.
-        scale: of the triangles, see log_mel.
-        low_hz: where the first triangle begins.
-        high_hz: where the last one ends; null: half the sample rate.
-        floor: the least energy; what is below counts as silence.
+        sample_rate: samples per second; must be that of the data.
+        coefficients: number of coefficients, counted from 0 (the mean level); at most mels.
+        mels: number of mel bands.
+        window_ms: length of the window in milliseconds.
+        hop_ms: step between frames in milliseconds.
+        n_fft: length of the Fourier transform, an even number; null: the smallest power of two that
+            is not below the window.
+        window: window function.
+        scale: mel scale, see log_mel.
+        low_hz: lower end of the first band.
+        high_hz: upper end of the last band; null: half the sample rate.
+        floor: lower bound of the energy.
     """
     if coefficients > mels:
-        raise BuildError(
-            f"mfcc: {mels} mels have no {coefficients} coefficients; take at most as many"
-        )
-    spectrum = {"window_ms": window_ms, "hop_ms": hop_ms, "n_fft": n_fft, "window": window}
-    bands = {"mels": mels, "scale": scale, "low_hz": low_hz, "high_hz": high_hz, "floor": floor}
-    energies = blocks.build("log_mel", in_shape, sample_rate=sample_rate, **spectrum, **bands)
+        raise BuildError(f"mfcc: coefficients={coefficients}: expected at most mels={mels}")
+    energies = blocks.build(
+        "log_mel",
+        in_shape,
+        sample_rate=sample_rate,
+        mels=mels,
+        window_ms=window_ms,
+        hop_ms=hop_ms,
+        n_fft=n_fft,
+        window=window,
+        scale=scale,
+        low_hz=low_hz,
+        high_hz=high_hz,
+        floor=floor,
+    )
     return nn.Sequential(energies, Cepstrum(mels, coefficients))
 
 
 @blocks.register("spec_augment")
 class SpecAugment(nn.Module):
-    """In training, some bands of frequency and stretches of time of each sample become 0.
+    """Set random bands of channels and stretches of frames of each sample to 0 in training.
 
-    Time and frequency masking of Park et al. 2019, arXiv:1904.08779, section 2 (without the time warping, which they
-    found to matter least): a width drawn from 0 to its limit, then the place. 0 is the mean after `masked_norm`.
+    Time and frequency masking of Park et al. 2019, arXiv:1904.08779, section 2 (without the time
+    warping, which they found to matter least): a width drawn from 0 to its limit, then the place. 0
+    is the mean after `masked_norm`.
     """
 
     def __init__(
@@ -244,47 +267,52 @@ class SpecAugment(nn.Module):
         time_width: NonNegativeInt = 25,
         time_share: Fraction = 0.2,
     ):
-        """Keep the limits.
+        """Store the settings.
 
         Args:
-            frequency_masks: bands.
-            frequency_width: channels of a band, at most (the paper's F).
-            time_masks: stretches.
-            time_width: frames of a stretch, at most (the paper's T).
-            time_share: share of the sample's real frames that a stretch has, at most (the paper's p).
+            frequency_masks: number of bands.
+            frequency_width: largest number of channels of a band (F in the paper).
+            time_masks: number of stretches.
+            time_width: largest number of frames of a stretch (T in the paper).
+            time_share: largest fraction of the real frames of the sample in a stretch (p in the
+                paper).
         """
         super().__init__()
         shapes.expect(in_shape, "(C+1, L)", "spec_augment")
-        self.frequency_masks, self.frequency_width = frequency_masks, frequency_width
-        self.time_masks, self.time_width, self.time_share = time_masks, time_width, time_share
+        self.frequency_masks = frequency_masks
+        self.frequency_width = frequency_width
+        self.time_masks = time_masks
+        self.time_width = time_width
+        self.time_share = time_share
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        values, mask = x[:, :-1], x[:, -1:]
+        values = x[:, :-1]
+        mask = x[:, -1:]
         channels = torch.full((len(x), 1), float(values.shape[1]), device=x.device)
         frames = (mask > 0).sum(2).to(channels.dtype)
         widest = (self.time_share * frames).floor().clamp(max=self.time_width)
-        bands = draw_bands(
-            self.frequency_masks,
-            channels.clamp(max=self.frequency_width),
-            channels,
-            values.shape[1],
-        )
+        widest_band = channels.clamp(max=self.frequency_width)
+        bands = draw_bands(self.frequency_masks, widest_band, channels, values.shape[1])
         stretches = draw_bands(self.time_masks, widest, frames, values.shape[2])
         hidden = bands.unsqueeze(2) | stretches.unsqueeze(1)
         return torch.cat([values.masked_fill(hidden, 0.0), mask], dim=1)
 
 
 def draw_bands(count: int, widest: Tensor, size: Tensor, positions: int) -> Tensor:
-    """Return for each sample which of its positions lie in one of `count` bands drawn for it, (batch, positions).
+    """Draw bands for each sample and return the mask of their positions, (batch, positions).
 
-    widest, size: (batch, 1): the greatest width of a band, and of how many positions it is drawn.
+    Args:
+        count: number of bands of a sample.
+        widest: the largest width of a band, (batch, 1).
+        size: the number of positions from which a band is drawn, (batch, 1).
+        positions: the size of the masked axis.
     """
-    width = (
-        (torch.rand(len(size), count, device=size.device) * (widest + 1)).floor().minimum(widest)
-    )
-    start = (torch.rand(len(size), count, device=size.device) * (size - width + 1)).floor()
+    width = torch.rand(len(size), count, device=size.device) * (widest + 1)
+    width = width.floor().minimum(widest)
+    start = torch.rand(len(size), count, device=size.device) * (size - width + 1)
+    start = start.floor()
     position = torch.arange(positions, device=size.device)
     inside = (position >= start.unsqueeze(2)) & (position < (start + width).unsqueeze(2))
     return inside.any(1)
@@ -292,39 +320,41 @@ def draw_bands(count: int, widest: Tensor, size: Tensor, positions: int) -> Tens
 
 @callbacks.register("spectrograms")
 class Spectrograms(Callback):
-    """Shows the log-mel pictures of some validation samples, framed green where the model is right, red where not.
+    """Logs spectrograms of validation samples, framed green if predicted correctly, else red.
 
-    With them goes a table of what they are and what they are taken for. The features are those of the model's own
-    log_mel or mfcc block; without one, its inputs.
+    A table lists their true and predicted classes. The features are the output of the log_mel or
+    mfcc block of the model; without such a block, its inputs.
     """
 
     changes_training = False
 
     def __init__(self, samples: PositiveInt = 8, every: Every = "1epoch"):
-        """Say how many, and how often.
+        """Store the settings.
 
         Args:
-            samples: how many, at even distances in the validation split.
-            every: how often.
+            samples: number of samples, evenly spaced in the validation split.
+            every: how often they are logged.
         """
-        self.samples, self.cadence = samples, Cadence(every)
+        self.samples = samples
+        self.cadence = Cadence(every)
 
     def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)
 
     def show(self, trainer: Context) -> None:
-        chosen = validation_samples(trainer, self.samples)
-        if chosen is None:
+        samples = validation_samples(trainer, self.samples)
+        if samples is None:
             return
-        inputs, targets = chosen
-        features, outputs = heard(trainer.model, inputs.to(trainer.device))
-        probability, found = outputs.float().cpu().softmax(1).max(1)
-        pictures = torch.stack(
-            [framed(*each) for each in zip(features.cpu(), found == targets, strict=True)]
-        )
+        inputs, targets = samples
+        features, outputs = features_and_outputs(trainer.model, inputs.to(trainer.device))
+        probability, predicted = outputs.float().cpu().softmax(1).max(1)
+        images = []
+        for feature, correct in zip(features.cpu(), predicted == targets, strict=True):
+            images.append(framed_image(feature, bool(correct)))
+        pictures = torch.stack(images)
         table = predictions_table(
-            targets.tolist(), found.tolist(), probability.tolist(), class_names(trainer.folder)
+            targets.tolist(), predicted.tolist(), probability.tolist(), class_names(trainer.folder)
         )
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
@@ -332,27 +362,35 @@ class Spectrograms(Callback):
 
 
 def validation_samples(trainer: Context, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return inputs (rows, channels + 1, length) and classes of some validation samples; None where there are none."""
+    """Return inputs (rows, channels + 1, length) and classes of evenly spaced validation samples.
+
+    Returns:
+        None without a validation split, or if its samples are no sequences with classes.
+    """
     batches = trainer.val_batches
     if not isinstance(batches, Loader):
         return None
     size = len(batches.split)
-    rows = [batches.split[row] for row in range(0, size, -(-size // count))]
-    inputs, targets = (torch.stack([torch.as_tensor(row[n]) for row in rows]) for n in (0, 1))
-    return (
-        (inputs, targets)
-        if inputs.ndim == 3 and targets.ndim == 1 and not targets.is_floating_point()
-        else None
-    )
+    input_rows = []
+    target_rows = []
+    for row in range(0, size, math.ceil(size / count)):
+        sample = batches.split[row]
+        input_rows.append(torch.as_tensor(sample[0]))
+        target_rows.append(torch.as_tensor(sample[1]))
+    inputs = torch.stack(input_rows)
+    targets = torch.stack(target_rows)
+    if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    return inputs, targets
 
 
-def heard(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features that the model makes of its inputs, and its outputs."""
-    features = [inputs]
-    front = next((module for module in model.modules() if isinstance(module, LogMel)), None)
-    if front is None:
+def features_and_outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output of the LogMel module of the model, or its inputs, and its outputs."""
+    log_mel = next((module for module in model.modules() if isinstance(module, LogMel)), None)
+    if log_mel is None:
         return inputs, shapes.dry_run(model, inputs)
-    hook = front.register_forward_hook(lambda module, given, output: features.append(output))
+    features = []
+    hook = log_mel.register_forward_hook(lambda module, args, output: features.append(output))
     try:
         outputs = shapes.dry_run(model, inputs)
     finally:
@@ -360,31 +398,35 @@ def heard(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return features[-1], outputs
 
 
-def framed(features: Tensor, right: Any) -> Tensor:
-    """Return features (channels + 1, frames) as a picture, low frequencies below, in a frame of green or red."""
-    values, real = features[:-1].float(), features[-1] > 0
-    low, high = values[:, real].aminmax() if real.any() else (values.min(), values.max())
+def framed_image(features: Tensor, correct: bool) -> Tensor:
+    """Return features (channels + 1, frames) as an image with a green or red frame.
+
+    Low frequencies are at the bottom; each band has two rows.
+    """
+    values = features[:-1].float()
+    real = features[-1] > 0
+    shown = values[:, real] if real.any() else values
+    low, high = shown.aminmax()
     grey = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
-    picture = nn.functional.pad(grey.repeat_interleave(2, 0).expand(3, -1, -1), [3, 3, 3, 3])
-    border = (
-        nn.functional.pad(torch.zeros_like(picture[0, 3:-3, 3:-3]), [3, 3, 3, 3], value=1.0) > 0
-    )
-    color = torch.tensor([0.2, 0.7, 0.2] if right else [0.9, 0.1, 0.1])
-    return torch.where(border, color[:, None, None], picture)
+    rgb = grey.repeat_interleave(2, 0).expand(3, -1, -1)
+    color = torch.tensor([0.2, 0.7, 0.2] if correct else [0.9, 0.1, 0.1])
+    frame = 3
+    _, height, width = rgb.shape
+    image = color[:, None, None].repeat(1, height + 2 * frame, width + 2 * frame)
+    image[:, frame:-frame, frame:-frame] = rgb
+    return image
 
 
 def predictions_table(
-    targets: list[int], found: list[int], probability: list[float], names: list[str]
+    targets: list[int], predicted: list[int], probability: list[float], names: list[str]
 ) -> str:
-    """Return a table in markdown: what each sample is, and what it is taken for."""
+    """Return a markdown table of the true and the predicted class of each sample."""
 
     def name(index: int) -> str:
         return names[index] if index < len(names) else str(index)
 
-    rows = [
-        f"| {number} | {name(target)} | {name(guess)} | {share:.2f} |"
-        for number, (target, guess, share) in enumerate(
-            zip(targets, found, probability, strict=True), 1
-        )
-    ]
-    return "\n".join(["| sample | is | taken for | probability |", "|---|---|---|---|", *rows])
+    lines = ["| sample | is | taken for | probability |", "|---|---|---|---|"]
+    rows = zip(targets, predicted, probability, strict=True)
+    for number, (target, guess, share) in enumerate(rows, 1):
+        lines.append(f"| {number} | {name(target)} | {name(guess)} | {share:.2f} |")
+    return "\n".join(lines)

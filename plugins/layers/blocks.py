@@ -1,5 +1,6 @@
-"""Blocks for any shape: linear layers, residual connections, other kinds of part as blocks, changes of shape."""
+"""Blocks for any shape: linear layers, residual connections, other parts as blocks, reshaping."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,15 +33,15 @@ def linear(
 ) -> nn.Sequential:
     """Linear layer over the last axis, then norm, activation and dropout.
 
-    (D,) -> (width,), or (T, D) -> (T, width), each position alike.
+    (D,) -> (width,), or (T, D) -> (T, width) at each position.
 
     Args:
         width: output features.
-        activation: what follows the norm; null for none.
-        norm: what follows the linear map; null for none.
+        activation: after the norm; null for none.
+        norm: after the linear layer; null for none.
         dropout: probability of zeroing an output.
         dropout_kind: how outputs are dropped.
-        bias: whether the linear map has one.
+        bias: add a learned bias.
     """
     features = shapes.expect(in_shape, "(D,) or (T, D)", "linear", "put `flatten` before it")[-1]
     layers = nn.Sequential()
@@ -59,7 +60,8 @@ class Residual(nn.Module):
 
     def __init__(self, body: nn.Module, skip: nn.Module):
         super().__init__()
-        self.body, self.skip = body, skip
+        self.body = body
+        self.skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.body(x)
@@ -72,22 +74,22 @@ def residual(
     activation: Activation | None = None,
     norm: Norm | None = None,
 ) -> nn.Module:
-    """Skip connection around blocks: x + blocks(x), with a projection of x where the blocks change the shape.
+    """Skip connection around blocks: x + blocks(x), or projection(x) + blocks(x).
 
-    The projection is linear over the last axis where only that changes, (D,) or (T, D); otherwise a convolution of
-    size 1, strided where the blocks shrink the signal (He et al. 2016, arXiv:1512.03385, section 3.3, option B).
+    A projection is used where the blocks change the shape: linear over the last axis if only that
+    one changes, (D,) or (T, D); otherwise a convolution of size 1, strided if the blocks shrink the
+    signal (He et al. 2016, arXiv:1512.03385, section 3.3, option B).
 
     Args:
         blocks: the residual branch.
-        activation: what follows the sum.
-        norm: what follows the projection, if there is one.
+        activation: after the sum; null for none.
+        norm: after the projection; null for none.
     """
     modules, out_shape = shapes.build_chain(blocks, in_shape)
     skip = nn.Sequential(*projection(tuple(in_shape), out_shape))
     if norm is not None and len(skip):
-        skip.add_module(
-            "norm", norm(out_shape[-1:] if isinstance(skip[0], nn.Linear) else out_shape)
-        )
+        linear_skip = isinstance(skip[0], nn.Linear)
+        skip.add_module("norm", norm(out_shape[-1:] if linear_skip else out_shape))
     layers = nn.Sequential(Residual(nn.Sequential(*modules), skip))
     if activation is not None:
         layers.add_module("activation", activation())
@@ -95,22 +97,30 @@ def residual(
 
 
 def projection(in_shape: Shape, out_shape: Shape) -> list[nn.Module]:
-    """Return what makes `out_shape` of `in_shape`: nothing, a linear map, or a strided convolution of size 1."""
+    """Return the layers that map `in_shape` to `out_shape`: none, or one linear or convolution.
+
+    Raises:
+        BuildError: no linear map or strided convolution of size 1 does it.
+    """
     if in_shape == out_shape:
         return []
     if len(in_shape) == len(out_shape) <= 2 and in_shape[:-1] == out_shape[:-1]:
         return [nn.Linear(in_shape[-1], out_shape[-1], bias=False)]
-    strides = tuple(
-        -(-size // smaller) for size, smaller in zip(in_shape[1:], out_shape[1:], strict=False)
-    )
-    shrunk = tuple(-(-size // stride) for size, stride in zip(in_shape[1:], strides, strict=False))
+    strides = []
+    strided_sizes = []
+    for size, out_size in zip(in_shape[1:], out_shape[1:], strict=False):
+        stride = math.ceil(size / out_size)
+        strides.append(stride)
+        strided_sizes.append(math.ceil(size / stride))
     convolution = {2: nn.Conv1d, 3: nn.Conv2d}.get(len(in_shape))
-    if convolution is None or len(in_shape) != len(out_shape) or shrunk != out_shape[1:]:
+    same_rank = len(in_shape) == len(out_shape)
+    if convolution is None or not same_rank or tuple(strided_sizes) != out_shape[1:]:
         raise BuildError(
-            f"residual cannot add its input {in_shape} to what its blocks give, {out_shape}: they may change the "
-            f"number of features or channels, and shrink a signal or image by a whole factor"
+            f"residual cannot add its input {in_shape} to the output {out_shape} of its blocks:"
+            " they may change the number of features or channels, and shrink a signal or image by"
+            " an integer factor"
         )
-    return [convolution(in_shape[0], out_shape[0], 1, strides, bias=False)]
+    return [convolution(in_shape[0], out_shape[0], 1, tuple(strides), bias=False)]
 
 
 @blocks.register("residual_mlp")
@@ -129,17 +139,18 @@ def residual_mlp(
     Args:
         width: hidden features; the output has as many as the input.
         activation: between the two linear layers.
-        norm: of the branch's input; null for none.
-        dropout: probability of zeroing, after each linear layer.
+        norm: normalization of the input of the branch; null for none.
+        dropout: probability of zeroing after each linear layer.
         dropout_kind: how outputs are dropped.
     """
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", "put `flatten` before it")[
-        -1
-    ]
-    rest = {"dropout": dropout, "dropout_kind": dropout_kind}
-    branch = [] if norm is None else [blocks.maker("norm", norm=norm, features="last")]
-    branch.append(blocks.maker("linear", width=width, activation=activation, **rest))
-    branch.append(blocks.maker("linear", width=features, activation=None, **rest))
+    advice = "put `flatten` before it"
+    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", advice)[-1]
+    drop = {"dropout": dropout, "dropout_kind": dropout_kind}
+    branch = []
+    if norm is not None:
+        branch.append(blocks.maker("norm", norm=norm, features="last"))
+    branch.append(blocks.maker("linear", width=width, activation=activation, **drop))
+    branch.append(blocks.maker("linear", width=features, activation=None, **drop))
     return blocks.build("residual", in_shape, blocks=branch)
 
 
@@ -148,7 +159,7 @@ def activation(activation: Activation = "relu") -> nn.Module:
     """An activation as a block.
 
     Args:
-        activation: which one.
+        activation: the activation.
     """
     return activation()
 
@@ -160,8 +171,8 @@ def norm(
     """A norm as a block.
 
     Args:
-        norm: which one.
-        features: the features' axis: the first of (C, L) and (C, H, W), the last of (T, D).
+        norm: the norm.
+        features: the axis of the features: first for (C, L) and (C, H, W), last for (T, D).
     """
     return norm(in_shape[-1:] if features == "last" else in_shape)
 
@@ -172,7 +183,7 @@ def dropout(p: Rate = 0.5, kind: Dropout = "dropout") -> nn.Module:
 
     Args:
         p: probability of zeroing.
-        kind: what is dropped, and how.
+        kind: the kind of dropout.
     """
     return kind(p)
 
@@ -182,19 +193,19 @@ blocks.register("flatten", nn.Flatten, hide=["start_dim", "end_dim"])
 
 @blocks.register("reshape")
 class Reshape(nn.Module):
-    """The same numbers in another shape."""
+    """Change the shape of a sample."""
 
     def __init__(self, in_shape: Shape, shape: Sequence[int] = (-1,)):
-        """Check that the numbers fit.
+        """Check that both shapes have the same number of elements.
 
         Args:
-            shape: the new shape without the batch axis; one size may be -1, the rest.
+            shape: the new shape without the batch axis; one size may be -1, which is inferred.
         """
         super().__init__()
         try:
             self.shape = torch.empty(in_shape, device="meta").reshape(tuple(shape)).shape
         except RuntimeError:
-            raise BuildError(f"reshape cannot make {tuple(shape)} of {tuple(in_shape)}") from None
+            raise BuildError(f"reshape: {tuple(in_shape)} does not fit {tuple(shape)}") from None
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(-1, *self.shape)
@@ -202,10 +213,10 @@ class Reshape(nn.Module):
 
 @blocks.register("permute")
 class Permute(nn.Module):
-    """The axes of a sample in another order: (C, L) -> (L, C) makes a sequence of a signal, and back."""
+    """Reorder the axes of a sample: by default (C, L) -> (L, C), from a signal to a sequence."""
 
     def __init__(self, in_shape: Shape, axes: Sequence[int] = (1, 0)):
-        """Check that each axis comes once.
+        """Check that `axes` names each axis once.
 
         Args:
             axes: the axes of a sample, counted from 0 without the batch axis, in their new order.
@@ -213,7 +224,7 @@ class Permute(nn.Module):
         super().__init__()
         if sorted(axes) != list(range(len(in_shape))):
             raise BuildError(
-                f"permute expects each axis of {tuple(in_shape)} once, gets {list(axes)}"
+                f"permute: axes={list(axes)}: expected each axis of {tuple(in_shape)} once"
             )
         self.axes = (0, *(axis + 1 for axis in axes))
 

@@ -1,4 +1,4 @@
-"""Blocks for signals (C, L) and images (C, H, W): convolutions, residual blocks, channel attention, pooling."""
+"""Blocks for signals (C, L) and images (C, H, W): convolutions, residual blocks, pooling."""
 
 from typing import Literal
 
@@ -38,14 +38,14 @@ def conv1d(
 
     Args:
         channels: output channels.
-        kernel_size: taps.
+        kernel_size: length of the kernel.
         stride: step between outputs.
         padding: zeros at each end; same: L' is L / stride, rounded up for an odd kernel_size.
-        dilation: distance of the taps.
-        groups: groups of channels that do not see each other; must divide both numbers of channels.
-        activation: what follows the norm; null for none.
-        norm: what follows the convolution; null for none.
-        bias: whether the convolution has one.
+        dilation: distance between kernel elements.
+        groups: number of groups of connected channels; must divide both numbers of channels.
+        activation: after the norm; null for none.
+        norm: after the convolution; null for none.
+        bias: add a learned bias.
     """
     in_channels, _ = shapes.expect(in_shape, "(C, L)", "conv1d")
     check_groups("conv1d", in_channels, channels, groups)
@@ -74,11 +74,11 @@ def conv2d(
         kernel_size: height and width of the kernel.
         stride: step between outputs.
         padding: zeros at each side; same: H' is H / stride, rounded up for an odd kernel_size.
-        dilation: distance of the kernel's points.
-        groups: groups of channels that do not see each other; must divide both numbers of channels.
-        activation: what follows the norm; null for none.
-        norm: what follows the convolution; null for none.
-        bias: whether the convolution has one.
+        dilation: distance between kernel elements.
+        groups: number of groups of connected channels; must divide both numbers of channels.
+        activation: after the norm; null for none.
+        norm: after the convolution; null for none.
+        bias: add a learned bias.
     """
     in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "conv2d")
     check_groups("conv2d", in_channels, channels, groups)
@@ -87,15 +87,20 @@ def conv2d(
     return convolution(layer, in_shape, activation, norm)
 
 
-def check_groups(who: str, in_channels: int, channels: int, groups: int) -> None:
+def check_groups(name: str, in_channels: int, channels: int, groups: int) -> None:
+    """Raise BuildError if the groups do not divide both numbers of channels."""
     if in_channels % groups or channels % groups:
         raise BuildError(
-            f"{who} cannot split {in_channels} input and {channels} output channels into {groups} groups"
+            f"{name}: groups={groups} does not divide {in_channels} input and {channels} output"
+            " channels"
         )
 
 
 def same(kernel_size: int, stride: int, dilation: int) -> int | str:
-    """Return torch's padding; its "same", which can pad unevenly, is for an even kernel and knows no stride."""
+    """Return the padding for torch such that the output has size / stride.
+
+    An even effective kernel needs uneven padding, which torch offers as "same" for stride 1 only.
+    """
     total = dilation * (kernel_size - 1)
     return "same" if stride == 1 and total % 2 else total // 2
 
@@ -103,6 +108,7 @@ def same(kernel_size: int, stride: int, dilation: int) -> int | str:
 def convolution(
     layer: nn.Module, in_shape: Shape, activation: Activation | None, norm: Norm | None
 ) -> nn.Sequential:
+    """Return the convolution, then a norm and an activation unless they are None."""
     layers = nn.Sequential()
     layers.add_module("conv", layer)
     if norm is not None:
@@ -130,18 +136,19 @@ def basic_block(
         stride: of the first convolution, and of the projection.
         activation: after the first convolution, and after the sum.
         norm: after each convolution; null for none.
-        drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
+        drop_path: probability of skipping the branch for a sample (Huang et al. 2016,
+            arXiv:1603.09382).
     """
     shapes.expect(in_shape, "(C, H, W)", "basic_block")
     rest = {"norm": norm, "bias": norm is None}
     first = blocks.maker("conv2d", channels=channels, stride=stride, activation=activation, **rest)
     second = blocks.maker("conv2d", channels=channels, activation=None, **rest)
-    branch = [first, second, *dropped(drop_path)]
+    branch = [first, second, *drop_path_blocks(drop_path)]
     return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
 
 
-def dropped(probability: float) -> list[Maker]:
-    """Return what ends a residual branch that is left out at random: nothing where it never is."""
+def drop_path_blocks(probability: float) -> list[Maker]:
+    """Return the drop_path block that ends a residual branch, or no block for probability 0."""
     return [blocks.maker("dropout", p=probability, kind="drop_path")] if probability else []
 
 
@@ -155,10 +162,12 @@ def bottleneck(
     norm: Norm | None = "batch",
     drop_path: Rate = 0.0,
 ) -> nn.Module:
-    """1x1, 3x3 and 1x1 convolutions with a skip connection (He et al. 2016, arXiv:1512.03385, figure 5).
+    """1x1, 3x3 and 1x1 convolutions with a skip connection.
 
-    (C, H, W) -> (expansion * channels, H / stride, W / stride), rounded up. The stride is that of the 3x3 convolution,
-    which loses less than a strided 1x1.
+    (C, H, W) -> (expansion * channels, H / stride, W / stride), rounded up (He et al. 2016,
+    arXiv:1512.03385, figure 5). The 3x3 convolution has the stride: a strided 1x1 convolution
+    ignores most of its input.
+    the 3x3 convolution, which loses less than a strided 1x1.
 
     Args:
         channels: channels of the 3x3 convolution.
@@ -166,7 +175,8 @@ def bottleneck(
         expansion: output channels per channel of the 3x3 convolution.
         activation: after the first two convolutions, and after the sum.
         norm: after each convolution; null for none.
-        drop_path: probability of leaving the branch of a sample out (Huang et al. 2016, arXiv:1603.09382).
+        drop_path: probability of skipping the branch for a sample (Huang et al. 2016,
+            arXiv:1603.09382).
     """
     shapes.expect(in_shape, "(C, H, W)", "bottleneck")
     rest = {"norm": norm, "bias": norm is None}
@@ -176,7 +186,7 @@ def bottleneck(
         blocks.maker(
             "conv2d", channels=expansion * channels, kernel_size=1, activation=None, **rest
         ),
-        *dropped(drop_path),
+        *drop_path_blocks(drop_path),
     ]
     return blocks.build("residual", in_shape, blocks=branch, activation=activation, norm=norm)
 
@@ -190,7 +200,9 @@ def depthwise_separable(
     activation: Activation = "relu",
     norm: Norm | None = "batch",
 ) -> nn.Module:
-    """A convolution of each channel by itself, then one of size 1 (Howard et al. 2017, arXiv:1704.04861, section 3.1).
+    """A convolution of each channel separately, then one of size 1.
+
+    Howard et al. 2017, arXiv:1704.04861, section 3.1.
 
     Args:
         channels: output channels.
@@ -201,22 +213,26 @@ def depthwise_separable(
     """
     in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "depthwise_separable")
     rest = {"activation": activation, "norm": norm, "bias": norm is None}
-    depthwise = {
-        "channels": in_channels,
-        "groups": in_channels,
-        "kernel_size": kernel_size,
-        "stride": stride,
-    }
-    first = blocks.build("conv2d", in_shape, **depthwise, **rest)
-    second = blocks.build(
-        "conv2d", shapes.output_shape(first, in_shape), channels=channels, kernel_size=1, **rest
+    depthwise = blocks.build(
+        "conv2d",
+        in_shape,
+        channels=in_channels,
+        groups=in_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        **rest,
     )
-    return nn.Sequential(first, second)
+    shape = shapes.output_shape(depthwise, in_shape)
+    pointwise = blocks.build("conv2d", shape, channels=channels, kernel_size=1, **rest)
+    return nn.Sequential(depthwise, pointwise)
 
 
 @blocks.register("squeeze_excite")
 class SqueezeExcite(nn.Module):
-    """x · sigmoid(W₂ activation(W₁ mean(x))), a gate for each channel (Hu et al. 2018, arXiv:1709.01507, section 3)."""
+    """x · sigmoid(W₂ activation(W₁ mean(x))), a gate for each channel.
+
+    Hu et al. 2018, arXiv:1709.01507, section 3.
+    """
 
     def __init__(
         self, in_shape: Shape, reduction: PositiveInt = 16, activation: Activation = "relu"
@@ -251,12 +267,11 @@ def max_pool(
 
     Args:
         kernel_size: length, or height and width, of the window.
-        stride: step between windows; null: kernel_size, so that they do not overlap.
-        padding: cells added at each side, at most half of kernel_size.
+        stride: step between windows; null: kernel_size (windows do not overlap).
+        padding: positions added at each side, at most half of kernel_size.
     """
-    layer = {2: nn.MaxPool1d, 3: nn.MaxPool2d}[
-        check_window("max_pool", in_shape, kernel_size, padding)
-    ]
+    check_window("max_pool", in_shape, kernel_size, padding)
+    layer = {2: nn.MaxPool1d, 3: nn.MaxPool2d}[len(in_shape)]
     return layer(kernel_size, stride, padding)
 
 
@@ -267,48 +282,47 @@ def avg_pool(
     stride: PositiveInt | None = None,
     padding: NonNegativeInt = 0,
 ) -> nn.Module:
-    """The mean of each window: (C, L) or (C, H, W), smaller by the stride. Cells of padding count as zeros.
+    """The mean of each window: (C, L) or (C, H, W), smaller by the stride; padding counts as zeros.
 
     Args:
         kernel_size: length, or height and width, of the window.
-        stride: step between windows; null: kernel_size, so that they do not overlap.
-        padding: cells added at each side, at most half of kernel_size.
+        stride: step between windows; null: kernel_size (windows do not overlap).
+        padding: positions added at each side, at most half of kernel_size.
     """
-    layer = {2: nn.AvgPool1d, 3: nn.AvgPool2d}[
-        check_window("avg_pool", in_shape, kernel_size, padding)
-    ]
+    check_window("avg_pool", in_shape, kernel_size, padding)
+    layer = {2: nn.AvgPool1d, 3: nn.AvgPool2d}[len(in_shape)]
     return layer(kernel_size, stride, padding)
 
 
-def check_window(who: str, in_shape: Shape, kernel_size: int, padding: int) -> int:
-    """Return the number of axes. Raises BuildError when a window does not fit."""
-    if kernel_size > min(shapes.expect(in_shape, SIGNALS, who)[1:]) + 2 * padding:
-        raise BuildError(f"{who} cannot fit a window of {kernel_size} into {tuple(in_shape)}")
-    return len(in_shape)
+def check_window(name: str, in_shape: Shape, kernel_size: int, padding: int) -> None:
+    """Raise BuildError for another shape than a signal or image, or for a window that is larger."""
+    _, *sizes = shapes.expect(in_shape, SIGNALS, name)
+    if kernel_size > min(sizes) + 2 * padding:
+        raise BuildError(f"{name}: kernel_size={kernel_size} does not fit into {tuple(in_shape)}")
 
 
 @blocks.register("adaptive_avg_pool")
 def adaptive_avg_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
-    """Means of windows chosen so that the output has the given size: (C, L) or (C, H, W).
+    """The means of windows, chosen such that the output has a fixed size: (C, L) or (C, H, W).
 
     Args:
         size: output length, or height and width.
     """
-    return {2: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool2d}[
-        len(shapes.expect(in_shape, SIGNALS, "adaptive_avg_pool"))
-    ](size)
+    shapes.expect(in_shape, SIGNALS, "adaptive_avg_pool")
+    layer = {2: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool2d}[len(in_shape)]
+    return layer(size)
 
 
 @blocks.register("adaptive_max_pool")
 def adaptive_max_pool(in_shape: Shape, size: PositiveInt = 1) -> nn.Module:
-    """Largest values of windows chosen so that the output has the given size: (C, L) or (C, H, W).
+    """The maxima of windows, chosen such that the output has a fixed size: (C, L) or (C, H, W).
 
     Args:
         size: output length, or height and width.
     """
-    return {2: nn.AdaptiveMaxPool1d, 3: nn.AdaptiveMaxPool2d}[
-        len(shapes.expect(in_shape, SIGNALS, "adaptive_max_pool"))
-    ](size)
+    shapes.expect(in_shape, SIGNALS, "adaptive_max_pool")
+    layer = {2: nn.AdaptiveMaxPool1d, 3: nn.AdaptiveMaxPool2d}[len(in_shape)]
+    return layer(size)
 
 
 @blocks.register("global_avg_pool")

@@ -1,4 +1,7 @@
-"""Dropouts: each zeroes at random with probability p in training, keeps the mean, and is the identity in evaluation."""
+"""Dropouts: zero elements at random in training, keep the mean, and do nothing in evaluation.
+
+`p` is the probability of zeroing.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,9 @@ dropouts.register(
 
 @dropouts.register("feature", aliases=["dropout1d", "dropout2d", "spatial"])
 class FeatureDropout(nn.Dropout):
-    """Zero whole channels of (N, C, ...), one draw for each (n, c) (Tompson et al. 2015, arXiv:1411.4280, section 3.2).
+    """Zero whole channels of (N, C, ...), with one random draw for each (n, c).
 
-    On features (N, D) it is plain dropout.
+    On features (N, D) this is plain dropout (Tompson et al. 2015, arXiv:1411.4280, section 3.2).
     """
 
     def __init__(self, p: float):
@@ -29,9 +32,10 @@ class FeatureDropout(nn.Dropout):
 
 @dropouts.register("drop_path", aliases=["stochastic_depth"])
 class DropPath(nn.Dropout):
-    """Zero whole samples, so that a residual block is skipped (Huang et al. 2016, arXiv:1603.09382, section 3).
+    """Zero whole samples, which skips a residual branch (stochastic depth).
 
-    What is kept grows by 1/(1 - p) in training; the paper shrinks by it in evaluation instead.
+    The other samples are multiplied by 1/(1 - p) in training; the paper multiplies all by 1 - p in
+    evaluation instead (Huang et al. 2016, arXiv:1603.09382, section 3).
     """
 
     def __init__(self, p: float):

@@ -1,4 +1,4 @@
-"""Heads: from features to the task's outputs."""
+"""Heads: map features to the outputs of the task."""
 
 from math import prod
 from typing import Literal
@@ -12,9 +12,10 @@ Pooling = Literal["flatten", "mean", "max", "first", "last"]
 
 
 class Pool(nn.Module):
-    """Features (D,) of a sample of any shape: all of its numbers, or its positions' mean, maximum, first or last.
+    """Reduce a sample of any shape to features (D,).
 
-    Positions are the first axis of (T, D), and those behind the channels of (C, H, W).
+    flatten keeps all numbers; mean, max, first and last reduce the positions. Positions are the
+    first axis of (T, D), and the axes after the channels of (C, H, W).
     """
 
     def __init__(self, in_shape: Shape, pool: str):
@@ -31,22 +32,23 @@ class Pool(nn.Module):
         if self.pool in ("first", "last"):
             return x[:, 0 if self.pool == "first" else -1]
         positions = (1,) if x.ndim == 3 else (2, 3)
-        if self.pool == "mean" and x.ndim == 4 and x.stride(1) == 1:
-            return F.avg_pool2d(x, x.shape[2:]).flatten(
-                1
-            )  # its gradient is in the format of x: channels last
-        return x.mean(positions) if self.pool == "mean" else x.amax(positions)
+        if self.pool == "max":
+            return x.amax(positions)
+        if x.ndim == 4 and x.stride(1) == 1:
+            # Unlike that of mean, the gradient of avg_pool2d has the format of x: channels last.
+            return F.avg_pool2d(x, x.shape[2:]).flatten(1)
+        return x.mean(positions)
 
 
 @heads.register("class", aliases=["value", "linear"])
 class LinearHead(nn.Module):
-    """Pooled features through one linear layer: logits of classes or labels, or values of any shape."""
+    """Pooling and one linear layer: logits of classes or labels, or values of any shape."""
 
     def __init__(self, in_shape: Shape, out_shape: Shape, pool: Pooling = "flatten"):
         """Build the linear layer.
 
         Args:
-            pool: how positions become one: flatten keeps all numbers; first and last are for (T, D) only.
+            pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
         """
         super().__init__()
         self.out_shape = tuple(out_shape)
@@ -60,7 +62,7 @@ class LinearHead(nn.Module):
 
 @heads.register("mlp")
 class MLPHead(nn.Module):
-    """Pooled features through a hidden layer and a linear one: logits, or values of any shape."""
+    """Pooling, a hidden layer and a linear layer: logits, or values of any shape."""
 
     def __init__(
         self,
@@ -77,22 +79,24 @@ class MLPHead(nn.Module):
 
         Args:
             width: hidden features.
-            activation: after the hidden layer's norm.
+            activation: after the norm of the hidden layer.
             norm: after the hidden layer; null for none.
             dropout: probability of zeroing a hidden feature.
             dropout_kind: how hidden features are dropped.
-            pool: how positions become one: flatten keeps all numbers; first and last are for (T, D) only.
+            pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
         """
         super().__init__()
         self.pool = Pool(in_shape, pool)
         shape = shapes.output_shape(self.pool, in_shape)
-        rest = {
-            "activation": activation,
-            "norm": norm,
-            "dropout": dropout,
-            "dropout_kind": dropout_kind,
-        }
-        self.hidden = blocks.build("linear", shape, width=width, **rest)
+        self.hidden = blocks.build(
+            "linear",
+            shape,
+            width=width,
+            activation=activation,
+            norm=norm,
+            dropout=dropout,
+            dropout_kind=dropout_kind,
+        )
         self.output = heads.build("class", shapes.output_shape(self.hidden, shape), out_shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,9 +105,9 @@ class MLPHead(nn.Module):
 
 @heads.register("token")
 class TokenHead(nn.Module):
-    """The same linear layer at every position: (T, D) -> (T, outputs), such as logits of each next token.
+    """One linear layer at every position: (T, D) -> (T, outputs), such as logits of next tokens.
 
-    `outputs` is the last number of out_shape, which may be (outputs,) or (T, outputs).
+    `outputs` is the last entry of out_shape, which is (outputs,) or (T, outputs).
     """
 
     def __init__(self, in_shape: Shape, out_shape: Shape):

@@ -1,6 +1,7 @@
 """Initializers: torch.nn.init's, with spreads that suit weights, and those of other houses.
 
-Each fills a tensor of two or more axes in place: (out, in) of a linear layer, (out, in, ...) of a convolution.
+Each fills a tensor of two or more axes in place: (out, in) of a linear layer, (out, in, ...) of a
+convolution.
 """
 
 import math
@@ -38,7 +39,7 @@ initializers.register("ones", nn.init.ones_)
 
 @initializers.register("constant")
 def constant(tensor: Tensor, val: float = 0.0) -> Tensor:
-    """Fill with one value.
+    """Fill the tensor with one value.
 
     Args:
         val: the value.
@@ -48,10 +49,12 @@ def constant(tensor: Tensor, val: float = 0.0) -> Tensor:
 
 @initializers.register("normal")
 def normal(tensor: Tensor, mean: float = 0.0, std: NonNegativeFloat = 0.02) -> Tensor:
-    """Draw from a normal distribution; the default spread is that of GPT-2 (torch's, 1, is too wide for weights).
+    """Draw from a normal distribution; the default std is that of GPT-2.
+
+    The default of torch, std=1, is too large for weights.
 
     Args:
-        mean: centre.
+        mean: mean.
         std: standard deviation.
     """
     return nn.init.normal_(tensor, mean, std)
@@ -61,40 +64,40 @@ def normal(tensor: Tensor, mean: float = 0.0, std: NonNegativeFloat = 0.02) -> T
 def trunc_normal(
     tensor: Tensor, mean: float = 0.0, std: PositiveFloat = 0.02, cut: PositiveFloat = 2.0
 ) -> Tensor:
-    """Draw from a normal distribution, without its tails.
+    """Draw from a truncated normal distribution.
 
     Args:
-        mean: centre.
-        std: standard deviation before the cut.
-        cut: no value is further from the mean than this many standard deviations.
+        mean: mean.
+        std: standard deviation before truncation.
+        cut: largest distance from the mean, in standard deviations.
     """
     return nn.init.trunc_normal_(tensor, mean, std, mean - cut * std, mean + cut * std)
 
 
 @initializers.register("uniform")
 def uniform(tensor: Tensor, a: float = -0.05, b: float = 0.05) -> Tensor:
-    """Draw from [a, b), by default around zero (torch's default, [0, 1), makes every weight positive).
+    """Draw uniformly from [a, b), by default around zero.
+
+    The default of torch, [0, 1), makes every weight positive.
 
     Args:
-        a: lower end.
-        b: upper end.
+        a: lower bound.
+        b: upper bound.
     """
     if a > b:
-        raise BuildError(
-            f"uniform draws from [a, b), so a must not be above b; given a={a:g}, b={b:g}"
-        )
+        raise BuildError(f"uniform: expected a <= b, got a={a:g}, b={b:g}")
     return nn.init.uniform_(tensor, a, b)
 
 
 @initializers.register("lecun_normal")
 def lecun_normal(tensor: Tensor) -> Tensor:
-    """Draw from N(0, 1/fan_in) (LeCun et al. 1998, "Efficient BackProp", section 4.6), as selu asks for."""
+    """Draw from N(0, 1/fan_in), as selu needs it (LeCun et al. 1998, "Efficient BackProp", 4.6)."""
     return nn.init.kaiming_normal_(tensor, nonlinearity="linear")
 
 
 @initializers.register("lecun_uniform")
 def lecun_uniform(tensor: Tensor) -> Tensor:
-    """Draw uniformly with variance 1/fan_in (LeCun et al. 1998, "Efficient BackProp", section 4.6)."""
+    """Draw uniformly with variance 1/fan_in (LeCun et al. 1998, "Efficient BackProp", 4.6)."""
     return nn.init.kaiming_uniform_(tensor, nonlinearity="linear")
 
 
@@ -105,19 +108,22 @@ def variance_scaling(
     mode: Literal["fan_in", "fan_out", "fan_avg"] = "fan_in",
     distribution: Literal["normal", "uniform"] = "normal",
 ) -> Tensor:
-    """Draw with mean 0 and variance scale/fan; lecun is scale=1, kaiming 2, xavier 1 with fan_avg.
+    """Draw with mean 0 and variance scale/fan.
+
+    lecun is scale=1, kaiming is scale=2, and xavier is scale=1 with mode=fan_avg.
 
     Args:
         scale: numerator of the variance.
-        mode: which fan: the inputs of a unit, its outputs, or their mean.
+        mode: the fan: the number of inputs of a unit, of its outputs, or their mean.
         distribution: shape of the distribution.
     """
     if tensor.ndim < 2:
         raise BuildError(
-            f"a fan needs a weight of 2 or more axes, not one of shape {tuple(tensor.shape)}"
+            f"variance_scaling: expected a weight of 2 or more axes, got {tuple(tensor.shape)}"
         )
     positions = math.prod(tensor.shape[2:])
-    fan_in, fan_out = tensor.shape[1] * positions, tensor.shape[0] * positions
+    fan_in = tensor.shape[1] * positions
+    fan_out = tensor.shape[0] * positions
     fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
     std = math.sqrt(scale / fan)
     if distribution == "normal":
@@ -127,10 +133,12 @@ def variance_scaling(
 
 @initializers.register("identity", aliases=["eye", "dirac"])
 def identity(tensor: Tensor, groups: PositiveInt = 1) -> Tensor:
-    """Make the layer return its input, as far as its width allows: a unit matrix, or a unit kernel in a convolution.
+    """Fill with a unit matrix, or with unit kernels of a convolution: the layer returns its input.
+
+    With fewer outputs than inputs, it returns the first ones.
 
     Args:
-        groups: of a convolution with groups, how many.
+        groups: number of groups of a grouped convolution.
     """
     if tensor.ndim == 2:
         return nn.init.eye_(tensor)
@@ -139,11 +147,11 @@ def identity(tensor: Tensor, groups: PositiveInt = 1) -> Tensor:
 
 @initializers.register("sparse")
 def sparse(tensor: Tensor, sparsity: Fraction = 0.9, std: PositiveFloat = 0.01) -> Tensor:
-    """Draw from N(0, std²), and zero a share of each unit's outgoing weights (Martens 2010, section 5).
+    """Draw from N(0, std²) and zero a fraction of the outgoing weights of each unit (Martens 2010).
 
     Args:
-        sparsity: share of zeros.
-        std: standard deviation of the rest.
+        sparsity: fraction of zeros.
+        std: standard deviation of the other weights.
     """
     matrix = nn.init.sparse_(torch.empty(len(tensor), tensor[0].numel()), sparsity, std)
     with torch.no_grad():

@@ -1,6 +1,7 @@
-"""Norms, for features (D,), the last axis of (..., D), and for channels-first (C, L), (C, H, W) and (C, D, H, W).
+"""Norms for features (D,) and for channels-first (C, L), (C, H, W) and (C, D, H, W).
 
-One that has no meaning for a shape raises BuildError. All have a scale and a shift for each channel (`affine`).
+For features, a norm acts on the last axis of (..., D). A norm that is not defined for a shape
+raises BuildError. `affine` adds a learned scale and shift for each channel.
 """
 
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ INSTANCE = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm2d, 4: nn.InstanceNorm3d}
 def batch(
     in_shape: Shape, eps: PositiveFloat = 1e-5, momentum: Fraction | None = 0.1, affine: bool = True
 ) -> nn.Module:
-    """Normalise each channel over the batch and its positions (Ioffe & Szegedy 2015, arXiv:1502.03167).
+    """Normalize each channel over batch and positions (Ioffe & Szegedy 2015, arXiv:1502.03167).
 
     Args:
         eps: added to the variance.
-        momentum: weight of the newest batch in the running mean and variance; null averages over all batches.
+        momentum: weight of the newest batch in the running mean and variance; null: average over
+            all batches.
         affine: learn a scale and a shift for each channel.
     """
     check_rank(in_shape, "batch")
@@ -30,15 +32,15 @@ def batch(
 def layer(
     in_shape: Shape, eps: PositiveFloat = 1e-5, affine: bool = True, bias: bool = True
 ) -> nn.Module:
-    """Normalise over the channels, at each position by itself (Ba et al. 2016, arXiv:1607.06450).
+    """Normalize over the channels at each position (Ba et al. 2016, arXiv:1607.06450).
 
-    For channels-first shapes this is ConvNeXt's variant (Liu et al. 2022, arXiv:2201.03545, section 2.6); for one mean
-    over channels and positions together use `group` with groups=1.
+    For channels-first shapes this is the variant of ConvNeXt (Liu et al. 2022, arXiv:2201.03545,
+    section 2.6). For a mean over channels and positions together, use `group` with groups=1.
 
     Args:
         eps: added to the variance.
         affine: learn a scale and a shift for each channel.
-        bias: with the shift; false leaves the scale alone.
+        bias: learn a shift; false: only a scale.
     """
     check_rank(in_shape, "layer")
     check_several(in_shape, "layer")
@@ -47,10 +49,12 @@ def layer(
 
 @norms.register("rms", aliases=["rms_norm"])
 def rms(in_shape: Shape, eps: PositiveFloat | None = None, affine: bool = True) -> nn.Module:
-    """Divide by the root mean square over the channels, at each position (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Divide by the root mean square over the channels at each position.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
 
     Args:
-        eps: added to the mean square; null is the smallest step of the input's type.
+        eps: added to the mean square; null: the machine epsilon of the data type.
         affine: learn a scale for each channel.
     """
     check_rank(in_shape, "rms")
@@ -65,10 +69,11 @@ def group(
     eps: PositiveFloat = 1e-5,
     affine: bool = True,
 ) -> nn.Module:
-    """Normalise over each group of channels and all its positions (Wu & He 2018, arXiv:1803.08494).
+    """Normalize over each group of channels and all positions (Wu & He 2018, arXiv:1803.08494).
 
     Args:
-        groups: how many; must divide the channels. null: as many as 32, with 4 or more channels each.
+        groups: number of groups; must divide the channels. null: at most 32, with at least 4
+            channels each.
         eps: added to the variance.
         affine: learn a scale and a shift for each channel.
     """
@@ -78,7 +83,8 @@ def group(
     if channels % groups:
         divisors = ", ".join(str(n) for n in range(1, channels + 1) if channels % n == 0)
         raise BuildError(
-            f"{groups} groups do not divide {channels} channels of in_shape {in_shape}; use one of {divisors}"
+            f"group norm: groups={groups} does not divide the {channels} channels of in_shape"
+            f" {in_shape}; use one of {divisors}"
         )
     if len(in_shape) > 1:
         return nn.GroupNorm(groups, channels, eps, affine)
@@ -88,7 +94,9 @@ def group(
 
 @norms.register("instance", aliases=["instance_norm"])
 def instance(in_shape: Shape, eps: PositiveFloat = 1e-5, affine: bool = True) -> nn.Module:
-    """Normalise each channel of each sample over its positions (Ulyanov et al. 2016, arXiv:1607.08022).
+    """Normalize each channel of each sample over its positions.
+
+    Ulyanov et al. 2016, arXiv:1607.08022.
 
     Args:
         eps: added to the variance.
@@ -97,13 +105,14 @@ def instance(in_shape: Shape, eps: PositiveFloat = 1e-5, affine: bool = True) ->
     check_rank(in_shape, "instance")
     if len(in_shape) == 1:
         raise BuildError(
-            f"instance norm averages over positions; in_shape {in_shape} has none. Use layer, rms or batch"
+            f"instance norm averages over positions, but in_shape {in_shape} has none;"
+            " use layer, rms or batch"
         )
     return INSTANCE[len(in_shape)](in_shape[0], eps, affine=affine)
 
 
 class ChannelsLast(nn.Module):
-    """Applies a norm of the last axis to the channel axis of (N, C, ...)."""
+    """Apply a norm over the last axis to the channel axis of (N, C, ...)."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -111,7 +120,7 @@ class ChannelsLast(nn.Module):
 
     @classmethod
     def when(cls, in_shape: Shape, norm: nn.Module) -> nn.Module:
-        """Wrap the norm for channels-first shapes only."""
+        """Wrap the norm for channels-first shapes; return it unchanged for features."""
         return norm if len(in_shape) == 1 else cls(norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,40 +128,50 @@ class ChannelsLast(nn.Module):
 
 
 class FeatureBatchNorm(nn.BatchNorm1d):
-    """Batch norm of the last axis, over all others. Raises DataError for a training batch of one row."""
+    """Batch norm of the last axis, over all other axes.
+
+    Raises:
+        DataError: a training batch has one row.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.training and len(rows) == 1:
             raise DataError(
-                "batch norm needs 2 or more rows in a training batch, this one has 1; leave out a last small batch "
-                "(drop_last), choose another batch_size, or use layer norm"
+                "batch norm: expected at least 2 rows in a training batch, got 1; drop the last"
+                " small batch (drop_last), change batch_size, or use layer norm"
             )
         return super().forward(rows).reshape(x.shape)
 
 
 class FeatureGroupNorm(nn.GroupNorm):
-    """Group norm of the last axis, each row by itself."""
+    """Group norm of the last axis, for each row separately."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def default_groups(channels: int) -> int:
-    """The largest divisor of the channels up to 32 that leaves 4 or more in a group; 1 when there is none."""
-    return max(n for n in range(1, 33) if n == 1 or (channels % n == 0 and channels // n >= 4))
+    """Return the largest divisor up to 32 that leaves 4 or more channels in a group, or 1."""
+    for groups in range(32, 1, -1):
+        if channels % groups == 0 and channels // groups >= 4:
+            return groups
+    return 1
 
 
 def check_rank(in_shape: Shape, name: str) -> None:
+    """Raise BuildError unless the shape has 1 to 4 axes."""
     if not 1 <= len(in_shape) <= 4:
         raise BuildError(
-            f"{name} norm takes (D,), (C, L), (C, H, W) or (C, D, H, W), not in_shape {tuple(in_shape)}"
+            f"{name} norm: expected in_shape (D,), (C, L), (C, H, W) or (C, D, H, W),"
+            f" got {tuple(in_shape)}"
         )
 
 
 def check_several(in_shape: Shape, name: str) -> None:
-    """Raise BuildError for a single channel: centred on itself, it would be zero whatever the input."""
+    """Raise BuildError for a single channel, which minus its own mean is always zero."""
     if in_shape[0] == 1:
         raise BuildError(
-            f"{name} norm over a single channel leaves at most the sign of the input; use batch or no norm"
+            f"{name} norm over a single channel keeps at most the sign of the input;"
+            " use batch or no norm"
         )

@@ -8,17 +8,18 @@ from framework import PositiveInt, Rate, Shape, blocks, shapes
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer of torch's that returns a tensor alone: every step's output, or the last hidden state."""
+    """A recurrent layer of torch that returns one tensor: all outputs, or the last hidden state."""
 
     def __init__(self, layer: nn.LSTM | nn.GRU, outputs: str):
         super().__init__()
-        self.layer, self.outputs = layer, outputs
+        self.layer = layer
+        self.outputs = outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        every, state = self.layer(x)
+        outputs, state = self.layer(x)
         if self.outputs == "all":
-            return every
-        hidden = state[0] if isinstance(state, tuple) else state  # of an LSTM, (hidden, cell)
+            return outputs
+        hidden = state[0] if isinstance(state, tuple) else state  # an LSTM returns (hidden, cell)
         directions = 1 + self.layer.bidirectional
         return hidden[-directions:].transpose(0, 1).flatten(1)
 
@@ -32,13 +33,15 @@ def lstm(
     outputs: Literal["all", "last"] = "all",
     dropout: Rate = 0.0,
 ) -> nn.Module:
-    """Long short-term memory: (T, D) -> (T, width), or (width,) of the last step (Hochreiter & Schmidhuber 1997).
+    """Long short-term memory: (T, D) -> (T, width), or (width,) with outputs=last.
+
+    Hochreiter & Schmidhuber 1997.
 
     Args:
-        width: features of the hidden state; the output has twice as many where bidirectional.
-        depth: layers on top of each other.
+        width: features of the hidden state; the output has twice as many with bidirectional=true.
+        depth: number of stacked layers.
         bidirectional: read the sequence in both directions.
-        outputs: all steps, or the last of the direction (reading backwards: the first).
+        outputs: all steps, or the last step of each direction (for the backward one: the first).
         dropout: probability of zeroing an output between layers.
     """
     return recurrent(nn.LSTM, "lstm", in_shape, width, depth, bidirectional, outputs, dropout)
@@ -53,13 +56,15 @@ def gru(
     outputs: Literal["all", "last"] = "all",
     dropout: Rate = 0.0,
 ) -> nn.Module:
-    """Gated recurrent unit: (T, D) -> (T, width), or (width,) of the last step (Cho et al. 2014, arXiv:1406.1078).
+    """Gated recurrent unit: (T, D) -> (T, width), or (width,) with outputs=last.
+
+    Cho et al. 2014, arXiv:1406.1078.
 
     Args:
-        width: features of the hidden state; the output has twice as many where bidirectional.
-        depth: layers on top of each other.
+        width: features of the hidden state; the output has twice as many with bidirectional=true.
+        depth: number of stacked layers.
         bidirectional: read the sequence in both directions.
-        outputs: all steps, or the last of the direction (reading backwards: the first).
+        outputs: all steps, or the last step of each direction (for the backward one: the first).
         dropout: probability of zeroing an output between layers.
     """
     return recurrent(nn.GRU, "gru", in_shape, width, depth, bidirectional, outputs, dropout)
@@ -67,7 +72,7 @@ def gru(
 
 def recurrent(
     layer: type[nn.LSTM | nn.GRU],
-    who: str,
+    name: str,
     in_shape: Shape,
     width: int,
     depth: int,
@@ -75,8 +80,10 @@ def recurrent(
     outputs: str,
     dropout: float,
 ) -> Recurrent:
-    _, features = shapes.expect(in_shape, "(T, D)", who)
-    between = dropout if depth > 1 else 0.0  # torch warns of a dropout that has nowhere to go
+    """Build a recurrent layer with the batch as the first axis."""
+    _, features = shapes.expect(in_shape, "(T, D)", name)
+    between = dropout if depth > 1 else 0.0  # torch warns about dropout in a single layer
+
     built = layer(
         features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional
     )

@@ -1,4 +1,6 @@
-"""The layers of decoder-only language models, and such a model: rotary positions, RMS norm, SwiGLU, a cache."""
+"""Decoder-only language model and its layers: rotary positions, RMS norm, SwiGLU, a cache."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +22,24 @@ from framework import (
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
-"""For each layer the keys and values of the tokens so far, then the tokens that n-grams need: [] before the first."""
+"""For each layer, the keys and values of previous tokens; last, the tokens for n-grams.
+
+Each list is empty before the first token.
+"""
 
 
 class Rotary(nn.Module):
-    """Turns features i and i + D/2 of a position m together by the angle m · base^(-2i / D).
+    """Rotate features i and i + D/2 of position m by the angle m · base^(-2i / D).
 
-    Su et al. 2021, arXiv:2104.09864, equation 34, with the pairs in another order (a fixed permutation of features).
+    Su et al. 2021, arXiv:2104.09864, equation 34; the paper pairs neighboring features, which
+    differs by a fixed permutation.
     """
 
     def __init__(self, features: int, context: int, base: float):
         super().__init__()
         if features % 2:
             raise BuildError(
-                f"rotary positions turn pairs of features; {features} a head are not even"
+                f"rotary positions: expected an even number of features per head, got {features}"
             )
         angles = torch.arange(context)[:, None] * base ** -(torch.arange(0, features, 2) / features)
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -41,22 +47,27 @@ class Rotary(nn.Module):
         self.context = context
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Turn (..., T, D), whose first position is `start`. Raises DataError beyond the context."""
+        """Rotate the features of (..., T, D). The first position is `start`.
+
+        Raises:
+            DataError: the sequence is longer than the context.
+        """
         end = start + x.shape[-2]
         if end > self.context:
             raise DataError(
                 f"a sequence of {end} tokens is longer than the model's context of {self.context}"
             )
-        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+        cos = self.cos[start:end].to(x.dtype)
+        sin = self.sin[start:end].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 @blocks.register("rotary_attention")
 class RotaryAttention(nn.Module):
-    """Self-attention whose queries and keys are turned by their positions (Su et al. 2021): (T, D) -> (T, D).
+    """Self-attention with rotary position embedding: (T, D) -> (T, D) (Su et al. 2021).
 
-    forward(x, mask) leaves out the positions of padding, mask (batch, T) being true for the others.
+    forward(x, mask) ignores padding; mask (batch, T) is true at all other positions.
     """
 
     def __init__(
@@ -67,21 +78,24 @@ class RotaryAttention(nn.Module):
         dropout: Rate = 0.0,
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the projections; the one behind the attention begins at zero.
+        """Build the projections.
 
         Args:
-            heads: attentions side by side; must divide D.
-            causal: a position sees itself and those before it.
+            heads: number of attention heads; must divide D.
+            causal: each position attends only to itself and to earlier positions.
             dropout: probability of zeroing an attention weight.
-            base: of the wavelengths, which go from 2π to 2π · base.
+            base: wavelengths of the rotations go from 2π to 2π · base.
         """
         super().__init__()
         context, features = shapes.expect(in_shape, "(T, D)", "rotary_attention")
         if features % heads:
             raise BuildError(
-                f"rotary_attention cannot split {features} features into {heads} heads of one size"
+                f"rotary_attention: {features} features cannot be split into {heads} heads of"
+                " equal size"
             )
-        self.heads, self.causal, self.p = heads, causal, dropout
+        self.heads = heads
+        self.causal = causal
+        self.p = dropout
         self.input = nn.Linear(features, 3 * features, bias=False)
         self.output = nn.Linear(features, features, bias=False)
         self.rotary = Rotary(features // heads, context, base)
@@ -91,29 +105,30 @@ class RotaryAttention(nn.Module):
     ) -> Tensor:
         query, key, value = self.input(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         start = cache[0].shape[2] if cache else 0
-        query, key = self.rotary(query, start), self.rotary(key, start)
+        query = self.rotary(query, start)
+        key = self.rotary(key, start)
         if cache is not None:
             if cache:
-                key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
+                key = torch.cat([cache[0], key], 2)
+                value = torch.cat([cache[1], value], 2)
             cache[:] = key, value
-        seen = None if mask is None else mask[:, None, None, :]
-        if start and self.causal:  # new queries against all keys: position i of them sees start + i
-            seen = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool, device=x.device).tril(
-                start
-            )
-        causal = self.causal and seen is None
+        visible = None if mask is None else mask[:, None, None, :]
+        if start and self.causal:  # query i is at position start + i
+            pairs = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool, device=x.device)
+            visible = pairs.tril(start)
+        causal = self.causal and visible is None
         p = self.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            query, key, value, seen, dropout_p=p, is_causal=causal
+            query, key, value, visible, dropout_p=p, is_causal=causal
         )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
 @blocks.register("gated_transformer")
 class GatedTransformer(nn.Module):
-    """A pre-norm transformer layer with rotary attention and a SwiGLU, without biases: (T, D) -> (T, D).
+    """Pre-norm transformer layer with rotary attention and SwiGLU, no biases: (T, D) -> (T, D).
 
-    As in Touvron et al. 2023 (arXiv:2302.13971), section 2.2; SwiGLU: Shazeer 2020, arXiv:2002.05202.
+    Touvron et al. 2023, arXiv:2302.13971, section 2.2; SwiGLU: Shazeer 2020, arXiv:2002.05202.
     """
 
     def __init__(
@@ -127,27 +142,28 @@ class GatedTransformer(nn.Module):
         dropout_kind: Dropout = "dropout",
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the layer; what ends each branch begins at zero, so that the layer begins as the identity.
+        """Build the layer. The last linear layer of each branch is zero: it starts as the identity.
 
         Args:
-            heads: attentions side by side; must divide D.
-            hidden: features between the two linear maps; null: 8/3 D, rounded up to a multiple of 16.
-            norm: of each position, before each branch.
-            causal: a position sees itself and those before it.
+            heads: number of attention heads; must divide D.
+            hidden: features between the two linear layers; null: 8/3 D, rounded up to a multiple of
+                16.
+            norm: normalization of each position before each branch.
+            causal: each position attends only to itself and to earlier positions.
             dropout: probability of zeroing attention weights and each branch.
             dropout_kind: how branches are dropped.
-            base: of the wavelengths of the positions.
+            base: base of the wavelengths of the positions.
         """
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "gated_transformer")
-        wide = hidden or -(-8 * features // 48) * 16
-        settings = {"heads": heads, "causal": causal, "dropout": dropout, "base": base}
-        self.attention_norm, self.norm = norm((features,)), norm((features,))
-        self.attention = blocks.build("rotary_attention", in_shape, **settings)
-        self.input, self.output = (
-            nn.Linear(features, 2 * wide, bias=False),
-            nn.Linear(wide, features, bias=False),
+        hidden = hidden or math.ceil(8 * features / 48) * 16
+        self.attention_norm = norm((features,))
+        self.norm = norm((features,))
+        self.attention = blocks.build(
+            "rotary_attention", in_shape, heads=heads, causal=causal, dropout=dropout, base=base
         )
+        self.input = nn.Linear(features, 2 * hidden, bias=False)
+        self.output = nn.Linear(hidden, features, bias=False)
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
         for last in (self.attention.output, self.output):
             nn.init.zeros_(last.weight)
@@ -161,10 +177,10 @@ class GatedTransformer(nn.Module):
 
 
 class NGrams(nn.Module):
-    """The sum of vectors for the pair, triple ... of tokens that ends at each position, hashed into one table.
+    """The sum of the vectors of the n-grams that end at each position, hashed into one table.
 
-    Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, equations 2 to 5, with one table for all lengths. Zeros stand
-    before the first token.
+    The lengths are 2 to `longest`. Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, equations
+    2 to 5, with one table for all lengths. Zeros precede the first token.
     """
 
     PRIME = 1_000_003
@@ -173,24 +189,34 @@ class NGrams(nn.Module):
         super().__init__()
         self.longest = longest
         self.table = nn.Embedding(buckets, width)
-        nn.init.zeros_(self.table.weight)  # the model begins as one without
+        nn.init.zeros_(self.table.weight)  # the model starts as one without n-grams
 
     def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """Return (batch, T, width) for tokens (batch, T); before: the longest - 1 tokens that precede them."""
+        """Return the sums for each token.
+
+        Args:
+            tokens: (batch, T).
+            before: the longest - 1 tokens that precede them, (batch, longest - 1).
+
+        Returns:
+            (batch, T, width).
+        """
         text = torch.cat([before, tokens], 1)
-        hashed, found = text, []
+        hashed = text
+        indices = []
         for length in range(2, self.longest + 1):
             hashed = (hashed[:, 1:] * self.PRIME + text[:, : 1 - length] + length) % (2**31 - 1)
-            found.append(hashed[:, -tokens.shape[1] :] % self.table.num_embeddings)
-        return self.table(torch.stack(found)).sum(0)
+            indices.append(hashed[:, -tokens.shape[1] :] % self.table.num_embeddings)
+        return self.table(torch.stack(indices)).sum(0)
 
 
 @models.register("decoder")
 class Decoder(nn.Module):
-    """Decoder-only transformer over token ids (T,): logits of the next token at each position, (T, vocabulary).
+    """Decoder-only transformer: token ids (T,) -> logits of the next token at each position.
 
-    Layers as in Llama (see `gated_transformer`); positions are rotary. T is the context: a longer input is an
-    error, and text is generated in a window that slides (see `sample`).
+    (T,) -> (T, vocabulary). The layers are those of Llama (see `gated_transformer`), with rotary
+    positions. T is the context: a longer input is an error, and text is generated in a sliding
+    window (see `sample`).
     """
 
     def __init__(
@@ -209,32 +235,40 @@ class Decoder(nn.Module):
         dropout_kind: Dropout = "dropout",
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the layers. The embedding is the last matrix, which Muon takes to be the output layer.
+        """Build the layers.
 
-        The table of n-grams, where there is one, is the first (for Muon: optimizer.embedding=true).
+        Muon takes the last matrix to be the output layer: here that is the embedding, or the output
+        layer itself. The table of n-grams is the first matrix (for Muon: optimizer.embedding=true).
 
         Args:
             width: features of a position.
-            depth: layers on top of each other.
-            heads: attentions side by side; must divide width.
-            hidden: features between a layer's two linear maps; null: 8/3 width, rounded up to a multiple of 16.
-            tied: the output layer's weights are the embedding's (Press & Wolf 2017, arXiv:1608.05859).
-            ngrams: vectors for the 2, 3 ... up to so many last tokens are added to a token's (see `NGrams`); 1: none.
-            buckets: vectors that n-grams share, by a hash.
-            norm: of each position, before each branch and after the last layer.
+            depth: number of stacked layers.
+            heads: number of attention heads; must divide width.
+            hidden: features between the two linear layers; null: 8/3 width, rounded up to a
+                multiple of 16.
+            tied: the output layer shares the weights of the embedding (Press & Wolf 2017,
+                arXiv:1608.05859).
+            ngrams: largest length of the n-grams that add vectors to those of tokens (see
+                `NGrams`); 1: no n-grams.
+            buckets: size of the hash table of n-gram vectors.
+            norm: normalization of each position before each branch and after the last layer.
             dropout: probability of zeroing embedded features, attention weights and each branch.
             dropout_kind: how features and branches are dropped.
-            base: of the wavelengths of the positions.
+            base: base of the wavelengths of the positions.
         """
         super().__init__()
         (self.context,) = shapes.expect(in_shape, "token ids (T,)", "decoder")
-        settings = {"heads": heads, "hidden": hidden, "norm": norm, "base": base}
-        dropping = {"dropout": dropout, "dropout_kind": dropout_kind}
-        shape = (self.context, width)
         self.ngrams = NGrams(ngrams, buckets, width) if ngrams > 1 else None
-        self.layers = nn.ModuleList(
-            blocks.build("gated_transformer", shape, **settings, **dropping) for _ in range(depth)
+        layer = blocks.maker(
+            "gated_transformer",
+            heads=heads,
+            hidden=hidden,
+            norm=norm,
+            dropout=dropout,
+            dropout_kind=dropout_kind,
+            base=base,
         )
+        self.layers = nn.ModuleList(layer((self.context, width)) for _ in range(depth))
         self.norm = norm((width,))
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
         self.embedding = nn.Embedding(out_shape[-1], width)
@@ -244,19 +278,22 @@ class Decoder(nn.Module):
             self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return logits; with a cache, the tokens follow those that it has seen, and it remembers them."""
+        """Return logits. With a cache, `tokens` follow the cached tokens and are cached, too."""
         x = self.dropout(self.embed(tokens, [] if cache is None else cache[-1]))
         for number, layer in enumerate(self.layers):
-            x = layer(x, None, None if cache is None else cache[number])
+            layer_cache = None if cache is None else cache[number]
+            x = layer(x, None, layer_cache)
         return self.output(self.norm(x))
 
-    def embed(self, tokens: Tensor, last: list[Tensor]) -> Tensor:
-        """Return the vectors of tokens; `last` holds those before them, and then these."""
+    def embed(self, tokens: Tensor, cached: list[Tensor]) -> Tensor:
+        """Return the vectors of tokens, and put the last tokens into `cached` for the next call."""
         if self.ngrams is None:
             return self.embedding(tokens)
-        before = last[0] if last else tokens.new_zeros(len(tokens), self.ngrams.longest - 1)
-        last[:] = [torch.cat([before, tokens], 1)[:, 1 - self.ngrams.longest :]]
+        count = self.ngrams.longest - 1
+        before = cached[0] if cached else tokens.new_zeros(len(tokens), count)
+        cached[:] = [torch.cat([before, tokens], 1)[:, -count:]]
         return self.embedding(tokens) + self.ngrams(tokens, before)
 
     def new_cache(self) -> Cache:
+        """Return an empty cache."""
         return [[] for _ in range(len(self.layers) + 1)]

@@ -1,4 +1,4 @@
-"""Whole networks, each a stack of registered blocks with a head."""
+"""Common networks, each a stack of registered blocks with a head."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -24,9 +24,9 @@ from framework import (
 def stack(
     in_shape: Shape, out_shape: Shape, layers: list[Maker], head: str, **settings
 ) -> nn.Module:
-    return models.build(
-        "stack", in_shape, out_shape, blocks=layers, head=heads.maker(head, **settings)
-    )
+    """Return a stack of `layers` with the head of that name and its settings."""
+    head_maker = heads.maker(head, **settings)
+    return models.build("stack", in_shape, out_shape, blocks=layers, head=head_maker)
 
 
 @models.register("mlp")
@@ -43,23 +43,27 @@ def mlp(
     """Multi-layer perceptron on the flattened input, of any shape.
 
     Args:
-        width: features of each hidden layer; a list gives each layer its own, and their number.
-        depth: number of hidden layers, where width is one number.
-        activation: after each hidden layer's norm.
+        width: features of each hidden layer; a list has one number per layer and replaces depth.
+        depth: number of hidden layers, if width is one number.
+        activation: after the norm of each hidden layer.
         norm: after each hidden layer; null for none.
         dropout: probability of zeroing a hidden feature.
         dropout_kind: how hidden features are dropped.
     """
     widths = [width] * depth if isinstance(width, int) else width
-    rest = {
-        "activation": activation,
-        "norm": norm,
-        "dropout": dropout,
-        "dropout_kind": dropout_kind,
-    }
-    layers = [blocks.maker("linear", width=features, **rest) for features in widths]
+    layers = []
     if len(in_shape) != 1:
-        layers.insert(0, blocks.maker("flatten"))
+        layers.append(blocks.maker("flatten"))
+    for features in widths:
+        layer = blocks.maker(
+            "linear",
+            width=features,
+            activation=activation,
+            norm=norm,
+            dropout=dropout,
+            dropout_kind=dropout_kind,
+        )
+        layers.append(layer)
     return stack(in_shape, out_shape, layers, "class")
 
 
@@ -76,9 +80,10 @@ def cnn(
     dropout: Rate = 0.0,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """Convolutions that each halve the image (C, H, W), then a hidden layer: small, and quick on a CPU.
+    """Small convolutional network: convolutions that each halve the image, then a hidden layer.
 
-    The pooling comes before norm and activation, which then work on a quarter of the numbers.
+    Inputs are images (C, H, W). Pooling comes before norm and activation, which then process a
+    quarter of the values.
 
     Args:
         channels: output channels of each convolution.
@@ -86,7 +91,7 @@ def cnn(
         width: features of the hidden layer.
         activation: after each norm, and after the hidden layer.
         norm: after each pooling; null for none.
-        pooling: how 2x2 cells become one.
+        pooling: how 2x2 pixels are reduced to one.
         dropout: probability of zeroing a feature of the hidden layer.
         dropout_kind: how hidden features are dropped.
     """
@@ -94,21 +99,18 @@ def cnn(
     most = min(high, wide).bit_length() - 1
     if len(channels) > most:
         raise BuildError(
-            f"cnn halves the image {len(channels)} times; {tuple(in_shape)} allows {most} `channels`"
+            f"cnn: each of the {len(channels)} `channels` halves the image, but {tuple(in_shape)}"
+            f" can be halved {most} times"
         )
     layers = []
     for count in channels:
-        layers.append(
-            blocks.maker(
-                "conv2d",
-                channels=count,
-                kernel_size=kernel_size,
-                activation=None,
-                bias=norm is None,
-            )
+        convolution = blocks.maker(
+            "conv2d", channels=count, kernel_size=kernel_size, activation=None, bias=norm is None
         )
+        layers.append(convolution)
         layers.append(blocks.maker(f"{pooling}_pool"))
-        layers += [] if norm is None else [blocks.maker("norm", norm=norm)]
+        if norm is not None:
+            layers.append(blocks.maker("norm", norm=norm))
         layers.append(blocks.maker("activation", activation=activation))
     rest = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}
     return stack(in_shape, out_shape, layers, "mlp", width=width, **rest)
@@ -126,39 +128,47 @@ def resnet(
     norm: Norm | None = "batch",
     drop_path: Rate = 0.0,
 ) -> nn.Module:
-    """Residual network on images (C, H, W) (He et al. 2016, arXiv:1512.03385); the default is their ResNet-20.
+    """Residual network on images (C, H, W); the default is ResNet-20 (He et al. 2016).
 
-    ResNet-18: depths=[2,2,2,2] channels=[64,128,256,512] stem=large; ResNet-50: block=bottleneck depths=[3,4,6,3] too.
+    arXiv:1512.03385. ResNet-18: depths=[2,2,2,2] channels=[64,128,256,512] stem=large. ResNet-50:
+    block=bottleneck depths=[3,4,6,3] channels=[64,128,256,512] stem=large.
 
     Args:
-        block: two 3x3 convolutions, or 1x1, 3x3 and 1x1 with four times the channels at the end.
-        depths: blocks of each stage; every stage but the first halves the image.
+        block: basic: two 3x3 convolutions; bottleneck: 1x1, 3x3 and 1x1 convolutions, the last one
+            with four times the channels.
+        depths: number of blocks of each stage; every stage but the first halves the image.
         channels: channels of each stage.
-        stem: small: a 3x3 convolution; large: 7x7 and a pooling, which quarter the image.
-        activation: after each convolution's norm, and after each sum.
+        stem: small: a 3x3 convolution; large: a 7x7 convolution and pooling, each of which halves
+            the image.
+        activation: after the norm of each convolution, and after each sum.
         norm: after each convolution; null for none.
-        drop_path: stochastic depth: probability of leaving the last block's branch out, for each sample; it rises to
-            that in equal steps from block to block (Huang et al. 2016, arXiv:1603.09382, equation 4).
+        drop_path: stochastic depth: probability of leaving the last block's branch out, for each
+            sample; it rises to that in equal steps from block to block (Huang et al. 2016,
+            arXiv:1603.09382, equation 4).
     """
     shapes.expect(in_shape, "images (C, H, W)", "resnet")
     if len(depths) != len(channels):
         raise BuildError(
-            f"resnet has {len(depths)} depths {list(depths)} for {len(channels)} channels {list(channels)}"
+            f"resnet: expected as many depths as channels, got {len(depths)} depths {list(depths)}"
+            f" and {len(channels)} channels {list(channels)}"
         )
     rest = {"activation": activation, "norm": norm}
     name = {"basic": "basic_block", "bottleneck": "bottleneck"}[block]
-    layers, built = resnet_stem(stem, channels[0], **rest), 0
+    layers = resnet_stem(stem, channels[0], activation, norm)
+    number = 0
     for stage, (depth, count) in enumerate(zip(depths, channels, strict=True)):
         for position in range(depth):
-            stride, built = 2 if stage > 0 and position == 0 else 1, built + 1
-            dropped = drop_path * built / sum(depths)
+            number += 1
+            stride = 2 if stage > 0 and position == 0 else 1
+            skipped = drop_path * number / sum(depths)
             layers.append(
-                blocks.maker(name, channels=count, stride=stride, drop_path=dropped, **rest)
+                blocks.maker(name, channels=count, stride=stride, drop_path=skipped, **rest)
             )
     return stack(in_shape, out_shape, layers, "class", pool="mean")
 
 
 def resnet_stem(stem: str, channels: int, activation: Activation, norm: Norm | None) -> list[Maker]:
+    """Return the blocks before the first stage."""
     rest = {"channels": channels, "activation": activation, "norm": norm, "bias": norm is None}
     if stem == "small":
         return [blocks.maker("conv2d", **rest)]
@@ -184,11 +194,12 @@ def rnn(
     Args:
         cell: the recurrent layer.
         width: features of its hidden state, for each direction.
-        depth: layers on top of each other.
+        depth: number of stacked layers.
         bidirectional: read the sequence in both directions.
-        pool: what is read out: the last hidden state, the mean over time, or none: every position has its outputs.
-        vocabulary: how many token ids there are; for inputs (T,) only.
-        embedding: features of a token's vector.
+        pool: input of the head: the last hidden state, the mean over time, or none: the head is
+            applied at every position.
+        vocabulary: number of token ids; for inputs (T,) only.
+        embedding: features of the vector of a token.
         dropout: probability of zeroing an output between layers.
     """
     layers = token_layers("rnn", in_shape, vocabulary, embedding)
@@ -220,30 +231,32 @@ def transformer(
     dropout: Rate = 0.0,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """Transformer encoder over a sequence (T, D), the patches of an image (C, H, W), or token ids (T,).
+    """Transformer encoder over a sequence (T, D), image patches (C, H, W), or token ids (T,).
 
-    Norms come first (Xiong et al. 2020, arXiv:2002.04745), and one follows the last layer. With an image and
-    pool=class_token, the Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929); with tokens, causal=true and
-    pool=none, a GPT.
+    Norms come first (Xiong et al. 2020, arXiv:2002.04745), and one follows the last layer. With an
+    image and pool=class_token, this is a Vision Transformer (Dosovitskiy et al. 2021,
+    arXiv:2010.11929); with tokens, causal=true and pool=none, it is a GPT.
 
     Args:
         width: features of a position.
-        depth: layers on top of each other.
-        heads: attentions side by side; must divide width.
-        expansion: hidden features of a layer's two linear maps, per feature of a position.
+        depth: number of stacked layers.
+        heads: number of attention heads; must divide width.
+        expansion: hidden features of the two linear layers, per feature of a position.
         patch: height and width of a patch; for images only.
-        vocabulary: how many token ids there are; for inputs (T,) only.
-        position: how a position is told from others.
-        pool: what is read out: the mean, an extra token's vector, the last, or none: every position has its outputs.
-        causal: a position sees itself and those before it.
-        activation: between a layer's two linear maps.
-        norm: of each position.
+        vocabulary: number of token ids; for inputs (T,) only.
+        position: kind of position encoding.
+        pool: input of the head: the mean, the vector of a class token, the last position, or none:
+            the head is applied at every position.
+        causal: each position attends only to itself and to earlier positions.
+        activation: between the two linear layers.
+        norm: normalization of each position.
         dropout: probability of zeroing attention weights, hidden features and each branch.
         dropout_kind: how hidden features and branches are dropped.
     """
     if causal and pool == "class_token":
         raise BuildError(
-            "transformer puts the class token first, where it sees nothing when causal; use pool=last"
+            "transformer: pool=class_token has no effect with causal=true, since the class token is"
+            " first and attends only to itself; use pool=last"
         )
     layers = token_layers("transformer", in_shape, vocabulary, width)
     if len(in_shape) == 3:
@@ -255,32 +268,37 @@ def transformer(
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
     if position != "none":
         layers.append(blocks.maker("position", position=position, **drop))
-    rest = {
-        "heads": heads,
-        "expansion": expansion,
-        "activation": activation,
-        "norm": norm,
-        "causal": causal,
-    }
-    layers += [blocks.maker("transformer_encoder", **rest, **drop) for _ in range(depth)]
+    layer = blocks.maker(
+        "transformer_encoder",
+        heads=heads,
+        expansion=expansion,
+        activation=activation,
+        norm=norm,
+        causal=causal,
+        **drop,
+    )
+    layers += [layer] * depth
     layers.append(blocks.maker("norm", norm=norm, features="last"))
     return stack(in_shape, out_shape, layers, **readout(pool))
 
 
-def token_layers(who: str, in_shape: Shape, vocabulary: int | None, width: int) -> list[Maker]:
-    """Return the embedding of token ids (T,), or nothing for (T, D) and (C, H, W). Raises BuildError for the rest."""
-    if len(in_shape) not in ((2, 3) if vocabulary is None else (1,)):
+def token_layers(name: str, in_shape: Shape, vocabulary: int | None, width: int) -> list[Maker]:
+    """Return the embedding of token ids (T,), or no block for (T, D) and (C, H, W).
+
+    Raises:
+        BuildError: the shape is another one.
+    """
+    ranks = (2, 3) if vocabulary is None else (1,)
+    if len(in_shape) not in ranks:
         forms = "(T, D) or images (C, H, W), or with a `vocabulary` token ids (T,)"
-        raise BuildError(f"{who} expects {forms}, gets {tuple(in_shape)}")
-    return (
-        []
-        if vocabulary is None
-        else [blocks.maker("embedding", vocabulary=vocabulary, width=width)]
-    )
+        raise BuildError(f"{name} expects {forms}, gets {tuple(in_shape)}")
+    if vocabulary is None:
+        return []
+    return [blocks.maker("embedding", vocabulary=vocabulary, width=width)]
 
 
 def readout(pool: str) -> dict[str, str]:
-    """Return the head that reads out so, with its setting, as arguments of `stack`."""
+    """Return the head for `pool` and its setting, as arguments of `stack`."""
     if pool == "none":
         return {"head": "token"}
     return {"head": "class", "pool": "first" if pool == "class_token" else pool}

@@ -1,6 +1,7 @@
-"""Models that forecast, a measure of forecasts, and a picture of predicted and true amounts.
+"""Forecasting models, a metric of forecasts, and images of predicted and true values.
 
-Inputs are (lookback, channels), the first channel being what is forecast; outputs are its next values (horizon,).
+Inputs are (lookback, channels); the first channel is the one to forecast. Outputs are its next
+values (horizon,).
 """
 
 from math import prod
@@ -34,15 +35,13 @@ from framework.contracts.state import Cadence
 
 
 class SeasonalNaive(nn.Module):
-    """What was, one season before: the next `horizon` values of the first channel, each the newest of its phase."""
+    """Repeat the last season of the first channel for the next `horizon` values."""
 
-    def __init__(self, in_shape: Shape, out_shape: Shape, season: int, who: str):
+    def __init__(self, in_shape: Shape, out_shape: Shape, season: int, name: str):
         super().__init__()
-        lookback, _ = shapes.expect(in_shape, "(T, D)", who)
+        lookback, _ = shapes.expect(in_shape, "(T, D)", name)
         if season > lookback:
-            raise BuildError(
-                f"{who}: season={season} is longer than the {lookback} steps that it looks back on"
-            )
+            raise BuildError(f"{name}: season={season} is longer than the lookback of {lookback}")
         steps = torch.arange(prod(out_shape))
         self.register_buffer("rows", lookback - season + steps % season, persistent=False)
 
@@ -52,9 +51,9 @@ class SeasonalNaive(nn.Module):
 
 @models.register("linear_forecast", aliases=["nlinear"])
 class LinearForecast(nn.Module):
-    """One linear map from the past to the future, of differences to the last value.
+    """One linear layer from past to future differences to the last value (NLinear).
 
-    NLinear (Zeng et al. 2023, arXiv:2205.13504, section 3.3), of the first channel alone.
+    It reads the first channel only (Zeng et al. 2023, arXiv:2205.13504, section 3.3).
     """
 
     def __init__(self, in_shape: Shape, out_shape: Shape):
@@ -68,7 +67,7 @@ class LinearForecast(nn.Module):
 
 
 class NBeatsBlock(nn.Module):
-    """Linear layers, and from them what a block explains of the past and says of the future."""
+    """Linear layers, then one linear layer for the backcast and one for the forecast."""
 
     def __init__(
         self,
@@ -77,17 +76,16 @@ class NBeatsBlock(nn.Module):
         horizon: int,
         width: int,
         layers: int,
-        activation,
+        activation: Activation,
         dropout: float,
     ):
         super().__init__()
-        rest = {"width": width, "activation": activation, "dropout": dropout}
-        makers = [blocks.maker("linear", **rest) for _ in range(layers)]
-        sizes = [inputs, *[width] * (layers - 1)]
-        self.body = nn.Sequential(
-            *(maker((size,)) for maker, size in zip(makers, sizes, strict=True))
-        )
-        self.backcast, self.forecast = nn.Linear(width, lookback), nn.Linear(width, horizon)
+        layer = blocks.maker("linear", width=width, activation=activation, dropout=dropout)
+        self.body = nn.Sequential(layer((inputs,)))
+        for _ in range(layers - 1):
+            self.body.append(layer((width,)))
+        self.backcast = nn.Linear(width, lookback)
+        self.forecast = nn.Linear(width, horizon)
 
     def forward(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.body(torch.cat([past, now], dim=1))
@@ -96,11 +94,11 @@ class NBeatsBlock(nn.Module):
 
 @models.register("nbeats")
 class NBeats(nn.Module):
-    """Blocks that each take away what they explain of the past, and add to the forecast: the generic N-BEATS.
+    """Generic N-BEATS: each block subtracts its backcast from the past and adds to the forecast.
 
-    Oreshkin et al. 2020, arXiv:1905.10437, section 3. Added to it: all blocks see the other channels of the last step
-    (the calendar), the past is given as differences to its last value, and the forecast starts from that value, or with
-    a `season` from the values one season before.
+    Oreshkin et al. 2020, arXiv:1905.10437, section 3. In addition, all blocks read the other
+    channels of the last step (the calendar), the past is given as differences to its last value,
+    and the forecast starts from that value, or with a `season` from the values one season before.
     """
 
     def __init__(
@@ -114,14 +112,15 @@ class NBeats(nn.Module):
         activation: Activation = "relu",
         dropout: Rate = 0.0,
     ):
-        """Build the blocks; at first the forecast is the naive one, for their last layers are zero.
+        """Build the blocks. Their last layers are zero: the initial forecast is the naive one.
 
         Args:
-            season: steps of a season that the forecast starts from; 0: it starts from the last value.
-            depth: blocks.
-            layers: linear layers of a block.
-            width: features of each.
-            activation: after each.
+            season: number of steps of the season that the forecast starts from; 0: start from the
+                last value.
+            depth: number of blocks.
+            layers: number of linear layers of a block.
+            width: features of each linear layer.
+            activation: after each linear layer.
             dropout: probability of zeroing a feature.
         """
         super().__init__()
@@ -134,16 +133,19 @@ class NBeats(nn.Module):
             nn.init.zeros_(block.forecast.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        past, now, forecast = x[:, :, 0] - x[:, -1:, 0], x[:, -1, 1:], self.naive(x)
+        past = x[:, :, 0] - x[:, -1:, 0]
+        calendar = x[:, -1, 1:]
+        forecast = self.naive(x)
         for block in self.blocks:
-            explained, more = block(past, now)
-            past, forecast = past - explained, forecast + more
+            backcast, change = block(past, calendar)
+            past = past - backcast
+            forecast = forecast + change
         return forecast
 
 
 @metrics.register("mape")
 class MeanAbsolutePercentageError(Metric):
-    """The mean absolute difference of outputs and targets, in per cent of the targets, without those that are 0."""
+    """Mean absolute difference of outputs and targets in percent of the targets, ignoring zeros."""
 
     name = "mape"
     better = "lower"
@@ -161,10 +163,11 @@ class MeanAbsolutePercentageError(Metric):
 
 @callbacks.register("predictions")
 class Predictions(Callback):
-    """Gives the loggers pictures of predictions on the validation split: of amounts, against the true ones; of curves.
+    """Logs images of predictions on the validation split, as a scatter plot or as curves.
 
-    For one value a sample, predicted (upwards) against true (to the right), dark where there are many, red where they
-    are equal. For several, such as a forecast, a few samples as curves: the true one black, the predicted one red.
+    With one value per sample: predicted (y axis) against true values (x axis), darker for more
+    samples, with a red diagonal. With several values, such as a forecast: a few samples as curves,
+    the true one black and the predicted one red.
     """
 
     changes_training = False
@@ -172,79 +175,86 @@ class Predictions(Callback):
     def __init__(
         self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096
     ):
-        """Say how often and how many.
+        """Store the settings.
 
         Args:
-            every: how often.
-            curves: samples that are shown as curves, evenly spaced over the split.
-            samples: most samples whose one value is shown.
+            every: how often images are logged.
+            curves: number of samples shown as curves, evenly spaced in the split.
+            samples: largest number of samples in a scatter plot.
         """
-        self.cadence, self.curves, self.samples = Cadence(every), curves, samples
+        self.cadence = Cadence(every)
+        self.curves = curves
+        self.samples = samples
 
     def on_fit_start(self, trainer: Context) -> None:
         split = None if trainer.val_batches is None else trainer.val_batches.split
-        missing = None
         if trainer.val_batches is None:
-            missing = "there is no validation split"
+            problem = "there is no validation split"
         elif not isinstance(split, TensorSplit):
-            missing = "the validation split is not in memory"
+            problem = "the validation split is not in memory"
         elif not split.tensors[-1].is_floating_point():
-            missing = "the targets here are classes (callbacks.confusion shows those)"
-        if missing is not None:
-            said = "it shows predicted values beside the targets of a validation split in memory"
-            raise SettingError(f"callbacks.predictions: {said}; {missing}")
+            problem = "the targets are classes (use callbacks.confusion)"
+        else:
+            return
+        raise SettingError(
+            "callbacks.predictions: expected a validation split in memory with values as targets:"
+            f" {problem}"
+        )
 
     def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
-            self._show(trainer)
+            self._log_images(trainer)
 
     @torch.no_grad()
-    def _show(self, trainer: Context) -> None:
+    def _log_images(self, trainer: Context) -> None:
         split = trainer.val_batches.split  # type: ignore[union-attr]
         several = split.tensors[-1][0].numel() > 1
         count = min(self.curves if several else self.samples, len(split))
         inputs, targets = split[torch.linspace(0, len(split) - 1, count).long()]
         with trainer.precision.inference(trainer.model):
             outputs = trainer.model(inputs.to(trainer.device)).float().cpu().flatten(1)
-        draw = curves if several else scatter
+        draw = draw_curves if several else draw_scatter
         pictures = draw(outputs, targets.float().cpu().flatten(1))
         for logger in trainer.loggers:
             logger.images("predictions", pictures, trainer.state.step)
 
 
-def scatter(outputs: Tensor, targets: Tensor, size: int = 160) -> Tensor:
-    """Return a picture (1, 3, size, size) of outputs against targets, from the lowest to the highest target."""
-    low, high = targets.min(), targets.max()
-    across, up = (
-        ((x - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * (size - 1)
-        for x in (targets, outputs)
-    )
-    cells = (size - 1 - up.round().long()) * size + across.round().long()
-    counts = cells.flatten().bincount(minlength=size * size).reshape(size, size).float()
-    ink = counts.log1p() / counts.max().log1p()
-    equal = torch.eye(size).flip(1)
-    return torch.stack([1 - ink, (1 - ink) * (1 - equal), (1 - ink) * (1 - equal)])[None]
+def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return values mapped linearly from [low, high] to [0, 1]."""
+    return (values - low) / (high - low).clamp_min(1e-12)
 
 
-def curves(outputs: Tensor, targets: Tensor, height: int = 120, width: int = 320) -> Tensor:
-    """Return a picture (samples, 3, height, width) of each sample's outputs, red, over its targets, black."""
+def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 160) -> Tensor:
+    """Return an image (1, 3, size, size) of outputs against targets, over the range of targets."""
+    low = targets.min()
+    high = targets.max()
+    x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
+    y = rescale(outputs, low, high).clamp(0, 1) * (size - 1)
+    pixels = (size - 1 - y.round().long()) * size + x.round().long()
+    counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
+    paper = 1 - counts.log1p() / counts.max().log1p()
+    diagonal = torch.eye(size).flip(1)
+    green_blue = paper * (1 - diagonal)
+    return torch.stack([paper, green_blue, green_blue])[None]
+
+
+def draw_curves(outputs: Tensor, targets: Tensor, height: int = 120, width: int = 320) -> Tensor:
+    """Return images (samples, 3, height, width) of outputs (red) and targets (black) as curves."""
     both = torch.cat([outputs, targets], dim=1)
-    low, high = both.amin(1, keepdim=True), both.amax(1, keepdim=True)
-    true, predicted = (
-        line((x - low) / (high - low).clamp_min(1e-12), height, width) for x in (targets, outputs)
-    )
+    low = both.amin(1, keepdim=True)
+    high = both.amax(1, keepdim=True)
+    true = draw_line(rescale(targets, low, high), height, width)
+    predicted = draw_line(rescale(outputs, low, high), height, width)
     paper = 1 - torch.maximum(true, predicted)
     return torch.stack([torch.maximum(paper, predicted), paper, paper], dim=1)
 
 
-def line(shares: Tensor, height: int, width: int) -> Tensor:
-    """Return lines through points at even distances, (samples, points) from 0 to 1, as ink (samples, height, width)."""
-    points = interpolate(shares[:, None], width, mode="linear", align_corners=True)[:, 0]
+def draw_line(values: Tensor, height: int, width: int) -> Tensor:
+    """Return masks (samples, height, width) of lines through values (samples, points) in [0, 1]."""
+    points = interpolate(values[:, None], width, mode="linear", align_corners=True)[:, 0]
     rows = (1 - points) * (height - 1)
-    after = torch.cat([rows[:, 1:], rows[:, -1:]], dim=1)
-    low, high = (
-        torch.minimum(rows, after).floor()[:, None],
-        torch.maximum(rows, after).ceil()[:, None],
-    )
+    following = torch.cat([rows[:, 1:], rows[:, -1:]], dim=1)
+    low = torch.minimum(rows, following).floor()[:, None]
+    high = torch.maximum(rows, following).ceil()[:, None]
     row = torch.arange(height)[:, None]
     return ((row >= low) & (row <= high)).float()

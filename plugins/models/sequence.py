@@ -1,4 +1,4 @@
-"""Models for sequences of floats of unequal length, made of the blocks of `layers/sequence.py`, by its convention."""
+"""Models for sequences of floats of unequal length, with the blocks of `layers/sequence.py`."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -36,19 +36,20 @@ def sequence_cnn(
     dropout: Rate = 0.0,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """1-d convolutions over a sequence with its mask (channels + 1, length), pooled over the real frames.
+    """1-d convolutions over a sequence with a mask (channels + 1, length), then pooling.
 
-    Each stage is a strided convolution and a residual one.
+    Each stage is a strided convolution and a residual one. Padding is ignored.
 
     Args:
         front: blocks that come first, such as log_mel and spec_augment.
         channels: output channels of each stage.
-        kernel_size: taps of each convolution, an odd number.
-        stride: how many times shorter each stage makes the sequence.
+        kernel_size: length of each kernel, an odd number.
+        stride: factor by which each stage shortens the sequence.
         activation: after each norm.
         norm: after each convolution; null for none.
-        pool: what is taken of the frames.
-        dropout: probability of zeroing an output of the residual convolutions, and a pooled feature.
+        pool: how frames are pooled, see masked_pool.
+        dropout: probability of zeroing an output of the residual convolutions, and a pooled
+            feature.
         dropout_kind: how outputs are dropped.
     """
     rest = {"kernel_size": kernel_size, "activation": activation, "norm": norm}
@@ -58,7 +59,7 @@ def sequence_cnn(
         branch = blocks.maker("masked_conv1d", channels=width, **rest, **drop)
         layers.append(blocks.maker("masked_conv1d", channels=width, stride=stride, **rest))
         layers.append(blocks.maker("masked_residual", blocks=[branch]))
-    return read_out(in_shape, out_shape, layers, pool, dropout, dropout_kind)
+    return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
 
 @models.register("spectrogram_cnn")
@@ -75,19 +76,21 @@ def spectrogram_cnn(
     dropout: Rate = 0.0,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """2-d convolutions over a sequence with its mask, seen as a picture (bands, frames), pooled over the real frames.
+    """2-d convolutions over a sequence with a mask, as an image (bands, frames), then pooling.
 
-    Each stage is a strided convolution and a residual one; the bands that are left are features of a frame.
+    Inputs are (channels + 1, length). Each stage is a strided convolution and a residual one; the
+    remaining bands become features of a frame. Padding is ignored.
 
     Args:
-        front: blocks that come first and give bands in their order, such as log_mel.
+        front: blocks that come first and return bands in order, such as log_mel.
         channels: output channels of each stage.
         kernel_size: height and width of each kernel, an odd number.
-        stride: how many times smaller each stage makes bands and frames.
+        stride: factor by which each stage shrinks bands and frames.
         activation: after each norm.
         norm: after each convolution; null for none.
-        pool: what is taken of the frames.
-        dropout: probability of zeroing an output of the residual convolutions, and a pooled feature.
+        pool: how frames are pooled, see masked_pool.
+        dropout: probability of zeroing an output of the residual convolutions, and a pooled
+            feature.
         dropout_kind: how outputs are dropped.
     """
     rest = {"kernel_size": kernel_size, "activation": activation, "norm": norm}
@@ -98,7 +101,7 @@ def spectrogram_cnn(
         layers.append(blocks.maker("masked_conv2d", channels=width, stride=stride, **rest))
         layers.append(blocks.maker("masked_residual", blocks=[branch]))
     layers.append(blocks.maker("as_sequence"))
-    return read_out(in_shape, out_shape, layers, pool, dropout, dropout_kind)
+    return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
 
 @models.register("sequence_transformer")
@@ -118,20 +121,24 @@ def sequence_transformer(
     dropout: Rate = 0.0,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """Transformer encoder over a sequence with its mask (channels + 1, length), pooled over the real frames.
+    """Transformer encoder over a sequence with a mask (channels + 1, length), then pooling.
+
+    Padding is ignored.
 
     Args:
         front: blocks that come first, such as log_mel and spec_augment.
         width: features of a frame.
-        depth: layers on top of each other.
-        heads: attentions side by side; must divide width.
-        expansion: hidden features of a layer's two linear maps, per feature of a frame.
-        halvings: convolutions before the layers, each of which halves the length; 0: one that keeps it.
-        position: how a frame is told from others.
-        activation: after the convolutions, and between a layer's two linear maps.
-        norm: of each frame.
-        pool: what is taken of the frames.
-        dropout: probability of zeroing attention weights, hidden features, each branch and a pooled feature.
+        depth: number of stacked layers.
+        heads: number of attention heads; must divide width.
+        expansion: hidden features of the two linear layers, per feature of a frame.
+        halvings: number of convolutions before the layers, each of which halves the length; 0: one
+            convolution that keeps it.
+        position: kind of position encoding.
+        activation: after the convolutions, and between the two linear layers.
+        norm: normalization of each frame.
+        pool: how frames are pooled, see masked_pool.
+        dropout: probability of zeroing attention weights, hidden features, each branch and a pooled
+            feature.
         dropout_kind: how features and branches are dropped.
     """
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
@@ -142,19 +149,19 @@ def sequence_transformer(
         activation=activation,
         norm=norm,
     )
-    layers = [*front, *[stem] * max(halvings, 1)]
+    layers = list(front)
+    layers += [stem] * max(halvings, 1)
     if position != "none":
-        turn = blocks.maker("permute", axes=[1, 0])
-        layers.append(
-            blocks.maker("masked", blocks=[turn, blocks.maker("position", position=position), turn])
-        )
+        transpose = blocks.maker("permute", axes=[1, 0])
+        encoding = blocks.maker("position", position=position)
+        layers.append(blocks.maker("masked", blocks=[transpose, encoding, transpose]))
     rest = {"heads": heads, "expansion": expansion, "activation": activation, "norm": norm}
-    layers += [blocks.maker("masked_transformer", **rest, **drop) for _ in range(depth)]
+    layers += [blocks.maker("masked_transformer", **rest, **drop)] * depth
     layers.append(blocks.maker("masked", blocks=[blocks.maker("norm", norm=norm)]))
-    return read_out(in_shape, out_shape, layers, pool, dropout, dropout_kind)
+    return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
 
-def read_out(
+def pooled_model(
     in_shape: Shape,
     out_shape: Shape,
     layers: list,
@@ -162,7 +169,7 @@ def read_out(
     dropout: float,
     dropout_kind: Dropout,
 ) -> nn.Module:
-    """Return the layers with the pooling and a linear head."""
+    """Return a model of the layers, masked_pool, dropout and a linear head."""
     layers.append(blocks.maker("masked_pool", pool=pool))
     if dropout > 0:
         layers.append(blocks.maker("dropout", p=dropout, kind=dropout_kind))

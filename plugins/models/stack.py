@@ -1,4 +1,4 @@
-"""A model as data: a list of blocks and a head, shapes threaded from one to the next."""
+"""A model as a list of blocks and a head, each built for the output shape of the one before it."""
 
 from torch import Tensor, nn
 
@@ -7,19 +7,21 @@ from framework import Block, BuildError, Head, Shape, models, shapes
 
 @models.register("stack", aliases=["sequential"])
 class Stack(nn.Module):
-    """Blocks in a row, each built for the shape that the one before it gives, then a head.
+    """A sequence of blocks, each built for the output shape of the one before it, then a head.
 
-    Raises BuildError at the first block that cannot take its shape: "block 4 (conv2d) expects (C, H, W), gets (128,)".
+    Raises:
+        BuildError: a block or the head does not take its input shape, such as "block 4 (conv2d)
+            expects (C, H, W), gets (128,)".
     """
 
     def __init__(
         self, in_shape: Shape, out_shape: Shape, blocks: list[Block] = (), head: Head = "class"
     ):
-        """Build and run every part once on zeros.
+        """Build all parts and run each once on zeros.
 
         Args:
-            blocks: the hidden blocks in order; none makes a linear model of the class head.
-            head: what makes the task's outputs of what the last block gives.
+            blocks: the hidden blocks in order; without blocks, the class head is a linear model.
+            head: maps the output of the last block to the outputs of the task.
         """
         super().__init__()
         modules, shape = shapes.build_chain(blocks, in_shape)

@@ -1,7 +1,8 @@
 """Models for tables with columns of numbers and of categories.
 
-`columns` says of each input what it is: 0 for a number, n for the index of one of n categories, of which 0 is what
-training never saw (see `Data.columns`). Without it, all inputs are numbers.
+`columns` has an entry for each input: 0 for a number, n for the index of one of n categories. Index
+0 is for categories that do not occur in training (see `Data.columns`). Without `columns`, all
+inputs are numbers.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from framework import (
     Activation,
     BuildError,
     Dropout,
+    Maker,
     NonNegativeInt,
     Norm,
     PositiveFloat,
@@ -27,29 +29,32 @@ from framework import (
 
 
 class Columns(nn.Module):
-    """Parts inputs (batch, columns) into the numbers and the learned vectors of the categories, None without any.
+    """Split inputs (batch, columns) into numbers and learned vectors of categories.
 
-    The vector of index 0, what training never saw, is zero and stays so. All are in one table: one lookup a batch.
+    The vector of index 0 (a category that does not occur in training) is always zero. All vectors
+    are in one table, so that a batch needs one lookup. Without categories, the vectors are None.
     """
 
-    def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, who: str):
+    def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, name: str):
         super().__init__()
-        (inputs,) = shapes.expect(in_shape, "columns (D,)", who)
+        (inputs,) = shapes.expect(in_shape, "columns (D,)", name)
         sizes = torch.tensor(sizes or [0] * inputs)
         if len(sizes) != inputs:
-            raise BuildError(f"{who} gets {inputs} inputs, but is told of {len(sizes)} columns")
-        numbers, indices = (sizes == 0).nonzero()[:, 0], sizes.nonzero()[:, 0]
-        self.numbers, self.categories = len(numbers), len(indices)
-        if not len(indices):
+            raise BuildError(f"{name}: expected sizes of {inputs} columns, got {len(sizes)}")
+        numbers = (sizes == 0).nonzero()[:, 0]
+        indices = sizes.nonzero()[:, 0]
+        self.numbers = len(numbers)
+        self.categories = len(indices)
+        if not self.categories:
             return
         starts = sizes[indices].cumsum(0) - sizes[indices]
-        for name, buffer in (("number_at", numbers), ("index_at", indices), ("starts", starts)):
-            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("number_at", numbers, persistent=False)
+        self.register_buffer("index_at", indices, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
         self.table = nn.Embedding(int(sizes.sum()), width)
+        bound = width**-0.5  # as in the code of the authors, Gorishniy et al. 2021
         with torch.no_grad():
-            self.table.weight.uniform_(
-                -(width**-0.5), width**-0.5
-            )  # as in the authors' code of Gorishniy et al. 2021
+            self.table.weight.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.categories:
@@ -61,11 +66,10 @@ class Columns(nn.Module):
 
 @blocks.register("feature_tokenizer")
 class FeatureTokenizer(nn.Module):
-    """A token for each column: b + x w of a number, b + a learned vector of a category; (columns,) -> (columns, width).
+    """A token for each column: (columns,) -> (columns, width).
 
-    The tokens of numbers come first.
-
-    Gorishniy et al. 2021, arXiv:2106.11959, section 3.3.
+    It is b + x w for a number x, and b + a learned vector for a category. The tokens of numbers
+    come first (Gorishniy et al. 2021, arXiv:2106.11959, section 3.3).
     """
 
     def __init__(
@@ -75,7 +79,8 @@ class FeatureTokenizer(nn.Module):
 
         Args:
             width: features of a token.
-            sizes: of each column, 0 for a number or how many categories there are; null: all are numbers.
+            sizes: for each column 0 for a number, or the number of categories; null: all columns
+                are numbers.
         """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "feature_tokenizer")
@@ -86,12 +91,14 @@ class FeatureTokenizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         numbers, vectors = self.columns(x)
         tokens = numbers.unsqueeze(2) * self.weight
-        return (tokens if vectors is None else torch.cat([tokens, vectors], dim=1)) + self.bias
+        if vectors is not None:
+            tokens = torch.cat([tokens, vectors], dim=1)
+        return tokens + self.bias
 
 
 @blocks.register("column_embedding")
 class ColumnEmbedding(nn.Module):
-    """The numbers as they are, then a learned vector for each category: (columns,) -> (D,)."""
+    """The numbers unchanged, then a learned vector for each category: (columns,) -> (D,)."""
 
     def __init__(
         self, in_shape: Shape, width: PositiveInt = 16, sizes: list[NonNegativeInt] | None = None
@@ -100,7 +107,8 @@ class ColumnEmbedding(nn.Module):
 
         Args:
             width: features of a category's vector.
-            sizes: of each column, 0 for a number or how many categories there are; null: all are numbers.
+            sizes: for each column 0 for a number, or the number of categories; null: all columns
+                are numbers.
         """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "column_embedding")
@@ -124,32 +132,31 @@ def tabular_resnet(
     dropout: Rate = 0.1,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """Residual MLP on the columns of a table (Gorishniy et al. 2021, arXiv:2106.11959, section 3.2).
+    """Residual MLP on the columns of a table.
 
-    linear, then depth times x + dropout(linear(dropout(relu(linear(norm(x)))))), then norm, relu, linear.
+    linear, then depth times x + dropout(linear(dropout(relu(linear(norm(x)))))), then norm, relu,
+    linear (Gorishniy et al. 2021, arXiv:2106.11959, section 3.2).
 
     Args:
         width: features between blocks.
-        depth: residual blocks.
+        depth: number of residual blocks.
         expansion: hidden features of a block, per feature between blocks.
-        embedding: features of a category's vector.
+        embedding: features of the vector of a category.
         activation: in each block, and before the last layer.
-        norm: of each block's input, and before the last layer.
+        norm: normalization of the input of each block, and before the last layer.
         dropout: probability of zeroing a hidden feature, and a feature of each branch.
         dropout_kind: how features are dropped.
     """
     hidden = max(1, round(width * expansion))
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
+    block = blocks.maker("residual_mlp", width=hidden, activation=activation, norm=norm, **drop)
     layers = [
         blocks.maker("column_embedding", width=embedding, sizes=list(columns) or None),
         blocks.maker("linear", width=width, activation=None),
-        *[
-            blocks.maker("residual_mlp", width=hidden, activation=activation, norm=norm, **drop)
-            for _ in range(depth)
-        ],
-        blocks.maker("norm", norm=norm),
-        blocks.maker("activation", activation=activation),
     ]
+    layers += [block] * depth
+    layers.append(blocks.maker("norm", norm=norm))
+    layers.append(blocks.maker("activation", activation=activation))
     return models.build("stack", in_shape, out_shape, blocks=layers, head=heads.maker("class"))
 
 
@@ -167,33 +174,41 @@ def ft_transformer(
     dropout: Rate = 0.1,
     dropout_kind: Dropout = "dropout",
 ) -> nn.Module:
-    """Transformer over the columns of a table, each a token (Gorishniy et al. 2021, arXiv:2106.11959, section 3.3).
+    """Transformer over the columns of a table, each column being a token (FT-Transformer).
 
-    A class token gathers what the last layers, norm, relu and linear, read. Unlike in the paper, the first layer has
-    its norm before attention too.
+    Gorishniy et al. 2021, arXiv:2106.11959, section 3.3. The last layers (norm, relu, linear) read
+    a class token. Unlike in the paper, the first layer also has a norm before the attention.
 
     Args:
         width: features of a token.
-        depth: layers on top of each other.
-        heads: attentions side by side; must divide width.
-        expansion: hidden features of a layer's two linear maps, per feature of a token; reglu takes two for one.
-        activation: between a layer's two linear maps.
-        norm: of each token.
+        depth: number of stacked layers.
+        heads: number of attention heads; must divide width.
+        expansion: hidden features of the two linear layers, per feature of a token; reglu halves
+            them.
+        activation: between the two linear layers.
+        norm: normalization of each token.
         dropout: probability of zeroing attention weights, hidden features and each branch.
         dropout_kind: how features are dropped.
     """
-    rest = {"heads": heads, "expansion": expansion, "activation": activation, "norm": norm}
-    drop = {"dropout": dropout, "dropout_kind": dropout_kind}
+    layer = blocks.maker(
+        "transformer_encoder",
+        heads=heads,
+        expansion=expansion,
+        activation=activation,
+        norm=norm,
+        dropout=dropout,
+        dropout_kind=dropout_kind,
+    )
     layers = [
         blocks.maker("feature_tokenizer", width=width, sizes=list(columns) or None),
         blocks.maker("class_token"),
-        *[blocks.maker("transformer_encoder", **rest, **drop) for _ in range(depth)],
-        blocks.maker("norm", norm=norm, features="last"),
-        blocks.maker("activation", activation="relu"),
     ]
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=class_head())
+    layers += [layer] * depth
+    layers.append(blocks.maker("norm", norm=norm, features="last"))
+    layers.append(blocks.maker("activation", activation="relu"))
+    return models.build("stack", in_shape, out_shape, blocks=layers, head=class_token_head())
 
 
-def class_head():
-    """Return the head that reads the class token."""
+def class_token_head() -> Maker:
+    """Return the head that reads the class token (`heads` in ft_transformer is a setting)."""
     return heads.maker("class", pool="first")

@@ -1,6 +1,6 @@
-"""Classifiers of token ids (T,), 0 being padding: what they give for a text does not depend on how far it is padded.
+"""Text classifiers on token ids (T,), 0 being padding: the output does not depend on the padding.
 
-Ids of `vocabulary` and above count as the unknown token (1); tokenizers put what is rare last.
+Ids of `vocabulary` and above count as the unknown token (1); tokenizers sort rare tokens last.
 """
 
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ Vocabulary = Annotated[int, Range("[2, inf)")]
 
 
 class Words(nn.Module):
-    """Vectors of token ids, zero for padding."""
+    """Embedding of token ids; zero for padding."""
 
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
@@ -25,26 +25,30 @@ class Words(nn.Module):
         return self.table(self.known(tokens))
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Return the ids, those beyond the table as the unknown token."""
+        """Return the ids, with ids beyond the table replaced by the unknown token."""
         return torch.where(tokens < self.table.num_embeddings, tokens, UNKNOWN)
 
 
-def mean_of(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of (batch, T, D) over the positions where the mask (batch, T) is true."""
     weights = mask.to(x.dtype).unsqueeze(2)
     return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def mirrored(x: Tensor, mask: Tensor) -> Tensor:
-    """Return each sequence (batch, T, D) backwards, its padding still at the end."""
-    lengths, places = mask.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-    index = torch.where(places < lengths, lengths - 1 - places, places)
+def reverse(x: Tensor, mask: Tensor) -> Tensor:
+    """Return each sequence of (batch, T, D) in reverse order, with its padding still at the end."""
+    lengths = mask.sum(1, keepdim=True)
+    positions = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(positions < lengths, lengths - 1 - positions, positions)
     return x.gather(1, index.unsqueeze(2).expand_as(x))
 
 
 @models.register("embedding_bag")
 class EmbeddingBag(nn.Module):
-    """The mean of a text's word vectors, then a linear layer (Joulin et al. 2017, arXiv:1607.01759, words alone)."""
+    """The mean of the word vectors of a text, then a linear layer.
+
+    Joulin et al. 2017, arXiv:1607.01759, with words (and pairs) instead of n-grams of any length.
+    """
 
     def __init__(
         self,
@@ -60,10 +64,11 @@ class EmbeddingBag(nn.Module):
         """Build the tables.
 
         Args:
-            vocabulary: how many ids there are.
+            vocabulary: number of token ids.
             width: features of a vector.
-            pairs: vectors for neighbouring words too, hashed into `buckets` (section 2.1 there).
-            buckets: vectors that pairs share.
+            pairs: also use vectors of pairs of neighboring words, hashed into `buckets` (section
+                2.1 of the paper).
+            buckets: size of the hash table of pair vectors.
             dropout: probability of zeroing a feature of the mean.
             dropout_kind: how features are dropped.
         """
@@ -75,18 +80,19 @@ class EmbeddingBag(nn.Module):
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mean = mean_of(self.words(tokens), tokens != 0)
+        mean = masked_mean(self.words(tokens), tokens != 0)
         if self.pairs is not None and tokens.shape[1] > 1:
             known = self.words.known(tokens)
-            first, second = known[:, :-1], known[:, 1:]
+            first = known[:, :-1]
+            second = known[:, 1:]
             hashed = (first * 92_821 + second) % self.pairs.num_embeddings
-            mean = mean + mean_of(self.pairs(hashed), second != 0)
+            mean = mean + masked_mean(self.pairs(hashed), second != 0)
         return self.output(self.dropout(mean))
 
 
 @models.register("text_lstm")
 class TextLSTM(nn.Module):
-    """LSTMs over a text in both directions, each from its own first word; the mean of all steps, a linear layer."""
+    """LSTMs over a text in one or both directions, the mean of all steps, then a linear layer."""
 
     def __init__(
         self,
@@ -103,11 +109,11 @@ class TextLSTM(nn.Module):
         """Build the layers.
 
         Args:
-            vocabulary: how many ids there are.
-            embedding: features of a token's vector.
+            vocabulary: number of token ids.
+            embedding: features of the vector of a token.
             cell: the recurrent layer.
             width: features of its hidden state, for each direction.
-            bidirectional: read the text backwards too.
+            bidirectional: also read the text backwards, from its last word.
             dropout: probability of zeroing a feature of a vector, and of the mean.
             dropout_kind: how features are dropped.
         """
@@ -121,20 +127,23 @@ class TextLSTM(nn.Module):
         self.output = nn.Linear(width * (1 + bidirectional), out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mask, x = tokens != 0, self.dropout(self.words(tokens))
-        steps = self.forwards(x)  # what comes after a text cannot change its own steps
+        mask = tokens != 0
+        x = self.dropout(self.words(tokens))
+        steps = self.forwards(x)  # padding at the end does not change the steps before it
         if self.backwards is not None:
-            steps = torch.cat(
-                [steps, self.backwards(mirrored(x, mask))], 2
-            )  # their mean has no order
-        return self.output(self.dropout(mean_of(steps, mask)))
+            # The backward steps stay in reverse order, which does not change their mean.
+            backwards = self.backwards(reverse(x, mask))
+            steps = torch.cat([steps, backwards], 2)
+        return self.output(self.dropout(masked_mean(steps, mask)))
 
 
 @models.register("text_transformer")
 class TextTransformer(nn.Module):
-    """A transformer encoder over a text, padding masked out; the mean of its positions, a linear layer.
+    """Transformer encoder over a text, the mean of all positions, then a linear layer.
 
-    Layers as in `gated_transformer`, seeing both sides; T, the longest text, is all that they can take.
+    Padding is masked.
+
+    The layers are those of `gated_transformer`, not causal. T is the length of the longest text.
     """
 
     def __init__(
@@ -153,31 +162,39 @@ class TextTransformer(nn.Module):
         """Build the layers.
 
         Args:
-            vocabulary: how many ids there are.
+            vocabulary: number of token ids.
             width: features of a position.
-            depth: layers on top of each other.
-            heads: attentions side by side; must divide width.
-            hidden: features between a layer's two linear maps; null: 8/3 width, rounded up to a multiple of 16.
-            norm: of each position, before each branch and after the last layer.
-            dropout: probability of zeroing a feature of a vector, attention weights, branches and the mean.
+            depth: number of stacked layers.
+            heads: number of attention heads; must divide width.
+            hidden: features between the two linear layers; null: 8/3 width, rounded up to a
+                multiple of 16.
+            norm: normalization of each position before each branch and after the last layer.
+            dropout: probability of zeroing features of word vectors, attention weights, branches
+                and features of the mean.
             dropout_kind: how features and branches are dropped.
         """
         super().__init__()
         shapes.expect(in_shape, "token ids (T,)", "text_transformer")
-        settings = {"heads": heads, "hidden": hidden, "norm": norm, "causal": False}
-        dropping = {"dropout": dropout, "dropout_kind": dropout_kind}
-        shape = (in_shape[0], width)
-        self.words, self.norm = Words(vocabulary, width), norm((width,))
-        self.layers = nn.ModuleList(
-            blocks.build("gated_transformer", shape, **settings, **dropping) for _ in range(depth)
+        self.words = Words(vocabulary, width)
+        self.norm = norm((width,))
+        layer = blocks.maker(
+            "gated_transformer",
+            heads=heads,
+            hidden=hidden,
+            norm=norm,
+            causal=False,
+            dropout=dropout,
+            dropout_kind=dropout_kind,
         )
+        self.layers = nn.ModuleList(layer((in_shape[0], width)) for _ in range(depth))
         self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mask, x = tokens != 0, self.dropout(self.words(tokens))
-        seen = mask.clone()
-        seen[:, 0] = True  # of a row that is all padding the attention would be NaN
+        mask = tokens != 0
+        x = self.dropout(self.words(tokens))
+        visible = mask.clone()
+        visible[:, 0] = True  # attention over a row of padding alone would be NaN
         for layer in self.layers:
-            x = layer(x, seen)
-        return self.output(self.dropout(mean_of(self.norm(x), mask)))
+            x = layer(x, visible)
+        return self.output(self.dropout(masked_mean(self.norm(x), mask)))

@@ -1,10 +1,12 @@
-"""Optimizers: torch's own by table, and Lion and Muon. `lr` is the rate that the schedule multiplies.
+"""Optimizers of torch, Lion and Muon. The schedule multiplies `lr`.
 
-Left out: LBFGS, which evaluates the loss several times a step, and SparseAdam, which needs sparse gradients.
+LBFGS is not registered, since it evaluates the loss several times per step, nor SparseAdam, since
+it needs sparse gradients.
 """
 
 import math
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -23,13 +25,7 @@ from framework import (
 )
 from framework.contracts.pure_optimizer import Settings, State, pure_updates
 
-HIDDEN = (
-    "maximize",
-    "capturable",
-    "differentiable",
-    "foreach",
-    "fused",
-)  # the framework's business
+HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # set by the framework
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}
 BETAS = COMMON | {"betas": tuple[Rate, Rate], "eps": PositiveFloat}
 
@@ -89,81 +85,87 @@ optimizers.register(
 
 
 def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), with decoupled weight decay where it is set."""
-    (beta1, beta2), lr, weight_decay = settings["betas"], settings["lr"], settings["weight_decay"]
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), or AdamW with decoupled decay."""
+    beta1, beta2 = settings["betas"]
+    lr = settings["lr"]
+    weight_decay = settings["weight_decay"]
     if settings.get("decoupled_weight_decay"):
         p = p * (1 - lr * weight_decay)
     else:
-        g = decayed(p, g, weight_decay)
+        g = add_weight_decay(p, g, weight_decay)
     step = state["step"] + 1
     average = state["exp_avg"] + (g - state["exp_avg"]) * (1 - beta1)
     square = state["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
     new = {"step": step, "exp_avg": average, "exp_avg_sq": square}
     if settings["amsgrad"]:
-        square = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+        square = torch.maximum(state["max_exp_avg_sq"], square)
+        new["max_exp_avg_sq"] = square
     number = step.to(p.dtype)
     scale = lr / (1 - beta1**number)
-    return p - scale * (
-        average / (square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"])
-    ), new
+    denominator = square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"]
+    return p - scale * (average / denominator), new
 
 
 def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """SGD with momentum, classical or Nesterov's (Sutskever et al. 2013, as torch writes it)."""
-    g, momentum = decayed(p, g, settings["weight_decay"]), settings["momentum"]
+    """SGD with classical or Nesterov momentum (Sutskever et al. 2013), in the form of torch."""
+    g = add_weight_decay(p, g, settings["weight_decay"])
+    momentum = settings["momentum"]
     if is_zero(momentum):
         return p - settings["lr"] * g, {}
     buffer = state["momentum_buffer"] * momentum + g * (1 - settings["dampening"])
-    return p - settings["lr"] * (g + momentum * buffer if settings["nesterov"] else buffer), {
-        "momentum_buffer": buffer
-    }
+    direction = g + momentum * buffer if settings["nesterov"] else buffer
+    return p - settings["lr"] * direction, {"momentum_buffer": buffer}
 
 
 def rmsprop(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """RMSprop (Hinton 2012, lecture 6e), centred (Graves 2013, arXiv:1308.0850, equations 38 to 45) if wanted."""
-    g, alpha = decayed(p, g, settings["weight_decay"]), settings["alpha"]
-    square = variance = state["square_avg"] * alpha + g * g * (1 - alpha)
+    """RMSprop (Hinton 2012, lecture 6e), or its centered variant.
+
+    The variant is from Graves 2013, arXiv:1308.0850, equations 38 to 45.
+    """
+    g = add_weight_decay(p, g, settings["weight_decay"])
+    alpha = settings["alpha"]
+    square = state["square_avg"] * alpha + g * g * (1 - alpha)
+    variance = square
     new = {"step": state["step"] + 1, "square_avg": square}
     if settings["centered"]:
-        average = new["grad_avg"] = state["grad_avg"] + (g - state["grad_avg"]) * (1 - alpha)
+        average = state["grad_avg"] + (g - state["grad_avg"]) * (1 - alpha)
+        new["grad_avg"] = average
         variance = square - average * average
-    move = g / (variance.sqrt() + settings["eps"])
+    direction = g / (variance.sqrt() + settings["eps"])
     if not is_zero(settings["momentum"]):
-        move = new["momentum_buffer"] = state["momentum_buffer"] * settings["momentum"] + move
-    return p - settings["lr"] * move, new
+        direction = state["momentum_buffer"] * settings["momentum"] + direction
+        new["momentum_buffer"] = direction
+    return p - settings["lr"] * direction, new
 
 
 def adagrad(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """Adagrad (Duchi et al. 2011, JMLR 12), with a rate that falls by `lr_decay`, as torch has it."""
-    g = decayed(p, g, settings["weight_decay"])
+    """Adagrad (Duchi et al. 2011, JMLR 12) with a decaying rate, in the form of torch."""
+    g = add_weight_decay(p, g, settings["weight_decay"])
     lr = settings["lr"] / (1 + state["step"].to(p.dtype) * settings["lr_decay"])
     total = state["sum"] + g * g
-    return p - lr * (g / (total.sqrt() + settings["eps"])), {
-        "step": state["step"] + 1,
-        "sum": total,
-    }
+    p = p - lr * (g / (total.sqrt() + settings["eps"]))
+    return p, {"step": state["step"] + 1, "sum": total}
 
 
-def decayed(p: Tensor, g: Tensor, weight_decay: Any) -> Tensor:
+def add_weight_decay(p: Tensor, g: Tensor, weight_decay: Any) -> Tensor:
+    """Return the gradient of the loss with an L2 penalty."""
     return g if is_zero(weight_decay) else g + weight_decay * p
 
 
 def is_zero(value: Any) -> bool:
+    """Return whether a setting is 0. A tensor (one value per trial) is never taken to be 0."""
     return not isinstance(value, Tensor) and value == 0
 
 
-for written, update in (
-    (optim.Adam, adam),
-    (optim.AdamW, adam),
-    (optim.SGD, sgd),
-    (optim.RMSprop, rmsprop),
-    (optim.Adagrad, adagrad),
-):
-    pure_updates.register(written, update)
+pure_updates.register(optim.Adam, adam)
+pure_updates.register(optim.AdamW, adam)
+pure_updates.register(optim.SGD, sgd)
+pure_updates.register(optim.RMSprop, rmsprop)
+pure_updates.register(optim.Adagrad, adagrad)
 
 
-def loss_of(closure: Callable[[], Any] | None) -> Any:
-    """Return the closure's loss, with gradients, or None without a closure."""
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
+    """Evaluate the closure with gradients; return None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -172,15 +174,17 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 @optimizers.register("lion")
 class Lion(PureOptimizer):
-    """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023, arXiv:2302.06675, alg. 2).
+    """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023).
 
-    Every number moves by `lr` a step: the authors take a rate 3 to 10 times lower, and a weight decay as much higher,
-    than AdamW's.
+    arXiv:2302.06675, algorithm 2. Each step changes every parameter by `lr`: compared with AdamW,
+    the authors use a learning rate 3 to 10 times lower, and a weight decay 3 to 10 times higher.
 
     Args:
         lr: learning rate.
-        betas: weight of the momentum in the step's direction, and in the momentum's own update.
-        weight_decay: decay of the parameters a step, times lr.
+        betas: weight of the momentum in the direction of the step, and in the update of the
+            momentum.
+        weight_decay: coefficient of weight decay; each step multiplies the parameters by
+            1 - lr * weight_decay.
     """
 
     kept = ("momentum",)
@@ -197,7 +201,8 @@ class Lion(PureOptimizer):
     @staticmethod
     def update(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
         """Return the parameter and its momentum after a step."""
-        lr, (beta1, beta2) = settings["lr"], settings["betas"]
+        lr = settings["lr"]
+        beta1, beta2 = settings["betas"]
         momentum = state["momentum"]
         direction = (momentum + (g - momentum) * (1 - beta1)).sign()
         p = p * (1 - lr * settings["weight_decay"]) - lr * direction
@@ -206,23 +211,26 @@ class Lion(PureOptimizer):
 
 @optimizers.register("muon")
 class Muon(optim.Optimizer):
-    """Orthogonalised momentum for hidden weights, AdamW for the rest.
+    """Orthogonalized momentum for hidden weights, AdamW for all other parameters.
 
-    The source is Jordan et al. 2024, kellerjordan.github.io/posts/muon. Hidden weights are the matrices (of a
-    convolution, one row a filter), but the last, which is taken to be the output layer's.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. Hidden weights are all matrices but the
+    last one, which is taken to be the output layer; the weight of a convolution is a matrix with
+    one row per filter.
 
     Args:
         lr: learning rate.
-        weight_decay: decay of all parameters a step, times lr.
-        momentum: share of the momentum that is kept, of the hidden weights.
-        nesterov: look ahead by one step of the momentum.
-        ns_steps: Newton-Schulz iterations.
-        adjust_lr: match_rms_adamw makes updates as large as AdamW's, whose rates then fit (Liu et al. 2025,
-            arXiv:2502.16982, section 2.2); original is Jordan's, with rates near 0.02.
-        embedding: the first matrix is an embedding table, and AdamW's too.
-        adamw_lr: learning rate of the rest; null: lr.
-        betas: AdamW's.
-        eps: AdamW's.
+        weight_decay: coefficient of weight decay; each step multiplies all parameters by
+            1 - lr * weight_decay.
+        momentum: momentum factor of the hidden weights.
+        nesterov: use Nesterov momentum.
+        ns_steps: number of Newton-Schulz iterations.
+        adjust_lr: match_rms_adamw: updates have the size of those of AdamW, so that learning rates
+            of AdamW can be used (Liu et al. 2025, arXiv:2502.16982, section 2.2); original: as
+            Jordan et al., for learning rates near 0.02.
+        embedding: the first matrix is an embedding table and is updated by AdamW.
+        adamw_lr: learning rate of AdamW; null: lr.
+        betas: betas of AdamW.
+        eps: eps of AdamW.
     """
 
     def __init__(
@@ -239,67 +247,77 @@ class Muon(optim.Optimizer):
         betas: tuple[Rate, Rate] = (0.9, 0.999),
         eps: PositiveFloat = 1e-8,
     ):
-        of_hidden = {
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "adjust_lr": adjust_lr,
-        }
-        of_all = {
+        # All settings are in the groups, since a copy of an optimizer has nothing else.
+        defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "betas": betas,
             "eps": eps,
             "hidden": False,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "adjust_lr": adjust_lr,
         }
-        super().__init__(
-            params, of_all | of_hidden
-        )  # all in the groups: a copied optimizer keeps nothing else
-        if any(p.is_complex() for group in self.param_groups for p in group["params"]):
-            raise SettingError("optimizer=muon: expected real parameters, got complex ones")
-        matrices = [p for group in self.param_groups for p in group["params"] if is_matrix(p)]
-        hidden = {id(p) for p in matrices[embedding : len(matrices) - 1]}
-        self.param_groups = [
-            part for group in self.param_groups for part in split(group, hidden, adamw_lr)
-        ]
+        super().__init__(params, defaults)
+        matrices = []
+        for group in self.param_groups:
+            if any(p.is_complex() for p in group["params"]):
+                raise SettingError("optimizer=muon: expected real parameters, got complex ones")
+            matrices += filter(is_matrix, group["params"])
+        first = 1 if embedding else 0
+        hidden = set(matrices[first : len(matrices) - 1])
+        groups = []
+        for group in self.param_groups:
+            groups += split_group(group, hidden, adamw_lr)
+        self.param_groups = groups
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step; returns the closure's loss, if there is one."""
-        loss = loss_of(closure)
+        """Perform a single optimization step and return the loss of the closure, if any."""
+        loss = evaluate_closure(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self.step_hidden if group["hidden"] else self.step_adamw)(params, group)
+            if not params:
+                continue
+            if group["hidden"]:
+                self.step_hidden(params, group)
+            else:
+                self.step_adamw(params, group)
         return loss
 
     def step_hidden(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update hidden weights by Muon."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
             direction = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            direction = orthogonalise(direction.flatten(1), group["ns_steps"])
+            direction = orthogonalize(direction.flatten(1), group["ns_steps"])
+            lr = group["lr"] * lr_factor(group["adjust_lr"], *direction.shape)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(
-                direction.reshape(p.shape),
-                alpha=-group["lr"] * scale(group["adjust_lr"], *direction.shape),
-            )
+            p.add_(direction.reshape(p.shape), alpha=-lr)
 
     def step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update all other parameters by AdamW."""
+        grads = []
+        averages = []
+        squares = []
+        steps = []
         for p in params:
-            if not self.state[p]:
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p].update(step=torch.zeros((), dtype=torch.float32), **zeros)
-        states = [self.state[p] for p in params]
-        averages, squares, steps = (
-            [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            grads.append(p.grad)
+            averages.append(state["exp_avg"])
+            squares.append(state["exp_avg_sq"])
+            steps.append(state["step"])
         beta1, beta2 = group["betas"]
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         adamw(
             params,
-            [p.grad for p in params],
+            grads,
             averages,
             squares,
             [],
@@ -308,29 +326,34 @@ class Muon(optim.Optimizer):
             maximize=False,
             beta1=beta1,
             beta2=beta2,
-            **settings,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
         )
 
 
-def scale(adjust_lr: str, rows: int, columns: int) -> float:
+def lr_factor(adjust_lr: str, rows: int, columns: int) -> float:
+    """Return the factor of the learning rate for a matrix."""
     if adjust_lr == "original":
         return math.sqrt(max(1.0, rows / columns))
     return 0.2 * math.sqrt(max(rows, columns))
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether a parameter has rows and columns; a single row has nothing to be orthogonal to."""
+    """Return whether a parameter has several rows and columns, else there is no orthogonality."""
     return p.ndim >= 2 and len(p) > 1 and p.numel() > len(p)
 
 
-def split(group: dict[str, Any], hidden: set[int], adamw_lr: float | None) -> list[dict[str, Any]]:
-    """Return the group's hidden weights and its other parameters as two groups, or one where the other is empty."""
+def split_group(
+    group: dict[str, Any], hidden: set[Tensor], adamw_lr: float | None
+) -> list[dict[str, Any]]:
+    """Split a group into hidden weights and other parameters, without empty groups."""
     parts = []
     for is_hidden in (True, False):
-        chosen = [(id(p) in hidden) == is_hidden for p in group["params"]]
+        selected = [(p in hidden) == is_hidden for p in group["params"]]
         part = group | {"hidden": is_hidden}
         for key in {"params", "param_names"} & group.keys():
-            part[key] = [item for item, wanted in zip(group[key], chosen, strict=True) if wanted]
+            part[key] = list(compress(group[key], selected))
         if adamw_lr is not None and not is_hidden:
             part["lr"] = adamw_lr
         if part["params"]:
@@ -338,15 +361,20 @@ def split(group: dict[str, Any], hidden: set[int], adamw_lr: float | None) -> li
     return parts
 
 
-def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
-    """Return nearly U V^T of matrix = U S V^T: five quintic Newton-Schulz steps take S into about [0.7, 1.2].
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """Approximate U V^T for matrix = U S V^T by quintic Newton-Schulz iterations.
 
-    In bfloat16 on an accelerator, as by Jordan et al.; a CPU is faster in float32.
+    Five iterations map the singular values to about [0.7, 1.2]. Accelerators use bfloat16, as
+    Jordan et al. do; a CPU is faster in float32.
     """
     x = matrix.bfloat16() if matrix.device.type != "cpu" else matrix
-    x = x.T if len(matrix) > matrix.shape[1] else x
+    tall = len(matrix) > matrix.shape[1]
+    if tall:
+        x = x.T
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+    if tall:
+        x = x.T
+    return x.to(matrix.dtype)

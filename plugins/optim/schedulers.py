@@ -1,11 +1,12 @@
-"""Learning rate schedules: given the run's steps, a function from the optimizer step (0 is the first) to a factor.
+"""Learning rate schedules: functions from the optimizer step (0 is the first) to a factor.
 
-Lengths (`warmup`, `period`, `decay` ...) are a fraction of the run when below 1, and a number of steps from 1 on.
-During a warm-up of w steps the factor rises in a line, (step + 1) / (w + 1); what follows begins at 1. Every factor is
-defined for all steps, also after the run's last.
+Lengths (`warmup`, `period`, `decay` ...) are a fraction of the run if below 1, else a number of
+steps. During a warm-up of w steps the factor rises linearly, (step + 1) / (w + 1); the schedule
+after it starts at 1. Every factor is defined for all steps, also after the end of the run.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -32,34 +33,47 @@ def steps(length: float, total_steps: int) -> int:
 
 
 def after_warmup(total_steps: int, warmup: float, main: Callable[[int, int], float]) -> Factor:
-    """Return the ramp followed by main(step, span), both counted from the ramp's end, with span >= 1."""
+    """Return a warm-up followed by main(step, span).
+
+    `step` and the number of remaining steps `span` (at least 1) are counted from the end of the
+    warm-up.
+    """
     rise = steps(warmup, total_steps)
     span = max(1, total_steps - rise)
-    return lambda step: (step + 1) / (rise + 1) if step < rise else main(step - rise, span)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return main(step - rise, span)
+
+    return factor
 
 
-def falling(
+def decay_after_warmup(
     total_steps: int, warmup: float, final: float, shape: Callable[[float], float]
 ) -> Factor:
-    """Return the ramp followed by final + (1 - final) shape(progress), progress from 0 to 1."""
-    return after_warmup(
-        total_steps, warmup, lambda step, span: final + (1 - final) * shape(min(1.0, step / span))
-    )
+    """Return a warm-up followed by final + (1 - final) shape(progress), progress from 0 to 1."""
+
+    def decay(step: int, span: int) -> float:
+        return final + (1 - final) * shape(min(1.0, step / span))
+
+    return after_warmup(total_steps, warmup, decay)
 
 
 def times_warmup(total_steps: int, warmup: float, main: Factor) -> Factor:
-    """Return the ramp times main(step), for schedules that are laid out over the whole run."""
+    """Return a warm-up times main(step), for schedules over all steps of the run."""
     rise = steps(warmup, total_steps)
     return lambda step: min(1.0, (step + 1) / (rise + 1)) * main(step)
 
 
 def half_cosine(progress: float) -> float:
+    """Return half a cosine from 1 to 0."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
 @schedulers.register("constant")
 def constant(total_steps: int, warmup: NonNegativeFloat = 0.0) -> Factor:
-    """1 throughout, after the warm-up.
+    """Constant 1 after the warm-up.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
@@ -75,18 +89,20 @@ def linear(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Fraction = 0
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         final: factor at the end of the run.
     """
-    return falling(total_steps, warmup, final, lambda progress: 1 - progress)
+    return decay_after_warmup(total_steps, warmup, final, lambda progress: 1 - progress)
 
 
 @schedulers.register("cosine")
 def cosine(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Fraction = 0.0) -> Factor:
-    """Half a cosine from 1 to `final` at the end of the run (Loshchilov and Hutter 2017, eq. 5, without restarts).
+    """Half a cosine from 1 to `final` at the end of the run.
+
+    Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5, without restarts.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         final: factor at the end of the run.
     """
-    return falling(total_steps, warmup, final, half_cosine)
+    return decay_after_warmup(total_steps, warmup, final, half_cosine)
 
 
 @schedulers.register("polynomial", aliases=["poly"])
@@ -100,15 +116,15 @@ def polynomial(
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
-        power: 1 is a line; the higher, the earlier the fall.
+        power: exponent; 1 is a line, and higher powers decay earlier.
         final: factor at the end of the run.
     """
-    return falling(total_steps, warmup, final, lambda progress: (1 - progress) ** power)
+    return decay_after_warmup(total_steps, warmup, final, lambda progress: (1 - progress) ** power)
 
 
 @schedulers.register("exponential")
 def exponential(total_steps: int, warmup: NonNegativeFloat = 0.0, final: Decay = 0.01) -> Factor:
-    """final^progress: the same ratio each step, from 1 to `final` at the end of the run.
+    """final^progress: exponential decay from 1 to `final` at the end of the run.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
@@ -124,12 +140,12 @@ def step(
     period: PositiveFloat = 0.3,
     gamma: Decay = 0.1,
 ) -> Factor:
-    """gamma^k after k periods, counted from the run's first step.
+    """gamma^k after k periods, counted from the first step of the run.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
-        period: steps (or, below 1, fraction of the run) between two falls.
-        gamma: factor of each fall.
+        period: steps (or, below 1, fraction of the run) between two reductions.
+        gamma: factor of each reduction.
     """
     length = max(1, steps(period, total_steps))
     return times_warmup(total_steps, warmup, lambda step: gamma ** (step // length))
@@ -142,16 +158,16 @@ def multi_step(
     milestones: tuple[PositiveFloat, ...] = (0.5, 0.75),
     gamma: Decay = 0.1,
 ) -> Factor:
-    """gamma^k after k milestones, counted from the run's first step.
+    """gamma^k after k milestones, counted from the first step of the run.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
-        milestones: steps (or, below 1, fractions of the run) of the falls.
-        gamma: factor of each fall.
+        milestones: steps (or, below 1, fractions of the run) of the reductions.
+        gamma: factor of each reduction.
     """
-    falls = [steps(milestone, total_steps) for milestone in milestones]
+    milestone_steps = sorted(steps(milestone, total_steps) for milestone in milestones)
     return times_warmup(
-        total_steps, warmup, lambda step: gamma ** sum(step >= fall for fall in falls)
+        total_steps, warmup, lambda step: gamma ** bisect_right(milestone_steps, step)
     )
 
 
@@ -159,16 +175,16 @@ def multi_step(
 def one_cycle(
     total_steps: int, warmup: NonNegativeFloat = 0.3, start: Fraction = 0.04, final: Fraction = 4e-6
 ) -> Factor:
-    """Half a cosine from `start` up to 1 and one down to `final` on the last step (Smith and Topin 2018).
+    """Half a cosine from `start` up to 1, then one down to `final` on the last step.
 
-    The momentum is left alone.
+    Smith and Topin 2018, arXiv:1708.07120. The momentum does not change.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from `start`.
         start: factor on the first step.
         final: factor on the last step.
     """
-    peak = max(0, steps(warmup, total_steps) - 1)  # the last step of the rise is the peak itself
+    peak = max(0, steps(warmup, total_steps) - 1)  # the last step of the warm-up is the peak
     fall = max(1, total_steps - 1 - peak)
 
     def factor(step: int) -> float:
@@ -194,12 +210,15 @@ def wsd(
     shape: Literal["linear", "cosine", "sqrt"] = "linear",
     final: Fraction = 0.0,
 ) -> Factor:
-    """Warm-up, stable at 1, decay to `final` at the end of the run (Hu et al. 2024, arXiv:2404.06395, section 4).
+    """Warm-up, constant 1, then decay to `final` at the end of the run (Hu et al. 2024).
+
+    arXiv:2404.06395, section 4.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
-        decay: steps (or, below 1, fraction of the run) of the fall at the end.
-        shape: linear, half a cosine, or 1 - sqrt(progress) (Hägele et al. 2024, arXiv:2405.18392).
+        decay: steps (or, below 1, fraction of the run) of the decay at the end.
+        shape: of the decay: linear, half a cosine, or 1 - sqrt(progress) (Hägele et al. 2024,
+            arXiv:2405.18392).
         final: factor at the end of the run.
     """
     length = max(1, steps(decay, total_steps))
@@ -214,7 +233,9 @@ def wsd(
 
 @schedulers.register("inverse_sqrt", aliases=["noam"])
 def inverse_sqrt(total_steps: int, warmup: NonNegativeFloat = 0.0) -> Factor:
-    """sqrt((warmup + 1) / (step + 1)) after the warm-up, 1 at its highest (Vaswani et al. 2017, section 5.3).
+    """sqrt((warmup + 1) / (step + 1)) after the warm-up; the maximum is 1.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
@@ -233,42 +254,47 @@ def cosine_restarts(
     growth: Growth = 1.0,
     final: Fraction = 0.0,
 ) -> Factor:
-    """Half cosines from 1 to `final`, one a period (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5).
+    """Half a cosine from 1 to `final` in each period (Loshchilov and Hutter 2017).
+
+    arXiv:1608.03983, equation 5.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
         period: steps (or, below 1, fraction of the run) of the first cosine.
-        growth: factor from the length of one cosine to the next.
+        growth: factor by which each cosine is longer than the one before it.
         final: lowest factor.
     """
     first = max(1, steps(period, total_steps))
 
-    def restarted(step: int, span: int) -> float:
-        length, position = float(first), float(step)
+    def with_restarts(step: int, span: int) -> float:
+        length = float(first)
+        position = float(step)
         if growth == 1:
             position %= length
         while position >= length:
-            position, length = position - length, length * growth
+            position -= length
+            length *= growth
         return final + (1 - final) * half_cosine(position / length)
 
-    return after_warmup(total_steps, warmup, restarted)
+    return after_warmup(total_steps, warmup, with_restarts)
 
 
 @schedulers.register("reduce_on_plateau", aliases=["plateau"])
 class ReduceOnPlateau(Schedule):
-    """Falls by a factor whenever a validation value has not got better for a while.
-
-    Raises SettingError when the validation has no value of the name `monitor`.
+    """Reduce the factor when a validation value has stopped improving.
 
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
-        monitor: the value to watch, as it is logged.
-        mode: min when lower is better, max when higher is.
-        factor: factor of each fall.
-        patience: validations without improvement that are borne before a fall.
-        threshold: the least relative improvement that counts.
-        cooldown: validations after a fall that are not judged.
+        monitor: name of the monitored value, as it is logged.
+        mode: min: lower is better; max: higher is better.
+        factor: factor of each reduction.
+        patience: number of validations without improvement that do not reduce the factor yet.
+        threshold: smallest relative improvement that counts.
+        cooldown: number of validations after a reduction that do not count.
         min_factor: lowest factor.
+
+    Raises:
+        SettingError: the validation has no value called `monitor`.
     """
 
     def __init__(
@@ -284,14 +310,16 @@ class ReduceOnPlateau(Schedule):
         min_factor: Fraction = 0.0,
     ):
         self.rise = steps(warmup, total_steps)
-        self.monitor, self.mode, self.threshold = monitor, mode, threshold
-        self.factor, self.patience, self.cooldown, self.min_factor = (
-            factor,
-            patience,
-            cooldown,
-            min_factor,
-        )
-        self.scale, self.bad, self.cooling = 1.0, 0, 0
+        self.monitor = monitor
+        self.mode = mode
+        self.factor = factor
+        self.patience = patience
+        self.threshold = threshold
+        self.cooldown = cooldown
+        self.min_factor = min_factor
+        self.scale = 1.0
+        self.bad = 0
+        self.cooling = 0
         self.best: float | None = None
 
     def __call__(self, step: int) -> float:
@@ -301,35 +329,49 @@ class ReduceOnPlateau(Schedule):
         if self.monitor not in metrics:
             hint = did_you_mean(self.monitor, metrics)
             raise SettingError(
-                f"scheduler.monitor: no validation value is called {self.monitor!r}; {hint}"
+                f"scheduler.monitor={self.monitor}: there is no such validation value; {hint}"
             )
-        if self.improves(metrics[self.monitor]):
-            self.best, self.bad = metrics[self.monitor], 0
+        value = metrics[self.monitor]
+        if self.improves(value):
+            self.best = value
+            self.bad = 0
         else:
             self.bad += 1
         if self.cooling > 0:
-            self.cooling, self.bad = self.cooling - 1, 0
+            self.cooling -= 1
+            self.bad = 0
         if self.bad > self.patience:
             self.scale = max(self.scale * self.factor, self.min_factor)
-            self.cooling, self.bad = self.cooldown, 0
+            self.cooling = self.cooldown
+            self.bad = 0
 
     def improves(self, value: float) -> bool:
-        """Whether a finite value betters the best one by more than the threshold."""
+        """Return whether a finite value is better than the best one by more than the threshold."""
         if not math.isfinite(value):
-            return False  # nothing would ever be better than infinity by a share of it
+            return False  # no later value would be better than infinity by a fraction of it
         if self.best is None:
             return True
         sign = 1 if self.mode == "max" else -1
         return sign * (value - self.best) > self.threshold * abs(self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"scale": self.scale, "bad": self.bad, "cooling": self.cooling, "best": self.best}
-        return state | {"monitor": self.monitor, "mode": self.mode}
+        return {
+            "scale": self.scale,
+            "bad": self.bad,
+            "cooling": self.cooling,
+            "best": self.best,
+            "monitor": self.monitor,
+            "mode": self.mode,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.bad, self.cooling = state["scale"], state["bad"], state["cooling"]
+        self.scale = state["scale"]
+        self.bad = state["bad"]
+        self.cooling = state["cooling"]
         best = state["best"]
         self.best = best if best is not None and math.isfinite(best) else None
-        watched = state.get("monitor", self.monitor), state.get("mode", self.mode)
-        if watched != (self.monitor, self.mode):
-            self.bad, self.best = 0, None  # values of another metric are not to be compared with
+        same_monitor = state.get("monitor", self.monitor) == self.monitor
+        same_mode = state.get("mode", self.mode) == self.mode
+        if not same_monitor or not same_mode:  # values of another metric are not comparable
+            self.bad = 0
+            self.best = None

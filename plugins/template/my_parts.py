@@ -1,4 +1,4 @@
-"""Parts of your own. Installed beside the framework, they are found by name: `framework show bent_identity`."""
+"""Your own parts. After installation they are found by name: `framework show bent_identity`."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ class BentIdentity(nn.Module):
     """x + (√(x² + b²) - b) / 2: the identity with a bend at 0.
 
     Args:
-        bend: b, how wide the bend is.
+        bend: b, the width of the bend.
     """
 
     def __init__(self, bend: PositiveFloat = 1.0):
@@ -24,7 +24,7 @@ class BentIdentity(nn.Module):
 
 @metrics.register("confidence")
 class Confidence(Metric):
-    """The mean probability of the predicted class: well above the accuracy, the model is too sure of itself."""
+    """The mean probability of the predicted class; above the accuracy, a model is overconfident."""
 
     name = "confidence"
     targets = ("class",)

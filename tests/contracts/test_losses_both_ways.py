@@ -916,7 +916,7 @@ def test_mixing_refuses_a_loss_that_ignores_a_class(name):
     with pytest.raises(SettingError, match="ignore_index=0"):
         mix((torch.rand(N, 1, 4, 4), Y))
     mix.criterion = nn.CrossEntropyLoss()
-    with pytest.raises(SettingError, match="a target is no class from 0 to 2"):
+    with pytest.raises(SettingError, match="class targets from 0 to 2"):
         mix((torch.rand(N, 1, 4, 4), GAPS))
 
 
@@ -932,8 +932,8 @@ def test_a_plain_loss_is_checked_against_data_and_learns_from_it():
 
 def test_balanced_weights_of_targets_out_of_range_are_refused():
     for targets, settings, message in (
-        (GAPS, {}, "a training target is -100"),
-        (torch.full((4,), IGNORED), {"ignore_index": IGNORED}, "every training target is ignored"),
+        (GAPS, {}, "got -100"),
+        (torch.full((4,), IGNORED), {"ignore_index": IGNORED}, "all training targets are ignored"),
     ):
         loss = fw.losses.build("cross_entropy", weight="balanced", **settings)
         data = data_of(torch.zeros(len(targets), 2), targets, 2, C)

@@ -171,7 +171,7 @@ def test_an_initializer_fills_matrices_and_leaves_biases():
         (
             ["model.norm=batch", "loader.batch_size=157"],
             DataError,
-            r"one sample|batch norm needs 2 or more rows in a training batch",
+            r"one sample|batch norm: expected at least 2 rows",
         ),
         (
             ["loader.batch_size=2000", "loader.drop_last=true"],

@@ -1,4 +1,4 @@
-"""Every registered part keeps the promises of its kind, whoever wrote it: a new plugin is tested by being there."""
+"""Every registered part, also of a new plugin, keeps the contract of its kind."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ from framework.contracts.task import Step
 from framework.errors import DataError, FrameworkError
 from framework.registry.registry import Registry
 
-# What a part needs beyond its defaults to be built small, by "kind/name".
+# Settings of small parts that have no defaults, by "kind/name".
 SETTINGS: dict[str, dict] = {
     "task/variational": {"likelihood": "gaussian"},
     "task/contrastive": {"views": []},
@@ -23,43 +23,34 @@ SETTINGS: dict[str, dict] = {
     "callback/accumulation": {"schedule": {"0": 1}},
     "callback/activation_checkpointing": {"patterns": ["*"]},
 }
-# Parameters that an output does not depend on, by the beginning of their names.
-BESIDE = {"model/gan": "generator.", "model/nbeats": "blocks.2.backcast."}
-# The model that a task calls the parts of, and tasks that need more than a batch (with tests of their own).
+# Parameters without effect on an output, by the beginning of their names.
+UNUSED_PARAMETERS = {"model/gan": "generator.", "model/nbeats": "blocks.2.backcast."}
+# Models of tasks that call parts of the model, and tasks with a trained model (tested elsewhere).
 MODELS = {"task/adversarial": "gan", "task/variational": "vae"}
-NOT_ALONE = {"task/distillation"}
+NEED_TRAINED_MODEL = {"task/distillation"}
 # Inputs tried in order until one fits: shapes without the batch axis; "tokens" are integers.
 SHAPES = [(8,), (4, 8), (3, 8, 8), (1, 28, 28), ("tokens", 8)]
 OUT_SHAPE = (5,)
-GIVEN = {
-    "activation": 0,
-    "dropout": 0,
-    "norm": 1,
-    "block": 1,
-    "head": 2,
-    "model": 2,
-}  # how many shapes a kind is given
-# Gradients that no finite difference can confirm: drawn anew at each call even in evaluation, or rounded on purpose.
+# The number of shapes that each kind of modules takes.
+SHAPES_OF_KIND = {"activation": 0, "dropout": 0, "norm": 1, "block": 1, "head": 2, "model": 2}
+# Modules whose gradient is not that of finite differences: random in evaluation, or rounded.
 NOT_DIFFERENTIABLE: set[str] = set()
 TARGETS = ("class", "labels", "value")
 # Losses for other targets than these.
 LOSS_TARGETS = {"loss/kl_div": ("probabilities",)}
-REFUSALS = (
-    FrameworkError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-)  # how a part says that a shape is not for it
+REFUSALS = (FrameworkError, RuntimeError, ValueError, IndexError)  # errors for an unsuitable shape
 
 
 def entries(*kinds):
-    registries = [Registry.every[kind] for kind in kinds] if kinds else Registry.every.values()
-    return [pytest.param(entry, id=str(entry)) for registry in registries for entry in registry]
+    params = []
+    for kind in kinds or Registry.every:
+        params += [pytest.param(entry, id=str(entry)) for entry in Registry.every[kind]]
+    return params
 
 
-def build(entry, *given):
+def build(entry, *args):
     torch.manual_seed(0)
-    return Registry.every[entry.kind.name].build(entry.name, *given, **SETTINGS.get(str(entry), {}))
+    return Registry.every[entry.kind.name].build(entry.name, *args, **SETTINGS.get(str(entry), {}))
 
 
 def example(shape):
@@ -70,13 +61,15 @@ def example(shape):
 
 def for_shape(entry, shape):
     sizes = tuple(size for size in shape if size != "tokens")
-    given = (0.3,) if entry.kind.name == "dropout" else (sizes, OUT_SHAPE)[: GIVEN[entry.kind.name]]
-    return build(entry, *given).double(), example(shape)
+    args = (0.3,)
+    if entry.kind.name != "dropout":
+        args = (sizes, OUT_SHAPE)[: SHAPES_OF_KIND[entry.kind.name]]
+    return build(entry, *args).double(), example(shape)
 
 
 @functools.cache
 def shape_for(kind, name):
-    """The first shape that a part takes."""
+    """Return the first shape that a part takes."""
     refused = []
     for shape in SHAPES:
         try:
@@ -103,11 +96,11 @@ def batch(target, rows):
     return outputs, targets.get(target, values)
 
 
-# --- every part -------------------------------------------------------------------------------------------------------
+# --- every part ---
 
 
 @pytest.mark.parametrize("entry", entries())
-def test_it_says_what_it_is(entry):
+def test_a_part_has_a_summary_and_documented_settings(entry):
     assert len(entry.summary) > 3, "the docstring needs a first sentence"
     if entry.source.module.startswith("framework_plugins"):
         silent = [name for name, setting in entry.settings.items() if not setting.doc]
@@ -115,14 +108,13 @@ def test_it_says_what_it_is(entry):
 
 
 @pytest.mark.parametrize("entry", entries())
-def test_its_defaults_are_of_their_own_types(entry):
+def test_default_values_have_the_type_of_the_setting(entry):
     for name, setting in entry.settings.items():
         if setting.required:
             continue
         converted = setting.convert(setting.default)
-        assert converted == (
-            list(setting.default) if isinstance(converted, list) else setting.default
-        ), name
+        expected = list(setting.default) if isinstance(converted, list) else setting.default
+        assert converted == expected, name
         assert setting.type_text
         if isinstance(setting.default, str) and setting.part:
             assert setting.default in Registry.every[setting.part]
@@ -131,9 +123,9 @@ def test_its_defaults_are_of_their_own_types(entry):
     )
 
 
-# --- modules ----------------------------------------------------------------------------------------------------------
+# --- modules ---
 
-MODULES = entries(*GIVEN)
+MODULES = entries(*SHAPES_OF_KIND)
 
 
 @pytest.mark.parametrize("entry", MODULES)
@@ -150,7 +142,7 @@ def test_values_and_gradients_are_finite(entry):
         return
     (out * torch.randn_like(out)).sum().backward()
     for name, tensor in [*module.named_parameters(), ("the input", x)]:
-        if tensor.requires_grad and not name.startswith(BESIDE.get(str(entry), " ")):
+        if tensor.requires_grad and not name.startswith(UNUSED_PARAMETERS.get(str(entry), " ")):
             assert tensor.grad is not None, f"no gradient reaches {name}"
             assert tensor.grad.isfinite().all(), name
 
@@ -166,7 +158,7 @@ def test_the_gradient_is_that_of_finite_differences(entry):
 
 
 @pytest.mark.parametrize("entry", MODULES)
-def test_its_state_goes_round_and_evaluation_is_deterministic(entry):
+def test_a_state_dict_restores_the_module_and_evaluation_is_deterministic(entry):
     module, x = with_input(entry)
     module.train()(x)
     with torch.no_grad():
@@ -179,7 +171,7 @@ def test_its_state_goes_round_and_evaluation_is_deterministic(entry):
     assert torch.equal(module(x), expected)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 @pytest.mark.parametrize("entry", entries("loss"))
@@ -207,11 +199,10 @@ def test_the_sums_of_a_metric_add_over_batches(entry):
     for target in metric.targets:
         outputs, targets = batch(target, 10)
         whole = metric.sums(outputs, targets).double()
-        parts = [
-            metric.sums(o, t).double()
-            for o, t in zip(outputs.split(3), targets.split(3), strict=True)
-        ]
-        torch.testing.assert_close(sum(parts), whole)
+        total = torch.zeros_like(whole)
+        for outputs_part, targets_part in zip(outputs.split(3), targets.split(3), strict=True):
+            total += metric.sums(outputs_part, targets_part).double()
+        torch.testing.assert_close(total, whole)
         assert math.isfinite(metric.compute(whole))
 
 
@@ -220,14 +211,17 @@ def test_a_task_makes_a_loss_and_predictions_of_a_batch(entry):
     class Small(fw.Data):
         def __init__(self, target):
             outputs, targets = batch(target, 6)
-            self.target, self.in_shape, self.out_shape = target, (4,), (4,)
-            self.train = fw.TensorSplit(
-                outputs.float(), targets if target == "class" else targets.float()
-            )
+            self.target = target
+            self.in_shape = (4,)
+            self.out_shape = (4,)
+            if target != "class":
+                targets = targets.float()
+            self.train = fw.TensorSplit(outputs.float(), targets)
 
-    if str(entry) in NOT_ALONE:
+    if str(entry) in NEED_TRAINED_MODEL:
         pytest.skip("it needs a trained model")
-    task, fitting = build(entry), []
+    task = build(entry)
+    fitting = []
     for data in map(Small, TARGETS):
         try:
             task.check(data)
@@ -282,7 +276,7 @@ def test_a_schedule_gives_finite_factors_also_past_its_end(entry, total_steps):
 
 
 @pytest.mark.parametrize("entry", entries("callback"))
-def test_the_state_of_a_callback_is_plain_and_is_taken_back(entry):
+def test_the_state_of_a_callback_is_json_and_can_be_loaded(entry):
     state = build(entry).state_dict()
     assert json.loads(json.dumps(state)) == state
     other = build(entry)
@@ -292,7 +286,7 @@ def test_the_state_of_a_callback_is_plain_and_is_taken_back(entry):
 
 @pytest.mark.parametrize("entry", entries("logger"))
 @pytest.mark.parametrize("where", ["in a folder", "without one"])
-def test_a_logger_takes_everything(entry, where, tmp_path):
+def test_a_logger_accepts_all_kinds_of_records(entry, where, tmp_path):
     logger = build(entry)
     logger.open(tmp_path if where == "in a folder" else None, 0, ["loss", "accuracy"])
     logger.text("config", "# A title")

@@ -11,13 +11,17 @@ from torch.nn import functional as F
 import framework as fw
 from framework.errors import DataError, SettingError
 
-CLASS, LABELS, VALUES = "class", "labels", "values"
+CLASS = "class"
+LABELS = "labels"
+VALUES = "values"
 FITS = {
     CLASS: "cross_entropy label_smoothing nll focal dice multi_margin",
     LABELS: "bce_with_logits focal dice hinge multilabel_soft_margin",
     VALUES: "mse l1 smooth_l1 huber poisson_nll quantile log_cosh",
 }
-CASES = [(name, kind) for kind, names in FITS.items() for name in names.split()]
+CASES: list[tuple[str, str]] = []
+for kind, names in FITS.items():
+    CASES += [(name, kind) for name in names.split()]
 
 
 def batch(kind: str, rows: int = 12, columns: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +83,8 @@ def test_class_weights_move_with_the_module_and_are_not_silently_wrong():
 
 def labelled(targets, classes=3):
     data = fw.Data()
-    data.train, data.out_shape = fw.TensorSplit(torch.zeros(len(targets), 2), targets), (classes,)
+    data.train = fw.TensorSplit(torch.zeros(len(targets), 2), targets)
+    data.out_shape = (classes,)
     return data
 
 
@@ -90,7 +95,7 @@ def test_balanced_weights_are_those_of_scikit_learn_in_the_training_split(name):
     loss.learn(labelled(torch.cat([targets, torch.tensor([-1, -1])])))
     expected = compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
     torch.testing.assert_close(loss.weight, torch.from_numpy(expected).float())
-    assert loss.weight[targets].sum() == pytest.approx(100), "on the whole as much as without"
+    assert loss.weight[targets].sum() == pytest.approx(100), "the mean weight is 1"
     outputs = torch.randn(100, 3).log_softmax(1)
     smoothing = 0.1 if name == "label_smoothing" else 0.0
     reference = F.cross_entropy(
@@ -100,14 +105,16 @@ def test_balanced_weights_are_those_of_scikit_learn_in_the_training_split(name):
 
 
 def test_a_run_with_balanced_weights_finds_the_rare_class(command):
-    """Two normal distributions that overlap, one of them twenty times as frequent."""
-    draw, rare = np.random.default_rng(0), (np.arange(2000) % 21 == 0).astype(int)
+    """The classes are overlapping normal distributions, one of them twenty times as frequent."""
+    draw = np.random.default_rng(0)
+    rare = (np.arange(2000) % 21 == 0).astype(int)
     np.savez("a.npz", x=draw.normal(size=(2000, 2)) + 1.5 * rare[:, None], y=rare)
     recall = {}
     for name, weight in (("plain", "[1,1]"), ("balanced", "balanced")):
-        quick = f"run.name={name} trainer.max_epochs=5 optimizer.lr=0.01 loggers=json_lines 'callbacks=[checkpoint]'"
         status, _, err = command(
-            f"train data=npz data.path=a.npz loss=cross_entropy 'loss.weight={weight}' {quick}"
+            f"train data=npz data.path=a.npz loss=cross_entropy 'loss.weight={weight}'"
+            f" run.name={name} trainer.max_epochs=5 optimizer.lr=0.01 loggers=json_lines"
+            " 'callbacks=[checkpoint]'"
         )
         assert status in (0, None), err
         status, _, err = command(f"predict runs/default/{name} --input a.npz --output {name}.npz")
@@ -116,26 +123,24 @@ def test_a_run_with_balanced_weights_finds_the_rare_class(command):
     assert recall["plain"] < 0.5 < 0.75 < recall["balanced"]
 
 
-def test_a_class_that_training_lacks_weighs_as_if_it_were_there_once():
+def test_a_class_without_training_targets_has_the_weight_of_one_target():
     loss = fw.losses.build("ce", weight="balanced")
     loss.learn(labelled(torch.tensor([0, 0, 2, 2])))
     assert loss.weight.tolist() == pytest.approx([4 / 3 / 2, 4 / 3, 4 / 3 / 2])
     plain = fw.losses.build("ce", weight=[1.0, 2.0, 3.0])
     plain.learn(labelled(torch.tensor([0, 0, 2, 2])))
-    assert plain.weight.tolist() == [1, 2, 3], "what was given stays"
+    assert plain.weight.tolist() == [1, 2, 3], "explicit weights do not change"
 
 
 def test_balanced_without_classes_that_can_be_counted_is_refused():
     loss = fw.losses.build("ce", weight="balanced")
     with pytest.raises(
-        DataError, match=r"loss\.weight=balanced: this task shows the loss no data; give one number"
+        DataError, match=r"loss\.weight=balanced: this task .*set one number per class"
     ):
         loss(torch.zeros(2, 3), torch.tensor([0, 1]))
     data = labelled(torch.tensor([0]))
     data.train = torch.utils.data.Subset(data.train, [0])
-    with pytest.raises(
-        DataError, match=r"the training split of Data does not give its classes beforehand"
-    ):
+    with pytest.raises(DataError, match=r"loss.weight=balanced: the training split of Data"):
         loss.learn(data)
 
 
@@ -190,10 +195,10 @@ def test_dice_is_a_measure_of_overlap():
     sure = 50.0 * (2 * F.one_hot(mask, 2).movedim(-1, 1).float() - 1)
     assert loss(sure, mask) < 1e-6
     assert loss(-sure, mask) == 1
-    p, t = torch.rand(1, 6), torch.tensor([[1.0, 0, 1, 0, 0, 1]])
-    expected = 1 - 2 * (p * t).sum() / (
-        (p**2).sum() + (t**2).sum()
-    )  # V-Net, the equation of section 3
+    p = torch.rand(1, 6)
+    t = torch.tensor([[1.0, 0, 1, 0, 0, 1]])
+    # V-Net, the equation of section 3.
+    expected = 1 - 2 * (p * t).sum() / ((p**2).sum() + (t**2).sum())
     torch.testing.assert_close(loss(p.logit(), t), expected)
     empty = torch.zeros(1, 6, requires_grad=True)
     fw.losses.build("dice")(empty, torch.zeros(1, 6)).backward()
@@ -201,7 +206,8 @@ def test_dice_is_a_measure_of_overlap():
 
 
 def test_kl_div_is_the_divergence_of_the_samples():
-    outputs, target = torch.randn(5, 3), torch.rand(5, 3).softmax(1)
+    outputs = torch.randn(5, 3)
+    target = torch.rand(5, 3).softmax(1)
     q = torch.distributions.Categorical(logits=outputs)
     expected = torch.distributions.kl_divergence(torch.distributions.Categorical(target), q).mean()
     torch.testing.assert_close(fw.losses.build("kl")(outputs, target), expected)
@@ -210,22 +216,22 @@ def test_kl_div_is_the_divergence_of_the_samples():
 def test_quantile_is_least_at_the_quantile_and_hinge_at_the_margin():
     values = torch.arange(101.0)
     loss = fw.losses.build("pinball", q=0.9)
-    assert (
-        min(range(101), key=lambda guess: float(loss(torch.full_like(values, guess), values))) == 90
-    )
-    outputs, labels = torch.tensor([[2.0, 0.5, 0.5]]), torch.tensor([[1.0, 1.0, 0.0]])
-    assert float(fw.losses.build("hinge")(outputs, labels)) == pytest.approx((0 + 0.5 + 1.5) / 3)
-    assert float(fw.losses.build("hinge", squared=True)(outputs, labels)) == pytest.approx(
-        (0.25 + 2.25) / 3
-    )
+    losses = [float(loss(torch.full_like(values, guess), values)) for guess in range(101)]
+    assert losses.index(min(losses)) == 90
+    outputs = torch.tensor([[2.0, 0.5, 0.5]])
+    labels = torch.tensor([[1.0, 1.0, 0.0]])
+    hinge = fw.losses.build("hinge")(outputs, labels)
+    assert float(hinge) == pytest.approx((0 + 0.5 + 1.5) / 3)
+    squared = fw.losses.build("hinge", squared=True)(outputs, labels)
+    assert float(squared) == pytest.approx((0.25 + 2.25) / 3)
 
 
-def test_log_cosh_bears_what_cosh_does_not():
+def test_log_cosh_is_finite_where_cosh_overflows():
     loss = fw.losses.build("log_cosh")
-    assert float(loss(torch.tensor([1.5]), torch.zeros(1))) == pytest.approx(
-        math.log(math.cosh(1.5))
-    )
-    assert float(loss(torch.tensor([1e4]), torch.zeros(1))) == pytest.approx(1e4 - math.log(2))
+    small = loss(torch.tensor([1.5]), torch.zeros(1))
+    assert float(small) == pytest.approx(math.log(math.cosh(1.5)))
+    large = loss(torch.tensor([1e4]), torch.zeros(1))
+    assert float(large) == pytest.approx(1e4 - math.log(2))
 
 
 @pytest.mark.parametrize(

@@ -110,21 +110,21 @@ def test_metrics_of_values_are_those_of_scikit_learn(name, reference, values):
     outputs, targets = values
     expected = reference(targets.double(), outputs.double())
     assert value(fw.metrics.build(name), outputs, targets) == pytest.approx(expected)
-    one = value(
-        fw.metrics.build(name), outputs[:, 1], targets[:, 1:2]
-    )  # (batch,) beside (batch, 1) is no table
+    # (batch,) and (batch, 1) are not broadcast to a table.
+    one = value(fw.metrics.build(name), outputs[:, 1], targets[:, 1:2])
     assert one == pytest.approx(reference(targets[:, 1].double(), outputs[:, 1].double()))
 
 
 def test_r2_of_targets_without_variation_is_that_of_scikit_learn():
-    r2, targets = fw.metrics.build("r2"), torch.full((100, 1), 1e3)
+    r2 = fw.metrics.build("r2")
+    targets = torch.full((100, 1), 1e3)
     assert value(r2, targets, targets) == sk.r2_score(targets, targets) == 1
     assert value(r2, targets + 1, targets) == sk.r2_score(targets, targets + 1) == 0
     assert math.isnan(value(r2, torch.ones(1, 1), torch.ones(1, 1), sizes=(1,)))
 
 
 @pytest.mark.parametrize("entry", fw.metrics, ids=lambda entry: entry.name)
-def test_negative_class_targets_count_for_nothing(entry, classes):
+def test_negative_class_targets_are_ignored(entry, classes):
     metric = entry.build({}, {})
     if "class" not in metric.targets:
         return
@@ -141,13 +141,14 @@ def test_maps_of_classes_are_counted_by_pixel(entry):
     metric = entry.build({}, {})
     if "class" not in metric.targets:
         return
-    outputs, targets = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 3, 5))
+    outputs = torch.randn(2, 4, 3, 5)
+    targets = torch.randint(4, (2, 3, 5))
     flat = metric.sums(outputs.movedim(1, -1).reshape(-1, 4), targets.flatten())
     torch.testing.assert_close(metric.sums(outputs, targets), flat)
 
 
 @pytest.mark.parametrize("entry", fw.metrics, ids=lambda entry: entry.name)
-def test_every_metric_says_what_is_better_and_has_a_name(entry, classes, labels, values):
+def test_every_metric_has_a_name_and_the_right_direction(entry, classes, labels, values):
     metric = entry.build({}, {"k": 1} if "k" in entry.settings else {})
     assert metric.name
     kinds = {"class": classes, "labels": labels, "value": values, "none": classes}
@@ -156,16 +157,13 @@ def test_every_metric_says_what_is_better_and_has_a_name(entry, classes, labels,
         if kind == "none":  # tokens: -log p, and characters
             surprise = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
             outputs = torch.stack([surprise, torch.ones_like(surprise)], 1)
-            assert value(metric, outputs * torch.tensor([0.5, 1.0]), targets) < value(
-                metric, outputs, targets
-            )
-            continue
-        good = (
-            targets.float()
-            if kind == "value"
-            else 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
-        )
-        better, worse = value(metric, good, targets), value(metric, outputs, targets)
+            good = outputs * torch.tensor([0.5, 1.0])
+        elif kind == "value":
+            good = targets.float()
+        else:
+            good = 20 * (2 * outputs.new_tensor(one_hot(targets)) - 1)
+        better = value(metric, good, targets)
+        worse = value(metric, outputs, targets)
         assert better > worse if metric.better == "higher" else better < worse
 
 
@@ -175,12 +173,13 @@ def one_hot(targets: torch.Tensor) -> numpy.ndarray:
 
 def test_half_precision_outputs_add_up_in_full(values):
     metric = fw.metrics.build("mse")
-    outputs, targets = torch.zeros(4000, 1, dtype=torch.bfloat16), torch.ones(4000, 1)
+    outputs = torch.zeros(4000, 1, dtype=torch.bfloat16)
+    targets = torch.ones(4000, 1)
     assert metric.sums(outputs, targets).tolist() == [4000.0, 4000.0]
 
 
 @pytest.mark.parametrize("entry", fw.metrics, ids=lambda entry: entry.name)
-def test_sums_read_nothing_off_the_device(entry):
+def test_sums_do_not_read_values_from_the_device(entry):
     metric = entry.build({}, {})
     meta = torch.zeros(4, 3, device="meta")  # has no values: reading one is an error
     for kind in metric.targets:

@@ -1,7 +1,8 @@
-"""Transforms of training batches: each against a loop over the samples, and what a run makes of them."""
+"""Each transform of batches against a loop over the samples, and transforms in a run."""
 
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from framework.runs.checkpoint import listed
 from framework.tuning.vectorized.stacked_update import NotStackable
 from framework.tuning.vectorized.trainer import check_equal_settings
 
-IN, OUT = (2, 5, 6), (4,)
+IN = (2, 5, 6)
+OUT = (4,)
 
 
 def images(count=40, seed=0):
@@ -53,7 +55,8 @@ EVERY = [
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_transform_changes_the_batch_and_not_the_data(name):
-    x, y = images(), TARGETS.clone()
+    x = images()
+    y = TARGETS.clone()
     out, targets = apply(build(name), x, y)
     assert out.shape == x.shape
     assert out.dtype == x.dtype
@@ -65,9 +68,9 @@ def test_a_transform_changes_the_batch_and_not_the_data(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another(name):
-    first, again, other = (
-        apply(build(name), images(), TARGETS, seed=seed)[0] for seed in (1, 1, 2)
-    )
+    first, _ = apply(build(name), images(), TARGETS, seed=1)
+    again, _ = apply(build(name), images(), TARGETS, seed=1)
+    other, _ = apply(build(name), images(), TARGETS, seed=2)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -87,39 +90,38 @@ def test_a_flip_mirrors_about_half_of_the_images(axis, dimension):
 
 @pytest.mark.parametrize("fill", ["edge", "zero", "reflect"])
 def test_a_crop_is_one_of_the_shifts_and_every_shift_comes(fill):
-    x, padding = images(150), 2
-    out, _ = apply(build("crop", padding=padding, fill=fill), x, x)
+    x = images(150)
+    out, _ = apply(build("crop", padding=2, fill=fill), x, x)
+    shifts = list(product(range(-2, 3), repeat=2))
     seen = set()
     for before, after in zip(x, out, strict=True):
-        shifts = {
-            (top, left): shifted(before, top, left, fill)
-            for top in range(-padding, padding + 1)
-            for left in range(-padding, padding + 1)
-        }
-        found = [shift for shift, image in shifts.items() if torch.equal(image, after)]
+        found = [shift for shift in shifts if torch.equal(shifted(before, *shift, fill), after)]
         assert found
         seen.update(found)
     assert len(seen) == 25
 
 
 def shifted(image, top, left, fill):
-    """Pixel by pixel: what is `top` rows below and `left` columns to the right."""
+    """Shift an image by `top` rows and `left` columns, pixel by pixel."""
     _, high, wide = image.shape
     out = torch.zeros_like(image)
     for row in range(high):
         for column in range(wide):
-            r, c = row + top, column + left
+            r = row + top
+            c = column + left
             if fill == "edge":
-                r, c = min(max(r, 0), high - 1), min(max(c, 0), wide - 1)
+                r = min(max(r, 0), high - 1)
+                c = min(max(c, 0), wide - 1)
             elif fill == "reflect":
-                r, c = (high - 1) - abs((high - 1) - abs(r)), (wide - 1) - abs((wide - 1) - abs(c))
+                r = (high - 1) - abs((high - 1) - abs(r))
+                c = (wide - 1) - abs((wide - 1) - abs(c))
             if 0 <= r < high and 0 <= c < wide:
                 out[:, row, column] = image[:, r, c]
     return out
 
 
 def ramps(count, high, wide):
-    """Images whose two channels are the row and the column of each pixel: interpolation leaves them straight."""
+    """Return images with channels row and column, which stay linear under interpolation."""
     rows, columns = torch.meshgrid(
         torch.arange(float(high)), torch.arange(float(wide)), indexing="ij"
     )
@@ -127,26 +129,30 @@ def ramps(count, high, wide):
 
 
 def box_of(pixels, size):
-    """First edge and length of the box that a line of positions was scaled from, by two pixels in its middle."""
+    """Return start and length of the box along an axis, from two pixels in its middle."""
     middle = size // 2
     length = (pixels[middle] - pixels[middle - 1]) * size
     return pixels[middle] + 0.5 - (middle + 0.5) * length / size, length
 
 
-def test_a_resized_crop_is_a_box_inside_the_image_scaled_to_the_whole():
-    high, wide, smallest, ratio = 12, 16, 0.3, 1.5
-    crop = fw.transforms.build("resized_crop", (2, high, wide), OUT, smallest=smallest, ratio=ratio)
+def test_a_resized_crop_is_a_box_inside_the_image_scaled_to_its_size():
+    high = 12
+    wide = 16
+    smallest = 0.3
+    crop = fw.transforms.build("resized_crop", (2, high, wide), OUT, smallest=smallest, ratio=1.5)
     out, _ = apply(crop, ramps(2000, high, wide), torch.zeros(2000))
     boxes = []
     for image in out:
-        (top, tall), (left, broad) = box_of(image[0, :, 0], high), box_of(image[1, 0], wide)
+        top, tall = box_of(image[0, :, 0], high)
+        left, broad = box_of(image[1, 0], wide)
         rows = (top - 0.5 + (torch.arange(high) + 0.5) * tall / high).clamp(0, high - 1)
         columns = (left - 0.5 + (torch.arange(wide) + 0.5) * broad / wide).clamp(0, wide - 1)
         torch.testing.assert_close(image[0], rows[:, None].expand(high, wide), atol=2e-4, rtol=0)
         torch.testing.assert_close(image[1], columns[None].expand(high, wide), atol=2e-4, rtol=0)
         boxes.append([top / high, tall / high, left / wide, broad / wide])
     top, tall, left, broad = torch.tensor(boxes).unbind(1)
-    share, stretch = tall * broad, (broad / tall).log().abs()
+    share = tall * broad
+    stretch = (broad / tall).log().abs()
     assert torch.stack([top, left, 1 - top - tall, 1 - left - broad]).min() > -1e-3, "inside"
     assert smallest - 1e-3 < share.min() < 0.31 < 0.99 < share.max() < 1 + 1e-3
     assert float(share.mean()) == pytest.approx((1 + smallest) / 2, abs=0.02)
@@ -161,14 +167,15 @@ def test_a_resized_crop_of_all_of_the_image_is_the_image():
     torch.testing.assert_close(out, images(), atol=1e-5, rtol=0)
     with pytest.raises(
         SettingError,
-        match=r"resized_crop: the inputs are torch.uint8, which cannot be interpolated",
+        match=r"resized_crop: .*torch.uint8",
     ):
         apply(build("resized_crop"), images().byte(), TARGETS)
 
 
 def test_a_cutout_is_a_square_of_zeros_about_any_pixel():
-    x, size, centres = images(800), 3, set()
-    out, _ = apply(build("cutout", size=size), x, x)
+    x = images(800)
+    centres = set()
+    out, _ = apply(build("cutout", size=3), x, x)
     expected = {}
     for row in range(IN[1]):
         for column in range(IN[2]):
@@ -190,14 +197,15 @@ def test_noise_is_normal_and_of_every_number_by_itself():
     assert float(added.mean()) == pytest.approx(0, abs=0.02)
     assert float(added.std()) == pytest.approx(0.5, abs=0.02)
     assert float(torch.corrcoef(added.T).triu(1).abs().max()) < 0.25
-    with pytest.raises(SettingError, match=r"noise: the inputs are torch.int64"):
+    with pytest.raises(SettingError, match=r"noise: .*torch.int64"):
         apply(build("noise"), TARGETS, TARGETS)
 
 
 def test_brightness_and_contrast_are_drawn_for_each_image():
     x = images(300)
     out, _ = apply(build("brightness_contrast", brightness=0.3, contrast=0.5), x, x)
-    shifts, stretches = [], []
+    shifts = []
+    stretches = []
     for before, after in zip(x, out, strict=True):
         stretches.append(float((after - after.mean()).norm() / (before - before.mean()).norm()))
         shifts.append(float(after.mean() - before.mean()))
@@ -208,10 +216,11 @@ def test_brightness_and_contrast_are_drawn_for_each_image():
     assert 0.5 < min(stretches) < 0.55 < 1.45 < max(stretches) < 1.5
 
 
-def test_mixup_mixes_two_samples_and_their_targets_in_one_share():
-    x, one_hot = images(), torch.eye(4)[TARGETS]
+def test_mixup_mixes_two_samples_and_their_targets_in_the_same_proportion():
+    x = images()
+    one_hot = torch.eye(4)[TARGETS]
     out, targets = apply(build("mixup", alpha=1.0), x, TARGETS)
-    torch.manual_seed(1)  # the order of the draws is the transform's own; the arithmetic is not
+    torch.manual_seed(1)  # only the order of the draws is copied from the transform
     share = torch.distributions.Beta(1.0, 1.0).sample((40,))
     torch.rand(40)
     other = torch.randperm(40)
@@ -224,8 +233,9 @@ def test_mixup_mixes_two_samples_and_their_targets_in_one_share():
     assert float(share.min()) < 0.1 < 0.9 < float(share.max())
 
 
-def test_cutmix_puts_a_box_of_another_image_in_and_targets_go_by_area():
-    x, y = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, *IN), TARGETS
+def test_cutmix_inserts_a_box_of_another_image_and_mixes_targets_by_area():
+    x = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, *IN)
+    y = TARGETS
     out, targets = apply(build("cutmix"), x, y)
     boxed = 0
     for row in range(40):
@@ -237,24 +247,16 @@ def test_cutmix_puts_a_box_of_another_image_in_and_targets_go_by_area():
             (other,) = out[row, 0][inside].unique().long().tolist()
             expected = expected + share * torch.eye(4)[y[other]]
             rows, columns = inside.nonzero().unbind(1)
-            assert bool(
-                inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
-            ), "one rectangle"
+            box = inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert bool(box.all()), "one rectangle"
             boxed += 1
         torch.testing.assert_close(targets[row], expected)
     assert boxed > 25
 
 
 def test_the_share_that_cutmix_draws_is_that_of_the_paper():
-    length = [
-        high - low for low, high in (each_side(0.36, 10), each_side(1.0, 10), each_side(0.0, 10))
-    ]
-    assert [int(each) for each in length] == [8, 0, 10]  # side times the root of 1 - λ
-
-
-def each_side(share, size):
-    first, last = type(build("cutmix")).side(torch.tensor([share]), size)
-    return first[0], last[0]
+    start, end = type(build("cutmix")).side(torch.tensor([0.36, 1.0, 0.0]), 10)
+    assert (end - start).tolist() == [8, 0, 10]  # side times the root of 1 - λ
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
@@ -262,39 +264,37 @@ def test_targets_that_are_values_or_probabilities_already_are_mixed_as_they_are(
     values = torch.randn(40, 4)
     _, targets = apply(build(name), images(), values)
     assert not torch.equal(targets, values)
-    for row in targets:  # each lies on the line from one of the values to another
-        lines = [(share_of(row, one, other), one, other) for one in values for other in values]
-        assert any(
-            torch.allclose(s * one + (1 - s) * other, row, atol=1e-5) for s, one, other in lines
-        )
+    for row in targets:
+        assert any(is_between(row, one, other) for one, other in product(values, repeat=2))
 
 
-def share_of(row, one, other):
-    """The share of `one` in the point nearest to `row` on the line from it to `other`."""
-    between = one - other
-    return float(((row - other) @ between / (between @ between).clamp_min(1e-9)).clamp(0, 1))
+def is_between(row, one, other):
+    """Return whether `row` is on the line segment from one point to another."""
+    direction = one - other
+    share = ((row - other) @ direction / (direction @ direction).clamp_min(1e-9)).clamp(0, 1)
+    return torch.allclose(share * one + (1 - share) * other, row, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "name", ["flip", "crop", "resized_crop", "cutout", "cutmix", "brightness_contrast"]
 )
-def test_what_is_for_images_says_so_when_it_is_built(name):
+def test_a_transform_of_images_refuses_other_shapes_when_it_is_built(name):
     with pytest.raises(
         (BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"
     ):
         fw.transforms.build(name, (64,), (10,))
 
 
-def test_a_crop_cannot_mirror_more_than_there_is():
-    with pytest.raises(BuildError, match=r"crop cannot mirror 5 pixels of \(2, 5, 6\); fill=edge"):
+def test_a_crop_cannot_mirror_more_pixels_than_the_image_has():
+    with pytest.raises(BuildError, match=r"padding=5.*\(2, 5, 6\); fill=edge"):
         build("crop", padding=5, fill="reflect")
 
 
-# --- in a run ---------------------------------------------------------------------------------------------------------
+# --- in a run ---
 
 
-class Seen(Transform):
-    """Keeps what it was given."""
+class Recorder(Transform):
+    """Stores its batches and returns zeros."""
 
     def __init__(self):
         self.batches = []
@@ -321,43 +321,43 @@ def fit(*transforms, loss=None, **settings):
     return trainer, model
 
 
-def test_training_batches_go_through_them_in_order_and_validation_does_not():
-    first, second = Seen(), Seen()
+def test_training_batches_are_transformed_in_order_and_validation_batches_are_not():
+    first = Recorder()
+    second = Recorder()
     trainer, model = fit(first, second)
     assert len(first.batches) == len(second.batches) == 8
     assert all(bool((batch[0] == 0).all()) for batch in second.batches)
-    _, untrained = fit(Seen(), Seen())
-    assert torch.equal(model[1].weight, untrained[1].weight), "zeros teach the weights nothing"
-    inputs, expected = images(), nn.CrossEntropyLoss()
-    assert trainer.state.metrics["val/loss"] == pytest.approx(
-        expected(model(inputs), TARGETS).item(), rel=1e-5
-    )
+    _, untrained = fit(Recorder(), Recorder())
+    assert torch.equal(model[1].weight, untrained[1].weight), "zeros do not train the weights"
+    expected = nn.functional.cross_entropy(model(images()), TARGETS).item()
+    assert trainer.state.metrics["val/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_takes_no_probabilities_is_refused_by_name():
+def test_mixup_refuses_a_loss_without_probabilities_by_name():
     with pytest.raises(
         SettingError,
-        match="mixup makes class probabilities of targets, which the loss Focal does not",
+        match=r"mixup .* loss Focal .* use cross_entropy",
     ):
         fit(build("mixup"), loss=fw.losses.build("focal"))
 
 
-def test_a_batch_is_transformed_before_it_is_split_so_that_both_are_the_same():
+def test_a_batch_is_transformed_before_it_is_split_into_micro_batches():
     _, whole = fit(build("mixup"), build("crop"))
     _, parts = fit(build("mixup"), build("crop"), micro_batch=5)
     torch.testing.assert_close(whole[1].weight, parts[1].weight)
 
 
-def test_many_trials_as_one_refuse_them_by_name():
+def test_stacked_trials_refuse_transforms_by_name():
     trainers = [Trainer(max_epochs=1, callbacks=[build("flip")]) for _ in range(2)]
     with pytest.raises(NotStackable, match="Flip works with a single trial"):
         check_equal_settings(trainers)
 
 
 @needs_compiler
-def test_a_compiled_step_trains_on_what_they_make():
-    with_step = fit(build("mixup"), build("flip"), compile="step")[1]
-    torch.testing.assert_close(with_step[1].weight, fit(build("mixup"), build("flip"))[1][1].weight)
+def test_a_compiled_step_trains_on_transformed_batches():
+    _, compiled = fit(build("mixup"), build("flip"), compile="step")
+    _, eager = fit(build("mixup"), build("flip"))
+    torch.testing.assert_close(compiled[1].weight, eager[1].weight)
 
 
 SMALL = [
@@ -389,7 +389,7 @@ class Cut(Callback):
             raise KeyboardInterrupt
 
 
-def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_run_stopped_in_mid_epoch_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = train(spec_of("run.name=whole"), "default", [])
     plain = Experiment.trainer
@@ -399,9 +399,8 @@ def test_a_run_cut_off_in_mid_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
             train(spec_of("run.name=cut"), "default", [])
     resumed = train(spec_of("run.name=cut", "resume=auto"), "default", [], say=lambda line: None)
     assert weights(whole.folder) == weights(resumed.folder)
-    assert weights(whole.folder) != weights(
-        train(spec_of("transforms=[crop,noise]"), "default", []).folder
-    )
+    other = train(spec_of("transforms=[crop,noise]"), "default", [])
+    assert weights(whole.folder) != weights(other.folder)
 
 
 def add(trainer):
@@ -423,27 +422,25 @@ def test_the_config_of_a_run_has_their_settings(tmp_path, monkeypatch):
     assert json.dumps(tree["transforms"])
 
 
-# --- seen in TensorBoard
+# --- in TensorBoard ---
 
 
 def shown_in(folder):
-    """The pictures that TensorBoard has under "augmented", by step: arrays (height, width)."""
+    """Return the images with the tag "augmented" by step, each an array (height, width)."""
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    protos = {
-        event.step: event.tensor_proto.string_val[2:] for event in events.Tensors("augmented")
-    }
-    return {
-        step: [np.asarray(Image.open(io.BytesIO(each))) for each in pictures]
-        for step, pictures in protos.items()
-    }
+    shown = {}
+    for event in events.Tensors("augmented"):
+        files = event.tensor_proto.string_val[2:]
+        shown[event.step] = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+    return shown
 
 
-def test_tensorboard_shows_what_the_model_was_given(tmp_path):
-    given = []
+def test_tensorboard_shows_the_inputs_of_the_model(tmp_path):
+    inputs = []
 
     class Watched(nn.Linear):
         def forward(self, x):
-            given.extend([x.detach().clone()] * self.training)
+            inputs.extend([x.detach().clone()] * self.training)
             return super().forward(x)
 
     split = TensorSplit(images()[:, :1].contiguous(), TARGETS)
@@ -462,19 +459,18 @@ def test_tensorboard_shows_what_the_model_was_given(tmp_path):
     shown = shown_in(tmp_path)
     assert list(shown) == [1, 4, 8], "after the first step and each epoch of four"
     for step, pictures in shown.items():
-        expected = given[step - 1][:, 0]
+        expected = inputs[step - 1][:, 0]
         expected = (expected - expected.min()) / (expected.max() - expected.min())
         assert len(expected) == 10
-        above, below = (
-            np.hstack(expected[:8]),
-            np.hstack([*expected[8:], *np.zeros((6, *expected[0].shape))]),
-        )
+        above = np.hstack(expected[:8])
+        below = np.hstack([*expected[8:], *np.zeros((6, *expected[0].shape))])
         np.testing.assert_allclose(pictures[0] / 255, np.vstack([above, below]), atol=1 / 255)
 
 
-def test_what_is_shown_changes_nothing_and_must_be_pictures():
-    watched = fit(build("mixup"), fw.callbacks.build("augmented"))[1]
-    assert torch.equal(watched[1].weight, fit(build("mixup"))[1][1].weight)
+def test_the_augmented_callback_changes_no_weights_and_needs_images():
+    _, shown = fit(build("mixup"), fw.callbacks.build("augmented"))
+    _, plain = fit(build("mixup"))
+    assert torch.equal(shown[1].weight, plain[1].weight)
     split = TensorSplit(torch.randn(8, 6), TARGETS[:8])
     model = nn.Linear(6, 4)
     trainer = Trainer(max_steps=1, device="cpu", callbacks=[fw.callbacks.build("augmented")])

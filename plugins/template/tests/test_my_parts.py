@@ -1,3 +1,5 @@
+"""Tests of my_parts."""
+
 import pytest
 import torch
 
@@ -15,7 +17,6 @@ def test_bent_identity_has_slopes_of_a_half_and_three_halves_away_from_the_bend(
 def test_confidence_is_the_mean_over_batches_of_any_size():
     confidence = fw.metrics.build("confidence")
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.5, 0.5]]))
-    sums = confidence.sums(logits[:2], torch.tensor([0, 1])) + confidence.sums(
-        logits[2:], torch.tensor([0])
-    )
+    sums = confidence.sums(logits[:2], torch.tensor([0, 1]))
+    sums += confidence.sums(logits[2:], torch.tensor([0]))
     assert confidence.compute(sums) == pytest.approx((0.9 + 0.7 + 0.5) / 3)

@@ -119,7 +119,7 @@ class TestForecasts:
         torch.testing.assert_close(by_season, expected)
         by_last_value = fw.models.build("nbeats", (20, 2), (10,))(x)
         torch.testing.assert_close(by_last_value, x[:, -1:, 0].expand(3, 10))
-        with pytest.raises(BuildError, match="season=21 is longer than the 20 steps"):
+        with pytest.raises(BuildError, match=r"season=21 .* 20"):
             fw.models.build("nbeats", (20, 2), (10,), season=21)
 
     def test_nbeats_is_that_of_the_paper(self):
@@ -276,7 +276,7 @@ class TestPictures:
         assert (is_red | is_black).any(1).all()
 
     def test_targets_that_cannot_be_drawn_are_refused(self):
-        with pytest.raises(SettingError, match="the targets here are classes"):
+        with pytest.raises(SettingError, match="the targets are classes"):
             self.shown(torch.arange(10) % 2, torch.nn.Linear(1, 2))
         callback = fw.callbacks.build("predictions")
         stream = ForeignLoader([])

@@ -252,7 +252,7 @@ class TestModels:
                 assert parameter.grad.any(), parameter_name
 
     def test_a_wrong_number_of_columns_is_refused(self):
-        with pytest.raises(BuildError, match="gets 4 inputs, but is told of 2 columns"):
+        with pytest.raises(BuildError, match="sizes of 4 columns, got 2"):
             fw.models.build("ft_transformer", (4,), (2,), (0, 3))
 
     def test_a_model_that_does_not_embed_indices_is_refused(self, houses):

@@ -1,4 +1,4 @@
-"""Sound: features against librosa's, SpecAugment against its definition, files good and bad, and a model that hears."""
+"""Audio: features against librosa, SpecAugment against its definition, files, and models."""
 
 import math
 import sys
@@ -29,8 +29,9 @@ from framework_plugins.datasets.audio import (
 from framework_plugins.datasets.readers.fetched import cache_folder
 from voices import RATE, small_voices, tone, write_wav
 
-# Made with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200, hop 80, 24 mels, power 2,
-# zeros beyond the ends) with its Slaney and HTK scales (HTK: norm=None), and `feature.mfcc` of ln max(1e-6, mel).
+# Computed with librosa 0.11.0: `filters.mel` and `feature.melspectrogram` (n_fft 256, window 200,
+# hop 80, 24 mels, power 2, zero padding) with its Slaney and HTK scales (HTK: norm=None), and
+# `feature.mfcc` of ln max(1e-6, mel).
 LIBROSA = dict(np.load(Path(__file__).parents[2] / "golden" / "mel_librosa.npz"))
 
 
@@ -40,11 +41,12 @@ def block(name, in_shape=(2, 4000), **settings):
 
 def with_mask(waveform, samples=None):
     x = torch.zeros(1, 2, samples or len(waveform))
-    x[0, 0, : len(waveform)], x[0, 1, : len(waveform)] = torch.as_tensor(waveform), 1
+    x[0, 0, : len(waveform)] = torch.as_tensor(waveform)
+    x[0, 1, : len(waveform)] = 1
     return x
 
 
-# --- features ---------------------------------------------------------------------------------------------------------
+# --- features ---
 
 
 @pytest.mark.parametrize("scale", ["slaney", "htk"])
@@ -53,10 +55,8 @@ def test_log_mel_is_that_of_librosa(scale):
     np.testing.assert_allclose(mel.filters, LIBROSA[f"filters_{scale}"], atol=1e-6)
     expected = np.log(np.maximum(LIBROSA[f"mel_{scale}"], 1e-6))
     features = mel(with_mask(LIBROSA["wave"]))[0]
-    assert features.shape == (
-        25,
-        25,
-    )  # librosa has a frame more: it is about a sample after the last
+    assert features.shape == (25, 25)
+    # librosa has one frame more, which is centred after the last sample.
     np.testing.assert_allclose(features[:-1], expected[:, :25], atol=2e-3)
 
 
@@ -66,17 +66,18 @@ def test_mfcc_are_those_of_librosa():
 
 
 def test_a_frame_is_the_fourier_sum_of_its_window():
-    """The definition, written out: frame 7 of a short waveform, without an FFT."""
+    """Compute frame 7 of a short waveform from the definition, without an FFT."""
     waveform = np.random.default_rng(0).standard_normal(900).astype(np.float32)
-    n_fft, length, hop, frame = 128, 100, 50, 7
+    n_fft = 128
+    length = 100
+    hop = 50
+    frame = 7
     window = 0.54 - 0.46 * np.cos(2 * np.pi * np.arange(length) / length)
-    around = np.zeros(n_fft)
-    around[14 : 14 + length] = (
-        window * waveform[frame * hop - length // 2 : frame * hop + length // 2]
-    )
-    bins = (
-        np.exp(-2j * np.pi * np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft) @ around
-    )
+    centre = frame * hop
+    samples = np.zeros(n_fft)
+    samples[14 : 14 + length] = window * waveform[centre - length // 2 : centre + length // 2]
+    frequencies = np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft
+    bins = np.exp(-2j * np.pi * frequencies) @ samples
     mel = block(
         "log_mel", sample_rate=1000, mels=8, window_ms=100, hop_ms=50, window="hamming", n_fft=n_fft
     )
@@ -84,40 +85,42 @@ def test_a_frame_is_the_fourier_sum_of_its_window():
     np.testing.assert_allclose(mel(with_mask(waveform))[0, :-1, frame], expected, rtol=1e-4)
 
 
-def test_the_mask_goes_on_at_frame_rate_and_padding_changes_nothing():
+def test_the_mask_has_the_frame_rate_and_padding_changes_nothing():
     waveform = LIBROSA["wave"]
     for name in ("log_mel", "mfcc"):
         features = block(name, sample_rate=RATE)
-        short, padded = features(with_mask(waveform)), features(with_mask(waveform, 3600))
+        short = features(with_mask(waveform))
+        padded = features(with_mask(waveform, 3600))
         assert short[0, -1].tolist() == [1.0] * 25
         assert padded[0, -1].tolist() == [1.0] * 25 + [0.0] * 20
         torch.testing.assert_close(padded[:, :, :25], short)
         assert padded[0, :, 25:].eq(0).all()
 
 
-def test_what_lies_behind_the_mask_is_not_heard():
-    silent, noisy = with_mask(LIBROSA["wave"], 3600), with_mask(LIBROSA["wave"], 3600)
+def test_masked_samples_do_not_change_the_features():
+    silent = with_mask(LIBROSA["wave"], 3600)
+    noisy = silent.clone()
     noisy[0, 0, 2000:] = torch.randn(1600)
     mel = block("log_mel", sample_rate=RATE)
     assert torch.equal(mel(noisy), mel(silent))
 
 
-def test_features_have_shapes_and_refuse_what_cannot_be():
+def test_features_have_shapes_and_refuse_impossible_settings():
     assert output_shape(block("log_mel", (2, 16000)), (2, 16000)) == (41, 100)
     assert output_shape(block("mfcc", (2, 16001), coefficients=20), (2, 16001)) == (21, 101)
     with pytest.raises(
         BuildError, match=r"log_mel expects \(channels\+1, samples\), gets \(8000,\)"
     ):
         block("log_mel", (8000,))
-    with pytest.raises(BuildError, match="no channel beside the mask"):
+    with pytest.raises(BuildError, match="no channel besides the mask"):
         block("log_mel", (1, 8000))
-    with pytest.raises(BuildError, match="hold the window of 400 samples"):
+    with pytest.raises(BuildError, match=r"n_fft=256.* window of 400"):
         block("log_mel", n_fft=256)
-    with pytest.raises(BuildError, match="below half of sample_rate=8000"):
+    with pytest.raises(BuildError, match=r"high_hz=.* sample_rate=8000"):
         block("log_mel", sample_rate=8000, high_hz=5000.0)
-    with pytest.raises(BuildError, match="fall between the points of n_fft=256; take fewer mels"):
+    with pytest.raises(BuildError, match="no frequency bin of n_fft=256; reduce mels"):
         block("log_mel", sample_rate=8000, mels=200)
-    with pytest.raises(BuildError, match="40 mels have no 41 coefficients"):
+    with pytest.raises(BuildError, match=r"coefficients=41.* mels=40"):
         block("mfcc", coefficients=41)
 
 
@@ -129,7 +132,7 @@ def features_of_ones(rows, lengths, channels=40, frames=100):
 
 
 def test_spec_augment_draws_bands_as_the_paper_defines_them():
-    """One mask: f uniform in 0..F, then its place uniform in 0..channels - f; over time likewise."""
+    """The width f of one mask is uniform in 0..F, and its start is uniform in 0..channels - f."""
     x = features_of_ones(20_000, [], 12, 1)
     out = block(
         "spec_augment", (13, 1), frequency_masks=1, frequency_width=4, time_masks=0
@@ -141,13 +144,10 @@ def test_spec_augment_draws_bands_as_the_paper_defines_them():
     for wide in range(1, 5):
         places = 12 - wide + 1
         rows = width == wide
-        assert all(hidden[rows, first[rows] + n].all() for n in range(wide)), (
-            "a band is in one piece"
-        )
-        each = rows.sum().item() / places
-        assert first[rows].bincount(minlength=places).tolist() == pytest.approx(
-            [each] * places, rel=0.25
-        )
+        for offset in range(wide):
+            assert hidden[rows, first[rows] + offset].all(), "a band is contiguous"
+        counts = first[rows].bincount(minlength=places).tolist()
+        assert counts == pytest.approx([rows.sum().item() / places] * places, rel=0.25)
 
 
 def test_spec_augment_hides_time_within_the_real_frames_and_its_share():
@@ -156,7 +156,7 @@ def test_spec_augment_hides_time_within_the_real_frames_and_its_share():
     out = block(
         "spec_augment", (41, 100), frequency_masks=0, time_masks=1, time_width=8, time_share=0.2
     ).train()(x)
-    assert torch.equal(out[:, -1], x[:, -1]), "the mask stays: a hidden frame is still a frame"
+    assert torch.equal(out[:, -1], x[:, -1]), "the mask does not change"
     hidden = ((out[:, 0] == 0) & (x[:, -1] == 1)).sum(1).reshape(1000, 4)
     assert hidden.amax(0).tolist() == [8, 8, 4, 0]
     assert hidden.float().mean(0).tolist() == pytest.approx([4, 4, 2, 0], rel=0.1)
@@ -173,7 +173,7 @@ def test_spec_augment_is_for_training_alone_and_repeats_with_the_seed():
     assert torch.equal(augment(x), first)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 @pytest.fixture
@@ -238,19 +238,18 @@ def test_a_sound_is_its_middle_or_has_zeros_after_it(sounds):
         np.testing.assert_allclose(long[0], tone(1500 + 180, 0.55)[1400:3000], atol=1e-4)
 
 
-def test_in_memory_or_by_workers_the_batches_are_the_same(sounds):
-    whole, lazy = folder(sounds), folder(sounds, in_memory=False)
-    assert isinstance(whole.train, fw.TensorSplit)
-    batches = [
-        list(Loader(split, batch_size=5, shuffle=True, workers=workers).epoch())
-        for split, workers in ((whole.train, 0), (lazy.train, 0), (lazy.train, 2))
-    ]
-    for left, right in ((batches[0], batches[1]), (batches[0], batches[2])):
-        assert all(
-            torch.equal(a, b)
-            for one, two in zip(left, right, strict=True)
-            for a, b in zip(one, two, strict=True)
-        )
+def test_batches_from_memory_from_files_and_from_workers_are_the_same(sounds):
+    def batches(split, workers):
+        return list(Loader(split, batch_size=5, shuffle=True, workers=workers).epoch())
+
+    in_memory = folder(sounds)
+    lazy = folder(sounds, in_memory=False)
+    assert isinstance(in_memory.train, fw.TensorSplit)
+    expected = batches(in_memory.train, 0)
+    for workers in (0, 2):
+        for one, two in zip(expected, batches(lazy.train, workers), strict=True):
+            for a, b in zip(one, two, strict=True):
+                assert torch.equal(a, b)
 
 
 def test_another_rate_is_an_error_that_names_the_file_or_is_resampled(sounds):
@@ -261,9 +260,9 @@ def test_another_rate_is_an_error_that_names_the_file_or_is_resampled(sounds):
     ):
         folder(sounds)
     data = folder(sounds, resample=True, val_fraction=0.0, test_fraction=0.0)
-    heard = data.train[15][0]
-    assert heard[1].sum() == 2401  # ceil(3308 · 8000 / 11025)
-    np.testing.assert_allclose(heard[0, 100:2300], tone(400)[100:2300], atol=2e-3)
+    sound = data.train[15][0]
+    assert sound[1].sum() == 2401  # ceil(3308 · 8000 / 11025)
+    np.testing.assert_allclose(sound[0, 100:2300], tone(400)[100:2300], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -278,38 +277,29 @@ def test_resampling_is_that_of_scipy(rate, wanted, samples):
 
 
 def test_bad_files_are_named(sounds):
-    def refused(said, file="low/03.wav", write=lambda file: None):
-        before = (sounds / file).read_bytes()
-        write(sounds / file)
-        with pytest.raises(DataError, match=said):
+    file = sounds / "low" / "03.wav"
+    intact = file.read_bytes()
+
+    def refused(message):
+        with pytest.raises(DataError, match=message):
             folder(sounds)
-        with pytest.raises(DataError, match=said):
-            list(
-                Loader(
-                    folder(sounds, in_memory=False, val_fraction=0, test_fraction=0).train
-                ).epoch()
-            )
-        (sounds / file).write_bytes(before)
+        lazy = folder(sounds, in_memory=False, val_fraction=0, test_fraction=0)
+        with pytest.raises(DataError, match=message):
+            list(Loader(lazy.train).epoch())
 
-    refused(
-        r"low/03.wav is 0 s long.*min_seconds=0.01",
-        write=lambda file: write_wav(file, []),
-    )
-    refused("low/03.wav is 0.005 s long", write=lambda file: write_wav(file, np.zeros(40)))
-    refused(
-        "low/03.wav is cut off: it has 100 of 2000 frames",
-        write=lambda f: f.write_bytes(f.read_bytes()[:244]),
-    )
-    refused(
-        r"low/03.wav (cannot be read as sound|needs soundfile)",
-        write=lambda f: f.write_bytes(b"no sound at all"),
-    )
-    refused(
-        r"low/03.wav (cannot be read as sound|needs soundfile)", write=lambda f: f.write_bytes(b"")
-    )
+    write_wav(file, [])
+    refused(r"low/03.wav is 0 s long.*min_seconds=0.01")
+    write_wav(file, np.zeros(40))
+    refused("low/03.wav is 0.005 s long")
+    file.write_bytes(intact[:244])
+    refused("low/03.wav is cut off: it has 100 of 2000 frames")
+    file.write_bytes(b"no sound at all")
+    refused(r"low/03.wav (cannot be read as sound|needs soundfile)")
+    file.write_bytes(b"")
+    refused(r"low/03.wav (cannot be read as sound|needs soundfile)")
 
 
-def test_folders_that_are_no_data_set(sounds):
+def test_folders_without_classes_of_sounds_are_refused(sounds):
     with pytest.raises(DataError, match="no such folder"):
         folder(sounds / "nowhere")
     with pytest.raises(DataError, match="has no folders; put the sounds of each class"):
@@ -333,7 +323,7 @@ def test_a_wrong_file_is_two_lines_and_status_2(command, sounds):
     assert "Traceback" not in out + err
 
 
-# --- data sets --------------------------------------------------------------------------------------------------------
+# --- data sets ---
 
 
 def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
@@ -347,19 +337,19 @@ def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
 
 
 def test_missing_prompts_say_how_to_get_them(tmp_path):
-    said = r"not in .*; fetch them \(98 MB\) with: .*scripts/fetch_data'? asterisk \(data=tones"
-    with pytest.raises(DataError, match=said):
+    advice = r"98 MB.*scripts/fetch_data'? asterisk.*data=tones"
+    with pytest.raises(DataError, match=advice):
         fw.datasets.build("asterisk", path=tmp_path)
 
 
 def pitch_at(sound, share):
-    """Return the strongest frequency of 512 samples, which in a tone is the lowest of its harmonics."""
+    """Return the strongest frequency of 512 samples, the lowest harmonic of a tone."""
     start = int(share * (len(sound) - 512))
     spectrum = np.abs(np.fft.rfft(sound[start : start + 512] * np.hanning(512)))
     return spectrum.argmax() * RATE / 512
 
 
-def test_tones_are_what_their_classes_say():
+def test_the_pitch_of_tones_follows_their_class():
     data = fw.datasets.build("tones", samples=50, noise=0.0, val_fraction=0.0, test_fraction=0.0)
     inputs, labels = data.train.tensors
     courses = {"steady": (1, 1), "rising": (2**0.5, 2), "falling": (0.5**0.5, 0.5), "bowed": (2, 1)}
@@ -373,9 +363,12 @@ def test_tones_are_what_their_classes_say():
     assert torch.equal(again.train.tensors[0], inputs)
 
 
-# --- experiments, small -----------------------------------------------------------------------------------------------
+# --- small experiments ---
 
-FRONT = "model.front=[{name: log_mel, sample_rate: 8000, hop_ms: 20, mels: 24},masked_batch_norm,spec_augment]"
+FRONT = (
+    "model.front=[{name: log_mel, sample_rate: 8000, hop_ms: 20, mels: 24},"
+    "masked_batch_norm,spec_augment]"
+)
 CNN = ("data=tones", "model=sequence_cnn", "model.channels=[16,24]", FRONT)
 CNN_2D = ("data=tones", "model=spectrogram_cnn", "model.channels=[8,16]", FRONT)
 TRANSFORMER = ("data=tones", "model=sequence_transformer", "model.width=32", "model.depth=1", FRONT)
@@ -389,17 +382,17 @@ QUICK = (
 TONES = len(PITCH)
 
 
-def go(folder, *overrides, add=None):
-    """Train in a folder; `add`: one more callback or logger."""
-    whole = Experiment.trainer
+def run(folder, *overrides, add=None):
+    """Train in a folder, with an additional callback or logger `add`."""
+    original = Experiment.trainer
 
     def trainer(self):
-        made = whole(self)
+        trainer = original(self)
         if isinstance(add, fw.Callback):
-            made.callbacks.append(add)
+            trainer.callbacks.append(add)
         elif add is not None:
-            made.loggers.append(add)
-        return made
+            trainer.loggers.append(add)
+        return trainer
 
     specs = []
     compose(CommandLine([*overrides, f"run.root={folder}"]), lambda job: specs.append(job.spec))
@@ -408,11 +401,12 @@ def go(folder, *overrides, add=None):
         return train(specs[0], "default", [], say=lambda line: None)
 
 
-class Kept(fw.Logger):
-    """Keeps pictures and texts."""
+class Recorder(fw.Logger):
+    """Stores images and texts."""
 
     def __init__(self):
-        self.pictures, self.texts = {}, {}
+        self.pictures = {}
+        self.texts = {}
 
     def images(self, tag, images, step):
         self.pictures.setdefault(tag, []).append(images)
@@ -422,55 +416,45 @@ class Kept(fw.Logger):
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory):
-    """A small convolutional net trained on tones, and what it showed."""
-    kept = Kept()
-    shown = ("callbacks=[checkpoint,spectrograms]", "callbacks.spectrograms.samples=6")
-    return go(tmp_path_factory.mktemp("runs"), *CNN, *QUICK, *shown, add=kept), kept
+def trained_cnn(tmp_path_factory):
+    """Return a run of a small convolutional network on tones, and its logger."""
+    recorder = Recorder()
+    callbacks = ("callbacks=[checkpoint,spectrograms]", "callbacks.spectrograms.samples=6")
+    return run(tmp_path_factory.mktemp("runs"), *CNN, *QUICK, *callbacks, add=recorder), recorder
 
 
-def test_tones_are_told_apart_by_a_cnn(heard):
-    """Loudness, length and first pitch are drawn alike for all classes: chance is 1 in 5."""
-    assert heard[0].metrics["test/accuracy"] > 4 / TONES
+def test_a_cnn_learns_tones(trained_cnn):
+    """Loudness, length and first pitch have the same distribution for all classes."""
+    result, _ = trained_cnn
+    assert result.metrics["test/accuracy"] > 4 / TONES
 
 
-def test_tones_are_told_apart_by_2d_convolutions(tmp_path):
-    assert go(tmp_path, *CNN_2D, *QUICK).metrics["test/accuracy"] > 3.5 / TONES
+def test_2d_convolutions_learn_tones(tmp_path):
+    assert run(tmp_path, *CNN_2D, *QUICK).metrics["test/accuracy"] > 3.5 / TONES
 
 
-def test_tones_are_told_apart_by_a_transformer(tmp_path):
-    assert (
-        go(tmp_path, *TRANSFORMER, *QUICK, "trainer.max_epochs=6").metrics["test/accuracy"]
-        > 3.5 / TONES
-    )
+def test_a_transformer_learns_tones(tmp_path):
+    result = run(tmp_path, *TRANSFORMER, *QUICK, "trainer.max_epochs=6")
+    assert result.metrics["test/accuracy"] > 3.5 / TONES
 
 
 @pytest.mark.parametrize("model", [CNN[1:], CNN_2D[1:]], ids=["1d", "2d"])
 def test_languages_are_learnt_on_a_slice(tmp_path, model):
-    """80 prompts in five languages; the most frequent language is a fifth of them."""
-    root = (
-        find_voices([DEBIAN_FOLDER, cache_folder() / "asterisk"])
-        if asterisk_is_here()
-        else pytest.skip("not fetched")
-    )
-    every = [find_prompts(root / folder) for folder in VOICES.values()]
-    names = sorted(set.intersection(*map(set, every)))[-80:]
-    for folder, files in zip(VOICES.values(), every, strict=True):
+    """Train on 80 prompts in five languages, each a fifth of them."""
+    try:
+        root = find_voices([DEBIAN_FOLDER, cache_folder() / "asterisk"])
+    except DataError:
+        pytest.skip("not fetched")
+    files_by_language = [find_prompts(root / folder) for folder in VOICES.values()]
+    names = sorted(set.intersection(*map(set, files_by_language)))[-80:]
+    for folder, files in zip(VOICES.values(), files_by_language, strict=True):
         for name in names:
             link = tmp_path / "voices" / folder / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(files[name])
     data = ("data=asterisk", f"data.path={tmp_path / 'voices'}", "data.seconds=1")
-    result = go(tmp_path, *data, *model, *QUICK)
+    result = run(tmp_path, *data, *model, *QUICK)
     assert result.metrics["test/accuracy"] > 0.45
-
-
-def asterisk_is_here():
-    try:
-        find_voices([DEBIAN_FOLDER, cache_folder() / "asterisk"])
-    except DataError:
-        return False
-    return True
 
 
 class Stop(fw.Callback):
@@ -486,8 +470,8 @@ def weights(run):
 
 
 @pytest.mark.parametrize("model", [CNN, CNN_2D], ids=["1d", "2d"])
-def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(tmp_path, model):
-    """SpecAugment and dropout draw at each step: what they drew before the cut must not be drawn again."""
+def test_a_run_stopped_in_mid_epoch_resumes_bit_for_bit(tmp_path, model):
+    """SpecAugment and dropout draw in each step; the resumed run continues their random numbers."""
     short = (
         *model,
         *QUICK,
@@ -497,40 +481,42 @@ def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(tmp_path, mod
         "loader.batch_size=8",
     )
     often = "callbacks.checkpoint.every=2steps"
-    whole = go(tmp_path, *short, often, "run.name=whole")
+    whole = run(tmp_path, *short, often, "run.name=whole")
     assert whole.steps == 12
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, *short, often, "run.name=cut", add=Stop())
-    resumed = go(tmp_path, *short, often, "run.name=cut", "resume=auto")
+        run(tmp_path, *short, often, "run.name=cut", add=Stop())
+    resumed = run(tmp_path, *short, often, "run.name=cut", "resume=auto")
     assert weights(resumed.folder) == weights(whole.folder)
 
 
-def test_a_run_predicts_from_sound_files(heard, tmp_path):
-    trained = open_run(heard[0].folder)
+def test_a_run_predicts_from_sound_files(trained_cnn, tmp_path):
+    trained = open_run(trained_cnn[0].folder)
     fresh = fw.datasets.build("tones", samples=40, seed=7, val_fraction=0.0, test_fraction=0.0)
     for row in range(40):
         x, label = fresh.train[row]
-        write_wav(
-            tmp_path / "sounds" / f"{row:02}_{fresh.classes[label]}.wav", x[0, x[1] > 0].numpy()
-        )
+        file = tmp_path / "sounds" / f"{row:02}_{fresh.classes[label]}.wav"
+        write_wav(file, x[0, x[1] > 0].numpy())
     inputs = trained.read_inputs(tmp_path / "sounds")
     torch.testing.assert_close(inputs, fresh.train.tensors[0], atol=1e-4, rtol=0)
-    found = [trained.facts["classes"][each] for each in trained.predict(inputs)["class"]]
+    predicted = [trained.facts["classes"][index] for index in trained.predict(inputs)["class"]]
     names = [file.stem.split("_")[1] for file in sorted((tmp_path / "sounds").iterdir())]
-    assert sum(map(str.__eq__, found, names)) > 25
+    assert sum(map(str.__eq__, predicted, names)) > 25
     write_wav(tmp_path / "other.wav", tone(300), rate=16000)
     with pytest.raises(DataError, match=r"other.wav has 16000 samples per second, expected 8000"):
         trained.read_inputs(tmp_path / "other.wav")
 
 
-def test_what_is_heard_is_shown(heard):
-    _, kept = heard
-    pictures, tables = kept.pictures["spectrograms"], kept.texts["spectrograms/predictions"]
+def test_spectrograms_show_features_and_predictions(trained_cnn):
+    _, recorder = trained_cnn
+    pictures = recorder.pictures["spectrograms"]
+    tables = recorder.texts["spectrograms/predictions"]
     assert len(pictures) == len(tables) == 8, "one an epoch"
     assert pictures[-1].shape == (6, 3, 2 * 24 + 6, 50 + 6)
     assert 0 <= pictures[-1].min() < pictures[-1].max() <= 1
     green = torch.cat(pictures)[:, 1, 0, 0] > torch.cat(pictures)[:, 0, 0, 0]
-    rows = [line.strip("| ").split(" | ") for table in tables for line in table.splitlines()[2:]]
+    rows = []
+    for table in tables:
+        rows += [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert green.tolist() == [row[1] == row[2] for row in rows]
     assert green[:6].sum() < green[-6:].sum(), "more are right at the end than after an epoch"
     assert {row[1] for row in rows} <= set(PITCH)
@@ -538,13 +524,14 @@ def test_what_is_heard_is_shown(heard):
     assert [row[1] for row in rows[:6]] == [data.classes[data.val[n][1]] for n in range(0, 90, 15)]
 
 
-def test_without_classes_nothing_is_shown():
-    kept, data = Kept(), fw.datasets.build("friedman1", samples=40)
+def test_without_classes_there_are_no_spectrograms():
+    recorder = Recorder()
+    data = fw.datasets.build("friedman1", samples=40)
     trainer = fw.Trainer(
-        max_steps=1, callbacks=[fw.callbacks.build("spectrograms")], loggers=[kept]
+        max_steps=1, callbacks=[fw.callbacks.build("spectrograms")], loggers=[recorder]
     )
     model = torch.nn.Linear(10, 1)
     trainer.fit(
         model, data, task=torch.nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.01)
     )
-    assert not kept.pictures
+    assert not recorder.pictures

@@ -38,7 +38,8 @@ def test_a_share_p_is_zeroed_and_the_rest_grows_to_keep_the_mean(name, draws):
 
 
 def test_feature_drops_whole_channels_and_drop_path_whole_samples():
-    channels, samples = dropped("feature"), dropped("drop_path")
+    channels = dropped("feature")
+    samples = dropped("drop_path")
     assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
     assert not torch.equal(channels, channels[:, :1].expand_as(channels))
     assert torch.equal(samples, samples[:, :1, :1, :1].expand_as(samples))

@@ -5,7 +5,9 @@ from torch.nn import functional as F
 import framework as fw
 from framework.errors import BuildError
 
-VECTOR, SEQUENCE, IMAGE = (5,), (7, 5), (5, 4, 3)
+VECTOR = (5,)
+SEQUENCE = (7, 5)
+IMAGE = (5, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,6 @@ def test_the_token_head_is_the_same_at_every_position(out_shape):
         ("token", {}, IMAGE, r"token head expects \(T, D\), gets \(5, 4, 3\)"),
     ],
 )
-def test_a_head_says_what_it_expects(name, settings, in_shape, message):
+def test_a_head_refuses_a_shape_and_names_the_expected_ones(name, settings, in_shape, message):
     with pytest.raises(BuildError, match=message):
         fw.heads.build(name, in_shape, (10,), **settings)

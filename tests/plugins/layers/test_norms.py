@@ -74,7 +74,7 @@ def test_batch_norm_evaluates_with_running_statistics():
     torch.testing.assert_close(norm(x[:1]), expected[:1])
 
 
-def test_batch_norm_of_a_single_row_says_what_to_do():
+def test_batch_norm_of_a_single_row_is_an_error_with_advice():
     with pytest.raises(DataError, match="drop_last"):
         fw.norms.build("batch", (3,))(torch.randn(1, 3))
 
@@ -98,29 +98,29 @@ def test_layer_norm_without_shift():
     assert len(list(fw.norms.build("layer", (6,), bias=False).parameters())) == 1
 
 
-def test_plain_torch_layers_are_used_where_they_do():
+def test_torch_layers_are_used_where_they_fit():
     assert type(fw.norms.build("batch", (6, 4, 3))) is nn.BatchNorm2d
     assert type(fw.norms.build("layer", (6,))) is nn.LayerNorm
     assert type(fw.norms.build("group", (8, 4, 3))) is nn.GroupNorm
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "settings", "said"),
+    ("name", "shape", "settings", "message"),
     [
         (
             "group",
             (10, 4, 4),
             {"groups": 4},
-            r"4 groups do not divide 10 channels.*use one of 1, 2, 5, 10",
+            r"groups=4 does not divide the 10 channels.*use one of 1, 2, 5, 10",
         ),
         ("group", (4,), {"groups": 4}, "over a single channel"),
         ("layer", (1, 28, 28), {}, "layer norm over a single channel"),
         ("rms", (1,), {}, "rms norm over a single channel"),
-        ("instance", (8,), {}, r"in_shape \(8,\) has none. Use layer"),
-        ("batch", (), {}, r"not in_shape \(\)"),
-        ("layer", (2, 3, 4, 5, 6), {}, r"not in_shape \(2, 3, 4, 5, 6\)"),
+        ("instance", (8,), {}, r"in_shape \(8,\) has none; use layer"),
+        ("batch", (), {}, r"got \(\)"),
+        ("layer", (2, 3, 4, 5, 6), {}, r"got \(2, 3, 4, 5, 6\)"),
     ],
 )
-def test_a_shape_without_meaning_is_refused(name, shape, settings, said):
-    with pytest.raises(BuildError, match=said):
+def test_a_shape_for_which_a_norm_is_undefined_is_refused(name, shape, settings, message):
+    with pytest.raises(BuildError, match=message):
         fw.norms.build(name, shape, **settings)

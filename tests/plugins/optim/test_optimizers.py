@@ -39,13 +39,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_chosen_implementation_gives_what_the_plain_one_gives(name):
-    chosen, plain = small_model(double=True), small_model(double=True)
-    fast = build_optimizer(fw.optimizers.maker(name, lr=0.01), chosen.parameters())
-    slow = fw.optimizers.build(name, plain.parameters(), lr=0.01)
+def test_the_fast_implementation_gives_the_weights_of_the_plain_one(name):
+    fast_model = small_model(double=True)
+    slow_model = small_model(double=True)
+    fast = build_optimizer(fw.optimizers.maker(name, lr=0.01), fast_model.parameters())
+    slow = fw.optimizers.build(name, slow_model.parameters(), lr=0.01)
     for group in slow.param_groups:
         group.update({flag: False for flag in ("fused", "foreach") if flag in group})
-    torch.testing.assert_close(train(chosen, fast), train(plain, slow), rtol=1e-6, atol=1e-9)
+    expected = train(slow_model, slow)
+    torch.testing.assert_close(train(fast_model, fast), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +84,7 @@ def test_only_the_rule_itself_is_configured_and_its_defaults_are_in_range(entry)
         ("adam", {"momentum": 0.9}, "no setting 'momentum'"),
     ],
 )
-def test_a_wrong_setting_is_a_sentence(name, settings, message):
+def test_a_wrong_setting_is_an_error_with_the_expected_values(name, settings, message):
     with pytest.raises(SettingError, match=message):
         fw.optimizers.maker(name, **settings)
 
@@ -119,19 +121,19 @@ class TestImplementation:
         assert maker.entry is fw.optimizers.get("sgd")
 
     def test_groups_keep_their_settings(self):
-        first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        first = nn.Parameter(torch.ones(2))
+        second = nn.Parameter(torch.ones(2))
         groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second]}]
         optimizer = build_optimizer(fw.optimizers.maker("adamw", weight_decay=0.3), groups)
-        assert [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [
-            (0, True),
-            (0.3, True),
-        ]
+        settings = [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups]
+        assert settings == [(0, True), (0.3, True)]
 
 
 def test_lion_takes_the_papers_steps():
     weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     optimizer = fw.optimizers.build("lion", [weight], lr=0.1, betas=(0.8, 0.9), weight_decay=0.5)
-    expected, momentum = weight.detach().clone(), torch.zeros(3)
+    expected = weight.detach().clone()
+    momentum = torch.zeros(3)
     for gradient in torch.randn(5, 3):
         weight.grad = gradient.clone()
         optimizer.step()
@@ -142,7 +144,7 @@ def test_lion_takes_the_papers_steps():
 
 
 class TestMuon:
-    def test_hidden_matrices_are_orthogonalised_and_the_rest_is_adamws(self):
+    def test_hidden_matrices_are_orthogonalized_and_all_others_use_adamw(self):
         model = small_model()
         optimizer = fw.optimizers.build("muon", model.named_parameters())
         hidden, rest = optimizer.param_groups
@@ -199,7 +201,7 @@ class TestMuon:
             theirs.step()
         torch.testing.assert_close(ours, torchs, rtol=0, atol=0.005)
 
-    def test_an_embedding_and_a_lone_matrix_are_adamws(self):
+    def test_an_embedding_and_a_single_matrix_use_adamw(self):
         table, hidden, head = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
         groups = fw.optimizers.build(
             "muon", [table, hidden, head], embedding=True, adamw_lr=0.5
@@ -213,7 +215,7 @@ class TestMuon:
         ]
 
 
-def test_a_model_in_another_memory_format_goes_on_exactly_from_its_checkpoint(tmp_path):
+def test_a_model_in_another_memory_format_resumes_exactly_from_its_checkpoint(tmp_path):
     images = fw.TensorSplit(
         torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
     )
@@ -238,6 +240,7 @@ def test_a_model_in_another_memory_format_goes_on_exactly_from_its_checkpoint(tm
     state = run(4).state_dict()
     weights = state.pop("model")
     loaded, training = checkpoint.load(checkpoint.save(tmp_path, weights, state, 4))
-    whole, resumed = run(8), run(8, training | {"model": loaded})
+    whole = run(8)
+    resumed = run(8, training | {"model": loaded})
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)

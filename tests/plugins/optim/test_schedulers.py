@@ -113,7 +113,7 @@ def test_every_schedule_is_defined_for_any_step(name, total_steps):
 
 
 class TestReduceOnPlateau:
-    def test_it_falls_when_torchs_does(self):
+    def test_it_reduces_the_rate_in_the_steps_of_torch(self):
         generator = torch.Generator().manual_seed(5)
         losses = [*(1 + torch.rand(200, generator=generator)).tolist(), math.nan, 0.1, 0.2]
         settings = {"factor": 0.5, "patience": 3, "threshold": 0.01, "cooldown": 2}
@@ -126,7 +126,7 @@ class TestReduceOnPlateau:
                 ours.observe({"val/loss": loss})
                 assert ours(0) == pytest.approx(optimizer.param_groups[0]["lr"])
 
-    def test_its_state_carries_over(self):
+    def test_a_state_dict_restores_it(self):
         first, second = (fw.schedulers.build("reduce_on_plateau", 10, patience=1) for _ in range(2))
         for loss in (1.0, 1.0):
             first.observe({"val/loss": loss})
@@ -134,7 +134,7 @@ class TestReduceOnPlateau:
         second.observe({"val/loss": 1.0})
         assert (first(5), second(5)) == pytest.approx((1.0, 0.1))
 
-    def test_a_value_that_is_not_there_is_named(self):
+    def test_a_missing_monitored_value_is_an_error_with_a_suggestion(self):
         schedule = fw.schedulers.build("reduce_on_plateau", 10, monitor="val/acuracy")
         with pytest.raises(SettingError, match="did you mean 'val/accuracy'"):
             schedule.observe({"val/loss": 1.0, "val/accuracy": 0.5})
