@@ -626,9 +626,11 @@ def import_all() -> None:
 
 def disable_protections() -> None:
     """Open files without checks and limits, and unpickle all content: the negative control."""
+    from framework.runs.checkpoint import checks
     from framework.system import files
 
     unprotected = {
+        checks.check_torch_file: lambda file: None,
         files.open_file: open_unprotected,
         files.write_file: write_unprotected,
         files.check_tree: lambda content, path: None,

@@ -150,7 +150,7 @@ def test_hostile_folders_execute_and_write_nothing_and_are_refused_in_one_line()
 
 @pytest.mark.slow
 def test_without_the_protections_the_same_folders_do_harm():
-    done = hostile("23", "--control", "--commands", "2")
+    done = hostile("23", "--control", "--commands", "5")
     assert done.returncode == 1, done.stdout + done.stderr
     found = done.stdout.splitlines()[-1]
     assert found.startswith("without the protections")
