@@ -72,7 +72,7 @@ def test_a_worker_that_dies_during_a_step_is_an_error_of_the_next_batch():
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     wait_for(lambda: not multiprocessing.active_children())  # nothing is raised here
     with pytest.raises(
-        DataError, match="^(a data worker|data worker reading .*) was killed by SIGKILL"
+        DataError, match=r"^(a data worker|data worker reading .*) was killed by SIGKILL"
     ):
         list(batches)
 

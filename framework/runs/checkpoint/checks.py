@@ -93,7 +93,8 @@ def check_pickle(content: bytes) -> None:
             )
         if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
             raise CheckpointError(
-                f"it names {short(argument, most=100, quote=False)}, which is neither a tensor nor a plain type"
+                f"it names {short(argument, most=100, quote=False)}, "
+                "which is neither a tensor nor a plain type"
             )
 
 
