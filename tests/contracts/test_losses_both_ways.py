@@ -738,7 +738,15 @@ def test_class_indices_of_any_integer_dtype_are_accepted(dtype):
     assert torch.equal(step, expected)
 
 
-@pytest.mark.parametrize("name", ["mse", "huber", "bce_with_logits"])
+mse_needs_torch_2_11 = pytest.mark.xfail(
+    torch.__version__ < (2, 11),
+    reason="mse_loss of torch 2.10 cannot mix dtypes",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("mse", marks=mse_needs_torch_2_11), "huber", "bce_with_logits"]
+)
 def test_float64_targets_are_accepted(name):
     loss = fw.losses.build(name)
     task = fw.tasks.build("multilabel", loss=lambda: loss)

@@ -37,13 +37,19 @@ class CompiledFunction:
     ):
         import torch._dynamo  # takes a second, so only runs that compile import it
 
-        self.config = torch._dynamo.config
+        self.config: Any = torch._dynamo.config
         self.failure = getattr(torch._dynamo.exc, "TorchDynamoException", ())
         counters = getattr(torch._dynamo.utils, "counters", defaultdict(Counter))
         self.frames = counters["frames"]
         self.limit: int = getattr(self.config, "recompile_limit", 8)
         self.compile_seconds = 0.0
-        self.traces_backward = traces_backward and hasattr(self.config, "trace_autograd_ops")
+        self.settings: dict[str, bool] = {}  # of torch's compiler, during a call
+        if traces_backward and hasattr(self.config, "trace_autograd_ops"):
+            self.settings["trace_autograd_ops"] = True
+        if getattr(self.config, "use_recursive_dict_tags_for_guards", False):
+            # Otherwise torch 2.10 does not notice that `requires_grad` of a parameter has changed,
+            # and an unfrozen parameter is not trained.
+            self.settings["skip_tensor_guards_with_matching_dict_tags"] = False
         arguments: dict[str, Any] = {"dynamic": False, "backend": backend}
         if backend == "inductor":
             arguments["options"] = {
@@ -65,25 +71,26 @@ class CompiledFunction:
         frames_before = self.frames["total"]
         start = perf_counter()
         try:
-            result = self._call_traced(inputs) if self.traces_backward else self.compiled(*inputs)
+            result = self._call_with_settings(inputs)
         except self.failure as error:
             raise CompilationError(str(error).strip().splitlines()[0]) from error
         has_compiled = self.frames["total"] != frames_before
         self.compile_seconds = perf_counter() - start if has_compiled else 0.0
         return result
 
-    def _call_traced(self, inputs: tuple[Any, ...]) -> Any:
-        """Call the compiled function, and let the compiler trace `torch.autograd.grad`.
+    def _call_with_settings(self, inputs: tuple[Any, ...]) -> Any:
+        """Call the compiled function with the settings of the compiler.
 
         `config.patch` does the same in twice the time, a hundredth of a small model's step.
         """
-        config: Any = self.config
-        before = config.trace_autograd_ops
-        config.trace_autograd_ops = True
+        before = {name: getattr(self.config, name) for name in self.settings}
+        for name, value in self.settings.items():
+            setattr(self.config, name, value)
         try:
             return self.compiled(*inputs)
         finally:
-            config.trace_autograd_ops = before
+            for name, value in before.items():
+                setattr(self.config, name, value)
 
     def reason(self) -> str | None:
         """Return the reason of the last recompilation, or None if it is not known."""

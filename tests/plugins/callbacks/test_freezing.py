@@ -114,13 +114,14 @@ def test_a_resumed_run_equals_the_uninterrupted_run(step):
 
 
 @needs_compiler
-def test_a_compiled_step_freezes_too():
+@pytest.mark.parametrize("setting", ["model", "step"])
+def test_a_compiled_model_or_step_freezes_too(setting):
     def plain():  # a bias before a batch norm has only rounding as gradient, which AdamW enlarges
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
 
     eager = fit(freeze("0.*", epochs=2), model=plain(), compile="off").model
-    compiled = fit(freeze("0.*", epochs=2), model=plain(), compile="step").model
+    compiled = fit(freeze("0.*", epochs=2), model=plain(), compile=setting).model
     assert not torch.equal(compiled[0].weight, plain()[0].weight)
     for name, tensor in eager.state_dict().items():
         torch.testing.assert_close(tensor, compiled.state_dict()[name], rtol=1e-3, atol=1e-4)
