@@ -31,8 +31,8 @@ def serve_board(root: Path, port: int) -> int:
         FrameworkError: if the port cannot be used.
     """
     if not root.is_dir():
-        advice = "train an experiment first, or name the folder with --root"
-        raise RunError(f"there is no folder of runs {root}: {advice}")
+        advice = "train an experiment first, or give another --root"
+        raise RunError(f"--root {root}: no such folder; {advice}")
     check_port(port)
     runs, odd = look_through(root)
     from tensorboard import program
@@ -41,7 +41,7 @@ def serve_board(root: Path, port: int) -> int:
     options = ["--logdir", str(root), "--host", "127.0.0.1", "--port", str(port)]
     if odd:
         reason = f"{odd[0]} leads out of {root} or is not a regular file"
-        note(f"not shown: {reason}; {len(odd)} such entries in total")
+        note(f"{len(odd)} entries are not shown: {reason}")
         options.append("--load_fast=false")
         use_plain_files()
     server.configure(argv=["", *options])
@@ -110,7 +110,7 @@ def check_port(port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
     except OverflowError:
-        raise FrameworkError(f"--port {port}: expected 0 to 65535") from None
+        raise FrameworkError(f"--port {port}: expected an integer from 0 to 65535") from None
     except OSError as error:
         advice = "choose another port, or 0 for a free one"
         raise FrameworkError(f"--port {port}: {error.strerror}; {advice}") from error

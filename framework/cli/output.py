@@ -61,7 +61,7 @@ def effort(result: Result) -> str:
         return f"{steps_text(result.steps)} in {duration(result.seconds)}"
     text = f"{steps_text(result.fit_steps)} in {duration(result.fit_seconds)}"
     if result.steps != result.fit_steps:
-        text += f" (with those before: {result.steps:,})"
+        text += f" (in total: {result.steps:,})"
     if result.seconds > result.fit_seconds:
         text += f"; {duration(result.seconds)} with start-up"
         if any(name.startswith("test/") for name in result.metrics):

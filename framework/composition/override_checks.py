@@ -108,11 +108,11 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
     if key == "hydra.searchpath":
         return "use --config-dir to add a folder of config files"
     if of_hydra(key) and not multirun and not shows:
-        return hydra_fault(key, multirun)
+        return hydra_fault(key)
     return None
 
 
-def hydra_fault(key: str, multirun: bool) -> str:
+def hydra_fault(key: str) -> str:
     """Say why a setting of Hydra itself has no effect."""
     if re.match(r"hydra[./](launcher|sweeper)", key):
         return SWEEP_SETTING

@@ -293,7 +293,8 @@ def stack(samples: list[Any]) -> Batch | FrameworkError:
         if lacks_shared_memory(error):
             return shared_memory_error()
         return DataError(
-            f"samples of a batch do not stack (have they one shape and type?): {reason_of(error)}"
+            "samples of a batch cannot be stacked; expected one shape and dtype: "
+            f"{reason_of(error)}"
         )
 
 

@@ -48,13 +48,12 @@ def check_contract(data: Data) -> None:
         shape = getattr(data, name, None)
         sizes = shape if isinstance(shape, tuple | list) else [None]
         if not all(isinstance(size, Integral) for size in sizes):
-            expected = f"its __init__ should set {name} to a tuple of ints"
-            raise DataError(f"{owner}: {expected}, not {short(shape)}")
+            raise DataError(f"{owner}.{name}: expected a tuple of ints, got {short(shape)}")
     for name, split in splits_of(data).items():
         if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
             raise DataError(
-                f"{owner}: its {name} split should have __len__ and __getitem__, which a "
-                f"{type(split).__name__} does not have"
+                f"{owner}.{name}: expected a split with __len__ and __getitem__, "
+                f"got a {type(split).__name__}"
             )
 
 

@@ -77,7 +77,7 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
     summary = f"loss of one batch: {first:.4g}, after {len(losses)} steps {last:.4g}"
     if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
         raise RunError(
-            f"{summary}: it does not learn; look at optimizer.lr, the loss and the targets"
+            f"{summary}: it is not learned; check optimizer.lr, the loss and the targets"
         )
     say(summary)
 
@@ -140,7 +140,8 @@ def check_same_weights(reference: nn.Module, resumed: nn.Module) -> None:
     for name, tensor in reference.state_dict().items():
         if not torch.equal(tensor, weights[name]):
             raise RunError(
-                f"a resumed run comes to other weights ({name}): does a part keep random state?"
+                f"after resuming, {name} differs from that of the uninterrupted run: "
+                "a part may have random state that is not saved"
             )
 
 

@@ -392,7 +392,8 @@ def check_resumed(
     except WRONG_FORM as error:
         path = resumed.folder.path
         raise RunError(
-            f"{path} cannot be resumed: its checkpoint has another form: {describe(error)}"
+            f"{path} cannot be resumed: the checkpoint has an unexpected structure: "
+            f"{describe(error)}"
         ) from error
 
 

@@ -105,7 +105,7 @@ class Trained:
             inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
-            raise DataError(f"{file}: `read_inputs` should return a tensor, not a {found}")
+            raise DataError(f"{file}: expected a tensor from `read_inputs`, got a {found}")
         shape = tuple(inputs.shape[1:])
         expected = self.facts["in_shape"]
         if list(shape) != expected:

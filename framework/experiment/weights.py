@@ -159,7 +159,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise RunError(
-            f"init_from={path}: should be a run, a checkpoint or a .safetensors file: {error}"
+            f"init_from={path}: expected a run, a checkpoint or a .safetensors file: {error}"
         ) from error
 
 

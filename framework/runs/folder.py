@@ -105,9 +105,7 @@ class RunFolder:
 def check_name(setting: str, name: str) -> None:
     """Raise RunError if a name is not allowed for a folder."""
     if not re.fullmatch(NAME, name) or ".." in name:
-        raise RunError(
-            f"{setting} should be letters, digits, '.', '_' and '-' (at most 128), not {name!r}"
-        )
+        raise RunError(f"{setting}={name}: expected at most 128 letters, digits, '.', '_' or '-'")
 
 
 def check_encoding(path: Path) -> None:

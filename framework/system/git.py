@@ -55,7 +55,7 @@ def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
     program = git_program(folder)
     if top is None or program is None:
         return None, None
-    environment = environment_of(top, program)
+    environment = environment_of(top)
     commit = output([program, *options(OWN_SETTINGS), "rev-parse", "HEAD"], folder, environment)
     if commit is None:
         return None, None
@@ -92,13 +92,8 @@ def search_path(folder: Path) -> str:
     return os.pathsep.join(filter(is_allowed, entries))
 
 
-def environment_of(top: Path, program: str) -> dict[str, str]:
-    """Return the environment of git, without the user's GIT_* variables.
-
-    Args:
-        top: the work tree.
-        program: the path of git.
-    """
+def environment_of(top: Path) -> dict[str, str]:
+    """Return the environment of git in a work tree, without the user's GIT_* variables."""
 
     def is_kept(name: str) -> bool:
         return not name.startswith("GIT_") or name in KEPT

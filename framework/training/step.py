@@ -178,8 +178,6 @@ class TrainingStep:
             losses.append(loss if share is None else portion(loss, share))
         return sum(losses[1:], losses[0]), updated
 
-    # The following methods run in some steps only.
-
     def backward_with_retry(
         self,
         batches: Sequence[Batch],

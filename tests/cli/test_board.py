@@ -111,7 +111,7 @@ def test_links_and_special_files_are_not_served(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(RunError, match=r"no folder of runs .*--root"):
+    with pytest.raises(RunError, match=r"--root .*no such folder"):
         serve_board(tmp_path / "runs", 0)
 
 
@@ -122,5 +122,5 @@ def test_an_invalid_or_used_port_is_an_error(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(FrameworkError, match=f"--port {port}: Address already in use"):
             serve_board(tmp_path, port)
-    with pytest.raises(FrameworkError, match="--port 70000: expected 0 to 65535"):
+    with pytest.raises(FrameworkError, match="--port 70000: expected an integer"):
         serve_board(tmp_path, 70000)

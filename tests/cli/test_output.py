@@ -80,7 +80,7 @@ def test_steps_and_seconds_are_those_of_the_same_training(capsys):
     assert "\n1,200 steps in 3.2 s; 5.0 s with start-up and test\n" in capsys.readouterr().out
     result.fit_steps = 200
     print_result(result)
-    line = "\n200 steps in 3.2 s (with those before: 1,200); 5.0 s with start-up and test\n"
+    line = "\n200 steps in 3.2 s (in total: 1,200); 5.0 s with start-up and test\n"
     assert line in capsys.readouterr().out
 
 

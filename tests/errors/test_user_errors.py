@@ -277,15 +277,15 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
     [
         (
             "data=d data.place=shape",
-            "D: its __init__ should set out_shape to a tuple of ints, not 3",
+            "D.out_shape: expected a tuple of ints, got 3",
         ),
         (
             "data=d '+data.place=no shape'",
-            "D: its __init__ should set in_shape to a tuple of ints, not None",
+            "D.in_shape: expected a tuple of ints, got None",
         ),
         (
             "data=d data.place=generator",
-            "D: its train split should have __len__ and __getitem__",
+            "D.train: expected a split with __len__ and __getitem__, got a ",
         ),
         (
             "data=d data.place=dict",

@@ -314,7 +314,7 @@ def test_a_run_is_initialized_from_the_weights_of_another_run():
     ):
         train_run(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
     with pytest.raises(
-        RunError, match=r"init_from=nope: should be a run, a checkpoint or a \.safetensors file"
+        RunError, match=r"init_from=nope: expected a run, a checkpoint or a \.safetensors file"
     ):
         train_run("init_from=nope")
     with pytest.raises(RunError, match="none of its"):

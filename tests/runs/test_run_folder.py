@@ -35,9 +35,9 @@ def test_no_two_runs_share_a_folder(tmp_path):
     "name", ["", ".", "..", "../up", "a/b", "/etc", "a..b", ".hidden", "-m", "a b", "x" * 129, "ä"]
 )
 def test_a_name_cannot_lead_out_of_the_root(tmp_path, name):
-    with pytest.raises(RunError, match=r"run\.name should be letters"):
+    with pytest.raises(RunError, match=r"run\.name=.*: expected at most 128 letters"):
         RunFolder(tmp_path, name)
-    with pytest.raises(RunError, match=r"^experiment should be letters"):
+    with pytest.raises(RunError, match=r"^experiment=.*: expected at most 128 letters"):
         RunFolder(tmp_path, experiment=name)
     assert not list(tmp_path.iterdir())
 

@@ -190,7 +190,7 @@ class SearchLoop:
         if finished >= search.trials:
             return ""
         if search.timeout is not None and self.seconds >= duration_seconds(search.timeout):
-            return f"its time of {search.timeout} is over"
+            return f"timeout={search.timeout} reached"
         if len(self.metrics) > 1 or not completed_trials(self.study):
             return None
         best = ranked_trials(self.study)[0]

@@ -145,7 +145,9 @@ def open_storage(folder: Path) -> JournalStorage:
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
         # Optuna does not check the types in a journal
         cause = f"{type(error).__name__}: {error}"
-        raise RunError(f"{folder / FILE} is damaged, the search cannot go on: {cause}") from error
+        raise RunError(
+            f"{folder / FILE} is damaged, the search cannot be resumed: {cause}"
+        ) from error
 
 
 def create_study(
@@ -169,7 +171,7 @@ def create_study(
             study.set_user_attr(name, value)
         elif before != value:
             raise RunError(
-                f"{folder} cannot go on with {name} {value}: it was started with {before}"
+                f"{folder} cannot be resumed with {name}={value}: it was started with {before}"
             )
     return study
 

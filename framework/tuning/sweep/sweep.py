@@ -95,7 +95,7 @@ def check_hydra(composing: Composing, launcher: str) -> None:
     problems = []
     for key, text in composing.overrides.typed.items():
         if of_hydra(key) and not key.startswith(("hydra.launcher", "hydra.sweeper")):
-            problems.append(f"{text}: {hydra_fault(key, True)} (command line)")
+            problems.append(f"{text}: {hydra_fault(key)} (command line)")
     if problems:
         raise ConfigError(problems)
 

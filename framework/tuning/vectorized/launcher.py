@@ -133,7 +133,7 @@ class Vectorized(OneByOne):
             if share_rows is not None:
                 rows |= share_rows
             elif received() is None:
-                print_note("a process died: its trials go on in this one")
+                print_note("a worker process died; its trials continue in the main process")
                 for part in share:
                     for job in part.jobs.values():
                         job.spec = replace(job.spec, resume="auto")  # its run folder may exist

@@ -154,7 +154,7 @@ def test_a_finished_search_trains_nothing(tmp_path):
 
 def test_a_search_does_not_go_on_with_another_space(tmp_path):
     run_search(tmp_path, trials=2)
-    with pytest.raises(RunError, match="cannot go on with space"):
+    with pytest.raises(RunError, match="cannot be resumed with space"):
         create_study(tmp_path, ["minimize"], {"space": Space(["seed=1,2"]).texts})
 
 
