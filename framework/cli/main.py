@@ -278,9 +278,13 @@ def check(arguments: list[str]) -> None:
 def find(arguments: list[str]) -> None:
     """Run `framework find`."""
     description = "Find a learning rate or a batch size."
-    parser = composing("find", description, help_texts.FIND, targets=("lr", "batch_size"))
+    targets = ("lr", "batch_size")
+    parser = composing("find", description, help_texts.FIND, targets)
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
+    if args.target not in targets:
+        got = "" if args.target is None else f", got {args.target}"
+        parser.error(f"find: expected lr or batch_size as the first argument{got}")
     line = command_line(parser, args)
     from framework.composition.compose import run_composed as compose
     from framework.experiment import find as finders

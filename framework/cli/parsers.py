@@ -74,11 +74,12 @@ def composing(command: str, description: str, examples: str, targets: Sequence[s
         command: its name.
         description: one sentence.
         examples: the text at the end of the help.
-        targets: the choices of an argument before the overrides; without any, there is none.
+        targets: the values of the argument `target`, before the overrides; the command checks it.
     """
     parser = Parser(command, description, examples)
     if targets:
-        parser.add_argument("target", choices=targets, help="the setting to find")
+        metavar = f"{{{','.join(targets)}}}"
+        parser.add_argument("target", nargs="?", metavar=metavar, help="the setting to find")
     overrides = "changes to the default experiment: parts and settings"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
     folder = "further folder with config files (experiment/NAME.yaml)"

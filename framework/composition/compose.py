@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean
+from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean, nearest
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import note, printable_lines
 from framework.registry.discovery import discover, locate, located
@@ -464,6 +464,9 @@ def no_such(path: str, options: Iterable[str]) -> str:
     if path.startswith("hydra."):
         return f"{path}: Hydra has no such setting (--cfg hydra prints them)"
     if group in ("hydra/launcher", "hydra/sweeper"):
+        close = nearest(name, options)
+        if close is not None:
+            return f"there is no {group} {name!r}; did you mean {close!r}?"
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
         return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
