@@ -464,10 +464,11 @@ def no_such(path: str, options: Iterable[str]) -> str:
     if path.startswith("hydra."):
         return f"{path}: Hydra has no such setting (--cfg hydra prints them)"
     if group in ("hydra/launcher", "hydra/sweeper"):
+        package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
         close = nearest(name, options)
         if close is not None:
-            return f"there is no {group} {name!r}; did you mean {close!r}?"
-        package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
+            advice = f"did you mean {close!r}? (or is {package} not installed?)"
+            return f"there is no {group} {name!r}; {advice}"
         return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"

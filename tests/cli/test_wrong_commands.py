@@ -239,7 +239,10 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
         ("run.name=../x", "run.name=../x: expected at most 128 letters"),
         ("run.root=file", "file/default/"),
         ("run.root=/proc/nope", "/proc/nope/default/"),
-        ("-m hydra/launcher=jobs", "hydra/launcher=jobs: not installed (hydra-jobs-launcher?); "),
+        (
+            "-m hydra/launcher=jobs",
+            "there is no hydra/launcher 'jobs'; did you mean 'joblib'? (or is hydra-jobs-launcher",
+        ),
         ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra"),
         # experiment files, with the line
         ("experiment=broken", "conf/experiment/broken.yaml:3: cannot be read as YAML: "),
@@ -312,8 +315,8 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
             "train -m hydra/sweeper=ax seed=1,2",
             "hydra/sweeper=ax: not installed (hydra-ax-sweeper?)",
         ),
-        ("find", "the following arguments are required: target"),
-        ("find width", "invalid choice: 'width'"),
+        ("find", "expected lr or batch_size as the first argument"),
+        ("find width", "as the first argument, got width"),
         ("list optimiser", "there is no kind of part 'optimiser'; did you mean 'optimizer'?"),
         ("show optimizer/adamm", "there is no optimizer 'adamm'; did you mean 'adam'?"),
         ("show nonesuch", "there is no part 'nonesuch'"),
