@@ -12,6 +12,10 @@ from framework import Callback, Logger, TensorSplit, Trainer
 from framework.errors import SettingError
 from framework.runs.checkpoint import listed, load, read_manifest
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*it replaces the value that the trainer itself logs"
+)
+
 INF = math.inf
 NAN = math.nan
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)

@@ -268,7 +268,7 @@ class Dicts(Squares):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_samples_that_cannot_form_a_batch_are_an_error(workers):
-    with pytest.raises(DataError, match="have they one shape"):
+    with pytest.raises(DataError, match="expected one shape"):
         batches(Loader(Ragged(), workers=workers))
     with pytest.raises(DataError, match=r"tuple of tensors \(inputs, targets\), got dict \(x, y\)"):
         batches(Loader(Dicts(), workers=workers))
@@ -440,7 +440,7 @@ class WideLater(Squares):
 
 
 def test_samples_of_several_shapes_cannot_be_cached():
-    with pytest.raises(DataError, match="have they one shape"):
+    with pytest.raises(DataError, match="expected one shape"):
         Loader(WideLater(23, 11), read="memory").to(CPU)
     loader = Loader(WideLater(66, 99), read="memory")
     loader.split.wide_from = 64

@@ -174,6 +174,7 @@ def test_a_state_dict_restores_the_module_and_evaluation_is_deterministic(entry)
 # --- training ---
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of classes, for a loss of values
 @pytest.mark.parametrize("entry", entries("loss"))
 def test_a_loss_is_a_differentiable_scalar(entry):
     taken = []
@@ -284,6 +285,7 @@ def test_the_state_of_a_callback_is_json_and_can_be_loaded(entry):
     assert other.state_dict().keys() == state.keys()
 
 
+@pytest.mark.filterwarnings("ignore:the run has no folder")
 @pytest.mark.parametrize("entry", entries("logger"))
 @pytest.mark.parametrize("where", ["in a folder", "without one"])
 def test_a_logger_accepts_all_kinds_of_records(entry, where, tmp_path):

@@ -9,6 +9,10 @@ from framework import Metric
 from framework.errors import SettingError
 from regressions import Script, build, fit
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*it replaces the value that the trainer itself logs"
+)
+
 
 class Correct(Metric):
     name = "correct"

@@ -15,6 +15,10 @@ from framework.errors import SettingError
 from framework.runs.checkpoint import load, newest, read_manifest
 from regressions import Script, StopAt, assert_same_weights, build, fit, linear
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*it replaces the value that the trainer itself logs"
+)
+
 
 def saved_steps(folder: Path) -> list[int]:
     paths = (folder / "checkpoints").glob("step-*")

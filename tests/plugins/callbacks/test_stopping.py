@@ -9,6 +9,10 @@ from framework import Callback
 from framework.errors import FrameworkError, SettingError
 from regressions import Script, build, fit
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*it replaces the value that the trainer itself logs"
+)
+
 
 class Wait(Callback):
     """Advances the clock of a test by a second per step."""

@@ -13,6 +13,10 @@ from framework.errors import RunError, SettingError
 from framework.tuning.search.space import Space
 from framework.tuning.search.study import cached_storage, create_study, make_pruner
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*it replaces the value that the trainer itself logs"
+)
+
 INPUTS = torch.linspace(-1, 1, 24).reshape(12, 2)
 SPLIT = TensorSplit(INPUTS, INPUTS.sum(1, keepdim=True))
 GOOD = [5.0, 4.0, 3.0, 2.0, 1.0]

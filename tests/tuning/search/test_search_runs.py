@@ -79,6 +79,7 @@ def test_a_resumed_search_gives_the_same_trials(tmp_path, capsys):
     assert losses == [row.metrics["val/loss"] for row in rows(tmp_path, "b")]
 
 
+@pytest.mark.filterwarnings("ignore:the loss Faulty")
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path, capsys):
     (tmp_path / "faulty.py").write_text(FAULTY)
     faults = ["loss=faulty", "loss.how=fine,fails,no_number,memory"]
