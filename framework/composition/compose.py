@@ -468,7 +468,7 @@ def no_such(path: str, options: Iterable[str]) -> str:
         close = nearest(name, options)
         if close is not None:
             advice = f"did you mean {close!r}? (or is {package} not installed?)"
-            return f"there is no {group} {name!r}; {advice}"
+            return f"{group}={name}: not available; {advice}"
         return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"

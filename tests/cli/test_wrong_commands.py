@@ -241,7 +241,7 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
         ("run.root=/proc/nope", "/proc/nope/default/"),
         (
             "-m hydra/launcher=jobs",
-            "there is no hydra/launcher 'jobs'; did you mean 'joblib'? (or is ",
+            "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
         ),
         ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra"),
         # experiment files, with the line
