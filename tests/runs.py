@@ -8,8 +8,10 @@ import pytest
 
 import framework as fw
 from framework.composition.compose import CommandLine, run_composed as compose
-from framework.experiment.experiment import Experiment
+from framework.errors import DataError
+from framework.experiment.experiment import Experiment, train
 from framework.tuning.sweep.sweep import sweep
+from framework_plugins.datasets.readers.fetched import data_folder
 
 TIMES = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
 
@@ -30,6 +32,21 @@ def composed(overrides, plugins=()):
     specs = []
     compose(CommandLine(list(overrides), list(plugins)), lambda job: specs.append(job.spec))
     return specs[0]
+
+
+def run_training(*overrides):
+    """Train the experiment of a command line in this process; return the result."""
+    jobs = []
+    compose(CommandLine(["loggers=json_lines", *overrides]), jobs.append)
+    return train(jobs[0].spec, jobs[0].experiment, jobs[0].overrides, say=lambda line: None)
+
+
+def require_data(name):
+    """Return the folder of fetched data; skip the test without the data."""
+    try:
+        return data_folder(name, "", "")
+    except DataError as error:
+        pytest.skip(str(error))
 
 
 class Stop(fw.Callback):

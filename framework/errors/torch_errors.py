@@ -37,7 +37,7 @@ def explain(error: BaseException) -> str | None:
         return None
     name = innermost.f_code.co_name
     if name == BATCH_SIZE:
-        return f"a batch of one sample in training: {text_of(error)}. A batch norm needs two"
+        return f"a batch of one sample in training: {batch_norm_reason(error)}"
     if name in CLASS_LOSSES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
     if name.endswith(LOSSES) and isinstance(error, TypeError) and user_place(error) is None:
@@ -80,3 +80,8 @@ def wrong_class(arguments: dict[str, Any]) -> str | None:
 def is_batch_norm(error: BaseException) -> bool:
     """Return whether a norm over the batch got one sample."""
     return any(frame.f_code.co_name == BATCH_SIZE for frame, _ in frames(error))
+
+
+def batch_norm_reason(error: BaseException) -> str:
+    """Return the text of an error for which `is_batch_norm` holds, with an explanation."""
+    return f"{text_of(error)}. A batch norm needs two"

@@ -15,7 +15,7 @@ from framework.contracts.task import Task
 from framework.data.dataset import Data, Loader, Scale, check_data, splits_of
 from framework.data.folds import take_fold
 from framework.errors import BuildError, DataError, FrameworkError, short
-from framework.errors.torch_errors import is_batch_norm
+from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
 from framework.registry.registry import Maker, Registry
 from framework.runtime import seeds
@@ -205,5 +205,5 @@ def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | N
         section = "trainer" if single.setting == "micro_batch" else "loader"
         reason = reason_of(error)
         if is_batch_norm(error):
-            reason = f"{text_of(error)}. A batch norm needs two"
+            reason = batch_norm_reason(error)
         raise DataError(f"{section}.{single}: {reason}") from error

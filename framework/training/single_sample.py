@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Loader
 from framework.errors import DataError
-from framework.errors.torch_errors import is_batch_norm
-from framework.errors.user_code import text_of
+from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.norms import has_statistics
 
@@ -103,4 +102,4 @@ def check_single_sample(
             task.step(model, tuple(part[:1] for part in batch))
     except Exception as error:  # other errors are those of this batch, or of this trial
         if is_batch_norm(error):
-            raise DataError(f"{why}: {text_of(error)}. A batch norm needs two") from error
+            raise DataError(f"{why}: {batch_norm_reason(error)}") from error

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -25,7 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as OptunaTrial, TrialState
 
 from framework.composition.cached_composer import Composer
-from framework.composition.hydra_internals import make_launcher, result_of
+from framework.composition.hydra_internals import result_of
 from framework.composition.overrides import own_settings, rewrite
 from framework.contracts.direction import Direction
 from framework.contracts.duration import duration_seconds
@@ -38,7 +35,7 @@ from framework.runs.folder import read_config
 from framework.runtime.seeds import derive
 from framework.system.signals import received
 from framework.tuning.sweep.folder import SweepFolder, Trial
-from framework.tuning.sweep.trial_runner import TrialRunner, check_task
+from framework.tuning.sweep.sweeper import TrialSweeper
 
 from .importance import charts, completed_trials, importance_table, objective_sign, ranked_trials
 from .settings import SECTION, Search, read_search
@@ -203,20 +200,12 @@ class SearchLoop:
         return None
 
 
-class OptunaSweeper(Sweeper):
+class OptunaSweeper(TrialSweeper):
     """The sweeper `hydra/sweeper=optuna`."""
 
     def __init__(self, **settings: Any):
         """Keep the settings; they are checked when the metrics are known."""
         self.settings = settings
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Create the launcher."""
-        self.runner: TrialRunner = check_task(task_function)
-        self.loader = hydra_context.config_loader
-        self.trial_launcher = make_launcher(hydra_context, config, task_function)
 
     def sweep(self, arguments: list[str]) -> None:
         """Search with the overrides of the command line. Raises ConfigError with their problems."""

@@ -195,7 +195,7 @@ def read_distribution(key: str, override: Override, log: bool) -> BaseDistributi
     if isinstance(value, IntervalSweep):
         low = float(value.start or 0)
         high = float(value.end or 0)
-        if isinstance(value.start, int) or takes_only_integers(key, low, high):
+        if isinstance(value.start, int) or takes_only_integers(key, low):
             return IntDistribution(int(low), int(high), log=log)
         return FloatDistribution(low, high, log=log)
     if isinstance(value, RangeSweep):
@@ -222,7 +222,7 @@ def range_distribution(series: Sequence[Any], step: Any, log: bool) -> BaseDistr
     return FloatDistribution(low, high, log=log, step=None if log else step)
 
 
-def takes_only_integers(key: str, low: float, high: float) -> bool:
+def takes_only_integers(key: str, low: float) -> bool:
     """Return whether a setting takes only integers, in every part that has it."""
     settings = find_settings(key)
     fraction = math.floor(low) + 0.5

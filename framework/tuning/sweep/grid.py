@@ -4,13 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
-
 from framework.composition.hydra_internals import (
     Override,
-    make_launcher,
     parse_overrides,
     result_of,
 )
@@ -23,10 +18,11 @@ from framework.system.signals import received
 
 from .folder import Trial
 from .grid_rules import Rule, combinations
-from .trial_runner import TrialRunner, check_task, compose_all
+from .sweeper import TrialSweeper
+from .trial_runner import compose_all
 
 
-class Grid(Sweeper):
+class Grid(TrialSweeper):
     """Runs all combinations that the section `sweep` does not leave out.
 
     All are checked before the first runs.
@@ -43,13 +39,6 @@ class Grid(Sweeper):
         """
         self.params = dict(params or {})
         self.max_batch_size = max_batch_size
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self.runner: TrialRunner = check_task(task_function)
-        self.loader = hydra_context.config_loader
-        self.trial_launcher = make_launcher(hydra_context, config, task_function)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the trials in batches."""

@@ -6,10 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import framework as fw
-from framework.composition.compose import CommandLine, run_composed as compose
 from framework.errors import DataError
-from framework.experiment.experiment import train
-from framework_plugins.datasets.readers.fetched import data_folder
+from runs import require_data, run_training
 
 TS = """# a comment
 @problemName Small
@@ -25,19 +23,6 @@ TS = """# a comment
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run_training(*overrides):
-    jobs = []
-    compose(CommandLine(["loggers=json_lines", *overrides]), jobs.append)
-    return train(jobs[0].spec, jobs[0].experiment, jobs[0].overrides, say=lambda line: None)
-
-
-def require_data(name):
-    try:
-        return data_folder(name, "", "")
-    except DataError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -8,30 +8,15 @@ import torch
 from torch.nn import functional as F
 
 import framework as fw
-from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
-from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
-from framework_plugins.datasets.readers.fetched import data_folder
+from runs import cut_off_at, require_data, run_training
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run_training(*overrides):
-    jobs = []
-    compose(CommandLine(["loggers=json_lines", *overrides]), jobs.append)
-    return train(jobs[0].spec, jobs[0].experiment, jobs[0].overrides, say=lambda line: None)
-
-
-def require_data(name):
-    try:
-        return data_folder(name, "", "")
-    except DataError as error:
-        pytest.skip(str(error))
 
 
 class TestForecasts:
@@ -206,22 +191,8 @@ class TestForecasts:
             "data.weeks=4",
         ]
         unbroken = run_training(*settings, "run.name=unbroken")
-        build_trainer = Experiment.trainer
-
-        class Stop(fw.Callback):
-            def on_step_end(self, trainer):
-                if trainer.state.step == 18:
-                    raise KeyboardInterrupt
-
-        def with_stop(self):
-            trainer = build_trainer(self)
-            trainer.callbacks.append(Stop())
-            return trainer
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Experiment, "trainer", with_stop)
-            with pytest.raises(KeyboardInterrupt):
-                run_training(*settings, "run.name=cut")
+        with cut_off_at(18, monkeypatch):
+            run_training(*settings, "run.name=cut")
         resumed = run_training(*settings, "run.name=cut", "resume=auto")
         weights = []
         for run in (unbroken, resumed):

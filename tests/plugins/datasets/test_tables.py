@@ -19,6 +19,7 @@ from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.load import open_run
 from framework_plugins.datasets.readers.fetched import data_folder
+from runs import cut_off_at
 
 COLOURS = ["red", "green", "blue"]
 
@@ -406,22 +407,7 @@ def test_a_run_stopped_in_mid_epoch_resumes_exactly(houses, monkeypatch):
         "callbacks.checkpoint.every=5steps",
     ]
     unbroken = run_training(*settings, "run.name=unbroken")
-
-    class Stop(fw.Callback):
-        def on_step_end(self, trainer):
-            if trainer.state.step == 18:
-                raise KeyboardInterrupt
-
-    build_trainer = Experiment.trainer
-
-    def with_stop(self):
-        trainer = build_trainer(self)
-        trainer.callbacks.append(Stop())
-        return trainer
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", with_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(*settings, "run.name=cut")
+    with cut_off_at(18, monkeypatch):
+        run_training(*settings, "run.name=cut")
     resumed = run_training(*settings, "run.name=cut", "resume=auto")
     assert last_weights(unbroken) == last_weights(resumed)
