@@ -1,14 +1,16 @@
 """Our Trainer, from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
 
 import framework as fw
 from benchmarks.contender import EPOCHS, LOG_EVERY, Job, Watch
-from framework.contracts.optimizer import implementation
 from framework.data.dataset import Loader
 from framework.runs.status_file import Status
 
@@ -34,6 +36,44 @@ class RoundEnds(fw.Callback):
         self.watch.epoch_end()
 
 
+Sources = tuple[Any, Any]
+"""The sources of training and validation batches, as `Trainer.fit` accepts them."""
+
+
+def as_on_command_line(job: Job, model: nn.Module, channels_last: bool | None = None) -> Sources:
+    """Return loaders as `framework train` makes them; None selects the memory format by itself."""
+    memory_format: Literal["auto"] | bool = "auto" if channels_last is None else channels_last
+
+    def loader(split: str) -> Loader:
+        return Loader(
+            fw.TensorSplit(*job.tensors(split)),
+            job.batch_size,
+            4 * job.batch_size,
+            channels_last=memory_format,
+            shuffle=split == "train",
+            model=model,
+        )
+
+    return loader("train"), loader("val")
+
+
+def in_memory(job: Job, model: nn.Module) -> Sources:
+    return fw.TensorSplit(*job.tensors("train")), fw.TensorSplit(*job.tensors("val"))
+
+
+def dataloaders(job: Job, model: nn.Module) -> Sources:
+    return job.loader("train"), job.loader("val")
+
+
+def adamw_by_name(job: Job, model: nn.Module) -> Optimizer:
+    optimizer: Optimizer = fw.optimizers.build("adamw", model.parameters(), lr=job.lr)
+    return optimizer
+
+
+def adamw(job: Job, model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=job.lr)
+
+
 def eager(job: Job, watch: Watch) -> None:
     train(job, watch)
 
@@ -51,7 +91,22 @@ def graphed(job: Job, watch: Watch) -> None:
 
 
 def channels_first(job: Job, watch: Watch) -> None:
-    train(job, watch, channels_last=False)
+    train(job, watch, sources=partial(as_on_command_line, channels_last=False))
+
+
+def user_dataloader(job: Job, watch: Watch) -> None:
+    """Train with objects of the user: a DataLoader and `torch.optim.AdamW(...)`."""
+    train(job, watch, sources=dataloaders, optimizer=adamw)
+
+
+def user_optimizer(job: Job, watch: Watch) -> None:
+    """Train as in README's Python example: data in memory and `torch.optim.AdamW(...)`."""
+    train(job, watch, sources=in_memory, optimizer=adamw)
+
+
+def by_name(job: Job, watch: Watch) -> None:
+    """Train with data in memory and `fw.optimizers.build("adamw", ...)`."""
+    train(job, watch, sources=in_memory)
 
 
 def train(
@@ -59,7 +114,8 @@ def train(
     watch: Watch,
     parts: tuple[Sequence[str], Sequence[str]] = TYPICAL,
     status: Sequence[fw.Callback] = (),
-    channels_last: Literal["auto"] | bool = "auto",
+    sources: Callable[[Job, nn.Module], Sources] = as_on_command_line,
+    optimizer: Callable[[Job, nn.Module], Optimizer] = adamw_by_name,
     **settings: Any,
 ) -> None:
     """Train until the watch ends it; in the typical mode with the named callbacks and loggers."""
@@ -73,28 +129,17 @@ def train(
         loggers += [fw.loggers.build(name) for name in logger_names]
     callbacks.append(RoundEnds(watch))
     model = job.model()
-
-    def loader(split: str) -> Loader:
-        return Loader(
-            fw.TensorSplit(*job.tensors(split)),
-            job.batch_size,
-            4 * job.batch_size,
-            channels_last=channels_last,
-            shuffle=split == "train",
-            model=model,
-        )
-
+    data, val = sources(job, model)
+    made = optimizer(job, model)
+    watch.on(model, made)
     settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}
     trainer = fw.Trainer(max_epochs=EPOCHS, callbacks=callbacks, loggers=loggers, **settings)
-    parameters = list(model.parameters())
-    fused = implementation(torch.optim.AdamW, parameters)  # as in `framework train`
-    optimizer = torch.optim.AdamW(parameters, lr=job.lr, fused=fused.get("fused"))
-    watch.on(model, optimizer)
     trainer.fit(
         model,
-        loader("train"),
-        val=loader("val") if job.typical else None,
-        task=torch.nn.CrossEntropyLoss(),
-        optimizer=optimizer,
+        data,
+        val=val if job.typical else None,
+        task=nn.CrossEntropyLoss(),
+        optimizer=made,
         metrics=[fw.metrics.build("accuracy")] if job.typical else [],
+        batch_size=job.batch_size,
     )

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,16 @@ OWN = {  # name: file, function
     "ours, compile=step": ("ours", "compiled"),
     "ours, cuda_graph=on": ("ours", "graphed"),
     "ours, channels first": ("ours", "channels_first"),
+}
+API = {  # the rows of `scripts/bench api`
+    "handwritten": ("loops", "handwritten"),
+    "tight": ("loops", "tight"),
+    "tight, compiled step": ("loops", "tight_compiled"),
+    "ours, as on the command line": ("ours", "eager"),
+    "ours, compile=step": ("ours", "compiled"),
+    "ours, DataLoader, AdamW()": ("ours", "user_dataloader"),
+    "ours, in memory, AdamW()": ("ours", "user_optimizer"),
+    "ours, in memory, adamw by name": ("ours", "by_name"),
 }
 PEERS = {  # name and function: module
     "lightning": "peers",
@@ -81,11 +91,11 @@ class Plan(NamedTuple):
     seconds: float | None
 
 
-def contenders(peers: Path | None) -> list[Contender]:
+def contenders(peers: Path | None, own: Mapping[str, tuple[str, str]] = OWN) -> list[Contender]:
     """Return our contenders and the peers that are installed in a virtual environment."""
     found = [
         Contender(name, sys.executable, f"benchmarks.{file}", function)
-        for name, (file, function) in OWN.items()
+        for name, (file, function) in own.items()
     ]
     if peers is None:
         return found
