@@ -8,7 +8,6 @@ from torch import nn
 
 import framework as fw
 from framework import Trainer
-from framework.contracts.optimizer import build_optimizer
 from framework.data.dataset import Loader
 from framework.tuning.vectorized.stacked_update import NotStackable
 from framework.tuning.vectorized.trainer import StackedTrainer
@@ -77,9 +76,9 @@ def trial(
     is_fused = optimizer_settings.pop("fused", False)
     maker = fw.optimizers.maker(name, **optimizer_settings)
     if is_fused:
-        built = build_optimizer(maker, model.parameters())
+        built = maker(model.parameters())
     else:
-        built = maker(list(model.parameters()))
+        built = maker.entry.build({"params": list(model.parameters())}, maker.settings)
     assert bool(built.defaults.get("fused")) == is_fused
     if task is None:
         loss = loss or (lambda: nn.CrossEntropyLoss())

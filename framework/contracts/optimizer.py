@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from framework.errors import BuildError, SettingError, did_you_mean
 from framework.registry.annotations import PositiveFloat, Range
-from framework.registry.registry import Maker
+from framework.registry.registry import Entry, Maker
 from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
@@ -133,25 +133,30 @@ def layer_of(name: str) -> str:
     return components[0]
 
 
-def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
+def build_optimizer(
+    entry: Entry,
+    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Optimizer:
     """Build an optimizer, with its fused implementation if possible.
 
-    The settings `fused` and `foreach` of the maker take precedence.
+    `fw.optimizers.build`, a maker and an experiment call it (see `Kind.builder`). The settings
+    `fused` and `foreach` take precedence.
 
     Args:
-        maker: the optimizer and its settings.
-        params: tensors, (name, tensor) pairs or groups.
+        entry: the optimizer.
+        given: "params" is an iterable of tensors, (name, tensor) pairs or groups.
+        settings: of the optimizer.
 
     Raises:
         BuildError: the optimizer cannot be built.
     """
     defer_compiler()
-    params = list(params)
-    settings = dict(maker.settings)
+    params = list(given.get("params", ()))
     if not settings.keys() & {"fused", "foreach"}:
-        settings |= implementation(maker.entry.part, params)
+        settings = {**settings, **implementation(entry.part, params)}
     try:
-        optimizer: Optimizer = maker.entry.build({"params": params}, settings)
+        optimizer: Optimizer = entry.build({**given, "params": params}, settings)
     except BuildError as error:
         cause = error.__cause__
         if not isinstance(cause, FORM_ERRORS):

@@ -14,7 +14,6 @@ import torch
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
-from framework.contracts.optimizer import build_optimizer
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
 from framework.data.dataset import Data, Loader
@@ -100,7 +99,7 @@ class Experiment:
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_output_shape(self.model, self.data, self.out_shape)
-        self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
+        self.optimizer = spec.parts["optimizer"](build_groups(spec, self.model))
         check_step_alone(self.optimizer)
         self.transforms = [
             maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]

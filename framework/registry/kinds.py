@@ -89,6 +89,7 @@ optimizers = Registry(
         needs=("params",),
         base="torch.optim.optimizer.Optimizer",
         doc="the update rule",
+        builder="framework.contracts.optimizer:build_optimizer",
     )
 )
 schedulers = Registry(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from linecache import getlines
+from pkgutil import resolve_name
 from typing import Any, ClassVar, TypeVar, overload
 
 from framework.errors import (
@@ -61,6 +62,9 @@ class Kind:
         base: the class of a part, or of the object that it builds, as "module.Class".
         many: an experiment can have several of them (`callbacks=[...]`); the config key is plural.
         doc: a one-line description.
+        builder: a function that builds a part in place of `Entry.build`, as "module:function", for
+            settings that depend on the given parameters. It is called with (entry, given, settings)
+            and imported then.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Kind:
     base: str | None = None
     many: bool = False
     doc: str = ""
+    builder: str | None = None
 
     @property
     def key(self) -> str:
@@ -393,7 +398,11 @@ class Maker:
                 given_by_name[name] = value
             else:
                 settings[name] = value
-        return self.entry.build(given_by_name, {**self.settings, **self.entry.checked(settings)})
+        settings = {**self.settings, **self.entry.checked(settings)}
+        builder = self.entry.kind.builder
+        if builder is None:
+            return self.entry.build(given_by_name, settings)
+        return resolve_name(builder)(self.entry, given_by_name, settings)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

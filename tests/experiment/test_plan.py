@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import framework as fw
-from framework.contracts.optimizer import Parameters, build_optimizer
+from framework.contracts.optimizer import Parameters
 from framework.contracts.task import Step, Task
 from framework.experiment.plan import Curve, make_plan, read_curve
 from framework.experiment.plan_text import bytes_text, count_text, curve_text, fold, render
@@ -237,7 +237,7 @@ def shown_of(plan):
 def test_groups_of_parameters_are_shown_with_their_rates_and_decays():
     model = mlp()
     maker = fw.optimizers.maker("adamw", lr=0.01, weight_decay=0.5)
-    optimizer = build_optimizer(maker, Parameters(rates={"2.*": 10.0}).groups(model, maker))
+    optimizer = maker(Parameters(rates={"2.*": 10.0}).groups(model, maker))
     plan = make_plan(
         model,
         batch_of(8, 10),

@@ -9,7 +9,7 @@ from torch import nn
 import framework as fw
 from compiler import needs_compiler
 from framework import Callback, TensorSplit, Trainer
-from framework.contracts.optimizer import Parameters, build_optimizer
+from framework.contracts.optimizer import Parameters
 from framework.errors import SettingError
 from regressions import StopAt
 
@@ -148,7 +148,7 @@ def groups(**settings):
     model = network()
     names = {id(p): name for name, p in model.named_parameters()}
     maker = fw.optimizers.maker("adamw", lr=0.1, weight_decay=0.5)
-    optimizer = build_optimizer(maker, Parameters(**settings).groups(model, maker))
+    optimizer = maker(Parameters(**settings).groups(model, maker))
     settings_by_name = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -167,7 +167,7 @@ def test_biases_and_norms_are_not_decayed():
 )
 def test_without_weight_decay_there_is_one_group(name, settings):
     maker = fw.optimizers.maker(name, **settings)
-    assert len(build_optimizer(maker, Parameters().groups(network(), maker)).param_groups) == 1
+    assert len(maker(Parameters().groups(network(), maker)).param_groups) == 1
 
 
 def test_the_first_matching_pattern_sets_the_rate():
@@ -199,7 +199,7 @@ def test_layer_decay_reduces_the_rates_towards_the_input():
 def test_groups_keep_the_order_of_the_model_so_that_muon_knows_the_last_matrix():
     maker = fw.optimizers.maker("muon")
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2))
-    optimizer = build_optimizer(maker, Parameters(rates={"1.*": 0.5}).groups(model, maker))
+    optimizer = maker(Parameters(rates={"1.*": 0.5}).groups(model, maker))
     hidden = set()
     for group in optimizer.param_groups:
         if group["hidden"]:
@@ -217,7 +217,7 @@ def test_a_pattern_without_a_match_is_an_error():
 def test_a_schedule_scales_the_rate_of_every_group():
     model = network()
     maker = fw.optimizers.maker("sgd", lr=0.1)
-    optimizer = build_optimizer(maker, Parameters(rates={"0.*": 0.0001}).groups(model, maker))
+    optimizer = maker(Parameters(rates={"0.*": 0.0001}).groups(model, maker))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(max_steps=1, device="cpu")
     trainer.fit(

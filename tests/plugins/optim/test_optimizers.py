@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import framework as fw
-from framework.contracts.optimizer import build_optimizer, implementation
+from framework.contracts.optimizer import implementation
 from framework.errors import BuildError, SettingError
 from framework.runs import checkpoint
 
@@ -42,7 +42,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20) -
 def test_the_fast_implementation_gives_the_weights_of_the_plain_one(name):
     fast_model = small_model(double=True)
     slow_model = small_model(double=True)
-    fast = build_optimizer(fw.optimizers.maker(name, lr=0.01), fast_model.parameters())
+    fast = fw.optimizers.maker(name, lr=0.01)(fast_model.parameters())
     slow = fw.optimizers.build(name, slow_model.parameters(), lr=0.01)
     for group in slow.param_groups:
         group.update({flag: False for flag in ("fused", "foreach") if flag in group})
@@ -55,10 +55,10 @@ def test_every_optimizer_learns_goes_on_after_a_restart_and_can_be_copied(name):
     maker = fw.optimizers.maker(name)
     model = small_model()
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    optimizer = build_optimizer(maker, model.parameters())
+    optimizer = maker(model.parameters())
     train(model, optimizer, 3)
     twin = copy.deepcopy(model)
-    resumed = build_optimizer(maker, twin.parameters())
+    resumed = maker(twin.parameters())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     end = train(model, optimizer, 3)
     assert not torch.equal(start, end)
@@ -117,14 +117,14 @@ class TestImplementation:
     def test_the_maker_stays_as_it_was_and_names_its_part_in_errors(self):
         maker = fw.optimizers.maker("sgd", nesterov=True)
         with pytest.raises(BuildError, match="optimizer/sgd"):
-            build_optimizer(maker, [nn.Parameter(torch.ones(2))])
+            maker([nn.Parameter(torch.ones(2))])
         assert maker.entry is fw.optimizers.get("sgd")
 
     def test_groups_keep_their_settings(self):
         first = nn.Parameter(torch.ones(2))
         second = nn.Parameter(torch.ones(2))
         groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second]}]
-        optimizer = build_optimizer(fw.optimizers.maker("adamw", weight_decay=0.3), groups)
+        optimizer = fw.optimizers.maker("adamw", weight_decay=0.3)(groups)
         settings = [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups]
         assert settings == [(0, True), (0.3, True)]
 
@@ -244,3 +244,12 @@ def test_a_model_in_another_memory_format_resumes_exactly_from_its_checkpoint(tm
     resumed = run(8, training | {"model": loaded})
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad"])
+def test_an_optimizer_built_by_name_is_fused_as_on_the_command_line(name):
+    parameters = [nn.Parameter(torch.ones(2))]
+    optimizer = fw.optimizers.build(name, parameters, lr=0.1)
+    assert [group["fused"] for group in optimizer.param_groups] == [True]
+    complex_parameters = [nn.Parameter(torch.ones(2, dtype=torch.cfloat))]
+    assert not fw.optimizers.build(name, complex_parameters, lr=0.1).defaults["fused"]

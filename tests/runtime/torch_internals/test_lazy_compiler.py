@@ -22,7 +22,6 @@ import sys, torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 import framework as fw
-from framework.contracts.optimizer import build_optimizer
 
 COMPILER = "torch._dynamo"
 fw.discover()
@@ -39,7 +38,7 @@ def marks():
 def train(name, steps=3, **settings):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
-    optimizer = build_optimizer(fw.optimizers.maker(name, **settings), model.parameters())
+    optimizer = fw.optimizers.maker(name, **settings)(model.parameters())
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.enable_grad():
