@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from framework.runtime.torch_internals.loader_indices import batch_indices
+from framework.runtime.torch_internals.loader_indices import start_epoch
 
 
 class TensorSource(NamedTuple):
@@ -56,10 +56,10 @@ def gathered_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     Args:
         loader: one for which `gathers` is true.
     """
-    indices = batch_indices(loader)
+    batches, indices = start_epoch(loader)
     source = source_of(loader.dataset)
     if indices is None or source is None:
-        return iter(loader)
+        return batches
     return (gather(source, chosen, loader.dataset) for chosen in indices)
 
 

@@ -1,0 +1,206 @@
+"""DataLoaders over tensors: gathered batches against those of the DataLoader itself."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    StackDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
+
+from framework.data.tensor_loader import gathered_batches, gathers
+
+INPUTS = torch.randn(50, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(50)
+DATA = TensorDataset(INPUTS, TARGETS)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+class IndexTensors:
+    """A batch sampler that yields tensors, and counts its epochs."""
+
+    def __iter__(self):
+        return iter(torch.randperm(48).view(6, 8))
+
+    def __len__(self):
+        return 6
+
+
+class Odd:
+    """A batch sampler with negative indices, numpy integers, a tuple and tensors."""
+
+    def __iter__(self):
+        import numpy as np
+
+        yield [-1, 3]
+        yield [np.int64(4), 5]
+        yield (6, 7)
+        yield [torch.tensor(8), torch.tensor(9)]
+
+    def __len__(self):
+        return 4
+
+
+class Shuffles:
+    """A sampler that draws from the global generator in the middle of the epoch."""
+
+    def __iter__(self):
+        for _ in range(25):
+            yield int(torch.randint(50, ()))
+
+    def __len__(self):
+        return 25
+
+
+NOT_GATHERED = "subset with a negative index"
+LOADERS = {
+    "in order": lambda: DataLoader(DATA, batch_size=8),
+    "shuffled": lambda: DataLoader(DATA, batch_size=8, shuffle=True),
+    "drop_last": lambda: DataLoader(DATA, batch_size=8, shuffle=True, drop_last=True),
+    "one sample": lambda: DataLoader(DATA),
+    "generator": lambda: DataLoader(DATA, batch_size=8, shuffle=True, generator=generator()),
+    "generator of the sampler": lambda: DataLoader(
+        DATA, batch_size=7, sampler=RandomSampler(DATA, generator=generator())
+    ),
+    "with replacement": lambda: DataLoader(
+        DATA, batch_size=8, sampler=RandomSampler(DATA, replacement=True, num_samples=70)
+    ),
+    "more samples than the data has": lambda: DataLoader(
+        DATA, batch_size=8, sampler=RandomSampler(DATA, num_samples=120)
+    ),
+    "some samples": lambda: DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler(range(9))),
+    "weighted": lambda: DataLoader(
+        DATA, batch_size=8, sampler=WeightedRandomSampler(torch.rand(50), 30)
+    ),
+    "batch sampler": lambda: DataLoader(
+        DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 6, drop_last=True)
+    ),
+    "batches as tensors": lambda: DataLoader(DATA, batch_sampler=IndexTensors()),
+    "unusual indices": lambda: DataLoader(DATA, batch_sampler=Odd()),
+    "sampler that draws as it goes": lambda: DataLoader(DATA, batch_size=4, sampler=Shuffles()),
+    "subset": lambda: DataLoader(Subset(DATA, list(range(40, 3, -2))), batch_size=4, shuffle=True),
+    "subset of a subset": lambda: DataLoader(
+        Subset(Subset(DATA, range(5, 45)), torch.arange(30)), batch_size=4, shuffle=True
+    ),
+    "random_split": lambda: DataLoader(random_split(DATA, [20, 30])[1], batch_size=8),
+    NOT_GATHERED: lambda: DataLoader(Subset(DATA, [-1, 0]), batch_size=2),
+    "stack of tensors": lambda: DataLoader(StackDataset(INPUTS, TARGETS), batch_size=8),
+    "one tensor": lambda: DataLoader(TensorDataset(INPUTS), batch_size=8, shuffle=True),
+    "not contiguous": lambda: DataLoader(
+        TensorDataset(INPUTS.transpose(1, 2), TARGETS[:1].expand(50)), batch_size=8
+    ),
+    "channels last": lambda: DataLoader(
+        TensorDataset(INPUTS.contiguous(memory_format=torch.channels_last)), batch_size=8
+    ),
+    "other dtypes": lambda: DataLoader(
+        TensorDataset(INPUTS > 0, INPUTS.half(), INPUTS.to(torch.cfloat), TARGETS.to(torch.uint8)),
+        batch_size=8,
+    ),
+}
+
+
+def epochs(loader: DataLoader, gathered: bool) -> tuple[list, list[torch.Tensor]]:
+    """Return the batches of two epochs and, after each batch, the state of all generators."""
+    batches = []
+    states = []
+    for _ in range(2):
+        for batch in gathered_batches(loader) if gathered else loader:
+            batches.append(batch)
+            torch.rand(3)  # as a model with dropout
+            states.append(torch.get_rng_state())
+            for owner in (loader, loader.sampler):
+                if getattr(owner, "generator", None) is not None:
+                    states.append(owner.generator.get_state())
+    return batches, states
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_gathered_batches_are_those_of_the_loader(name):
+    assert gathers(LOADERS[name]()) == (name != NOT_GATHERED)
+    torch.manual_seed(3)
+    expected, expected_states = epochs(LOADERS[name](), gathered=False)
+    torch.manual_seed(3)
+    batches, states = epochs(LOADERS[name](), gathered=True)
+    assert len(batches) == len(expected) > 0
+    for batch, other in zip(batches, expected, strict=True):
+        for tensor, wanted in zip(batch, other, strict=True):
+            assert torch.equal(tensor, wanted)
+            assert tensor.dtype == wanted.dtype
+            assert tensor.stride() == wanted.stride()
+    assert all(map(torch.equal, states, expected_states))
+
+
+@pytest.mark.parametrize("index", [50, -51])
+def test_an_index_out_of_range_is_an_index_error_as_with_the_loader(index):
+    class Wrong(SequentialSampler):
+        def __iter__(self):
+            return iter([0, index])
+
+    loader = DataLoader(DATA, batch_size=2, sampler=Wrong(DATA))
+    for batches in (loader, gathered_batches(loader)):
+        with pytest.raises(IndexError):
+            list(batches)
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        inputs, targets = super().__getitem__(index)
+        return inputs + torch.randn(()), targets
+
+
+class Map(Dataset):
+    def __getitem__(self, index):
+        return INPUTS[index], TARGETS[index]
+
+    def __len__(self):
+        return 50
+
+
+class OwnLoader(DataLoader):
+    def __iter__(self):
+        return iter([])
+
+
+UNUSUAL = {
+    "own collate_fn": lambda: DataLoader(DATA, collate_fn=list),
+    "no batches": lambda: DataLoader(DATA, batch_size=None),
+    "workers": lambda: DataLoader(DATA, num_workers=1),
+    "own __getitem__": lambda: DataLoader(Noisy(INPUTS, TARGETS)),
+    "subset of own __getitem__": lambda: DataLoader(Subset(Noisy(INPUTS, TARGETS), [0, 1])),
+    "map-style": lambda: DataLoader(Map()),
+    "concatenated": lambda: DataLoader(ConcatDataset([DATA, DATA])),
+    "dict": lambda: DataLoader(StackDataset(inputs=INPUTS, targets=TARGETS)),
+    "stack of data sets": lambda: DataLoader(StackDataset(DATA, DATA)),
+    "gradients": lambda: DataLoader(TensorDataset(INPUTS.clone().requires_grad_())),
+    "sparse": lambda: DataLoader(TensorDataset(torch.eye(4).to_sparse())),
+    "own loader": lambda: OwnLoader(DATA),
+    "a list": lambda: [(INPUTS, TARGETS)],
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_anything_unusual_is_read_as_it_is(name):
+    assert not gathers(UNUSUAL[name]())
+
+
+def test_tensors_that_change_between_epochs_are_read_again():
+    data = TensorDataset(INPUTS.clone(), TARGETS)
+    loader = DataLoader(data, batch_size=50)
+    list(gathered_batches(loader))
+    data.tensors = (copy.copy(INPUTS) + 1, TARGETS)
+    ((inputs, _),) = gathered_batches(loader)
+    assert torch.equal(inputs, INPUTS + 1)
