@@ -76,7 +76,8 @@ class InUnits(Metric):
         self.metric = metric
         self.scale = scale
         self.name = metric.name
-        self.better = metric.better  # type: ignore[misc]  # of this object, not of the class
+        # Attributes of this object, though a metric declares them for its class.
+        self.better = metric.better  # type: ignore[misc]
         self.targets = metric.targets  # type: ignore[misc]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def digests_of(data: Data) -> dict[str, str | None]:
     digests: dict[str, str | None] | None = vars(data).get("_digests")
     if digests is None:
         digests = {name: digest_of(split) for name, split in splits_of(data).items()}
-        data._digests = digests  # type: ignore[attr-defined]
+        vars(data)["_digests"] = digests
     return digests
 
 
@@ -121,7 +121,11 @@ def hash_of_chunk(chunk: memoryview) -> bytes:
 
 
 def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield the hash of each file. Raises UnknownContent if the files are too large."""
+    """Yield the hash of each file.
+
+    Raises:
+        UnknownContent: the files are too large.
+    """
     names = [os.fspath(file) for file in files]
     if sum(pool.map(os.path.getsize, names, chunksize=256)) > MOST_FILE_BYTES:
         raise UnknownContent(f"more than {MOST_FILE_BYTES:,} bytes of files")
@@ -132,7 +136,11 @@ def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[
 
 
 def hashes_of_group(names: list[str]) -> list[bytes]:
-    """Return the hash of each file. Raises UnknownContent for a file that is not regular."""
+    """Return the hash of each file.
+
+    Raises:
+        UnknownContent: one of them is not a regular file.
+    """
     hashes = []
     for name in names:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -54,12 +54,16 @@ class ForeignLoader:
         return self
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch. Raises TypeError if it is not known."""
+        """Return the number of batches of an epoch.
+
+        Raises:
+            TypeError: it is not known.
+        """
         if isinstance(self.batches, DataLoader):
             is_iterable = isinstance(self.batches.dataset, IterableDataset)
             if is_iterable and self.batches.num_workers > 1:
                 raise TypeError("the length does not count the smaller last batch of each worker")
-        return len(self.batches)  # type: ignore[arg-type]
+        return len(self.batches)  # type: ignore[arg-type]  # the TypeError is part of the contract
 
     @property
     def single_pass(self) -> bool:

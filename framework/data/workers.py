@@ -285,7 +285,7 @@ def stack(samples: list[Any]) -> Batch | FrameworkError:
         if torch.utils.data.get_worker_info() is not None:
             for tensor in batch:
                 # Here, since the thread that sends the tensor could not report an error.
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
+                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch has no annotation
         return batch
     except FrameworkError as error:
         return error
@@ -346,6 +346,7 @@ class RecordingContext:
             self.processes.append(process)
             return process
 
+        # mypy takes a context's class of processes for a method.
         self.context.Process = make_recorded  # type: ignore[assignment, misc]
 
     def kill(self) -> None:
@@ -380,7 +381,7 @@ def read_batches(
         samples,
         batch_sampler=chunks,
         num_workers=workers,
-        collate_fn=collate,  # type: ignore[arg-type]
+        collate_fn=collate,  # type: ignore[arg-type]  # of the result of `__getitems__`
         worker_init_fn=initialize_worker,
         timeout=timeout_seconds if workers else 0,
         generator=torch.Generator(),  # the default is the global one, which the model uses

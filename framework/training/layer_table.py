@@ -20,7 +20,7 @@ from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
 from framework.runtime.modes import restored_modes
-from framework.runtime.torch_internals.module_contents import buffers_of
+from framework.runtime.torch_internals.module_contents import direct_buffers
 
 
 @dataclass
@@ -53,7 +53,7 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
     """
     buffers = []
     for owner in model.modules():
-        for name, buffer in buffers_of(owner).items():
+        for name, buffer in direct_buffers(owner).items():
             if buffer is not None:
                 buffers.append((owner, name, buffer, buffer.clone()))
     try:
@@ -65,7 +65,7 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
         with torch.no_grad():
             for owner, name, buffer, before in buffers:
                 buffer.copy_(before)
-                buffers_of(owner)[name] = buffer  # the forward pass may have replaced it
+                direct_buffers(owner)[name] = buffer  # the forward pass may have replaced it
 
 
 def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
@@ -278,7 +278,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def stepped_copy(optimizer: torch.optim.Optimizer, device: str) -> torch.optim.Optimizer:
     """Return a copy of an optimizer after a step on parameters of zeros on a device."""
-    replacements: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}  # by `id`, as `deepcopy` looks up objects
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zeros = torch.zeros_like(parameter, device=device)

@@ -70,9 +70,10 @@ def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None, None, False
     try:
-        return len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
+        samples = len(loader.sampler)  # type: ignore[arg-type]  # not each Sampler has a length
     except TypeError:
         return None, loader.batch_size, loader.drop_last
+    return samples, loader.batch_size, loader.drop_last
 
 
 def check_single_sample(

@@ -34,7 +34,7 @@ from framework.data.accumulation import (
     count_total,
     known_targets,
     other_order,
-    steps,
+    step_windows,
 )
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from framework.errors import DataError, SettingError
@@ -444,7 +444,7 @@ class Trainer(Evaluator):
     def _call_recordable(self, callbacks: GradientCallbacks, loss: Tensor) -> None:
         """Call the recordable callbacks while a CUDA graph records their operations."""
         self.loss = loss
-        for callback in callbacks.recordable():
+        for callback in callbacks.recorded():
             callback.on_gradients(self)
 
     def _check_validation_data(self) -> None:
@@ -548,9 +548,10 @@ class Trainer(Evaluator):
         if state.steps_per_epoch:
             steps_left = state.steps_per_epoch - state.batch // self.accumulate
         waited = time.perf_counter()
-        for window in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
+        keep = self.train_batches.keep
+        for window, last in step_windows(batches, self.accumulate, steps_left, keep):
             self.clock.add("waiting for data", time.perf_counter() - waited)
-            yield window
+            yield window, last
             waited = time.perf_counter()
         expected = "can it be read only once?"
         if steps_left:

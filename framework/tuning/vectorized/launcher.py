@@ -175,7 +175,7 @@ class Vectorized(OneByOne):
         """Run a group in this process, stacked if possible, until a signal.
 
         Args:
-            group: the jobs.
+            group: the jobs, which may train as one.
             earlier: rows of other groups.
         """
         rows: dict[int, Trial] = {}
@@ -195,7 +195,8 @@ class Vectorized(OneByOne):
     def _train_stacked(self, jobs: dict[int, Job], data: Data | None) -> dict[int, Trial]:
         """Train jobs as one stacked model.
 
-        Returns the rows of the jobs that were trained; a note gives the reason for the others.
+        Returns:
+            The rows of the jobs that were trained; a note gives the reason for the others.
         """
         rows: dict[int, Trial] = {}
         trials: list[PreparedTrial] = []
@@ -262,7 +263,8 @@ class Vectorized(OneByOne):
     def _train(self, trials: Sequence[PreparedTrial], rows: dict[int, Trial]) -> None:
         """Train built trials as one and set their rows.
 
-        Raises NotStackable before anything is written to disk.
+        Raises:
+            NotStackable: they cannot be trained as one; nothing is written to disk by then.
         """
         trainers = [trial.prepared.trainer for trial in trials]
         fits = [trial.prepared.fit_arguments() for trial in trials]
@@ -338,7 +340,7 @@ def find_groups(jobs: Sequence[Job], finished: Iterable[int] = ()) -> list[dict[
     Whether they can is checked by `StackedTrainer`.
 
     Args:
-        jobs: the jobs.
+        jobs: the jobs of a sweep.
         finished: indices of jobs to leave out.
     """
     skipped = set(finished)

@@ -13,7 +13,7 @@ from framework import Callback
 from framework.contracts.task import Step, Task
 from framework.data.dataset import Loader
 from framework.runtime import seeds
-from framework.tuning.vectorized.equivalence_check import differ, largest_number
+from framework.tuning.vectorized.equivalence_check import exceeds_rounding, largest_number
 from framework.tuning.vectorized.stacked_forward import cross_entropy
 from framework.tuning.vectorized.trainer import StackedTrainer
 from stacked import (
@@ -253,8 +253,8 @@ def test_the_check_restores_random_generators(monkeypatch):
 def test_an_infinite_gradient_does_not_hide_other_differences():
     one = torch.tensor([1.0, torch.inf])
     other = torch.tensor([5.0, torch.inf])
-    assert differ(one, other, largest_number(one), torch.float32)
-    assert not differ(one, one.clone(), 1.0, torch.float32)
+    assert exceeds_rounding(one, other, largest_number(one), torch.float32)
+    assert not exceeds_rounding(one, one.clone(), 1.0, torch.float32)
 
 
 class NoisyEvaluation(Task):
