@@ -52,7 +52,7 @@ class Parameters:
         """Return the parameters of a model in the form that its optimizer takes.
 
         Args:
-            model: the model.
+            model: any module.
             maker: the optimizer and its settings.
 
         Returns:
@@ -68,8 +68,9 @@ class Parameters:
         }
         if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
             setting = "rates" if self.rates else "layer_decay"
-            problem = f"{maker.entry} has no learning rate `lr` to multiply"
-            raise SettingError(f"parameters.{setting}: {problem}")
+            raise SettingError(
+                f"parameters.{setting}: {maker.entry} has no learning rate `lr` to multiply"
+            )
         named = dict(model.named_parameters())
         factors = self.factors(list(named))
         splits_decay = self.decay == "weights" and bool(settings.get("weight_decay"))
@@ -104,8 +105,10 @@ class Parameters:
         """
         for pattern in self.rates:
             if not any(fnmatchcase(name, pattern) for name in names):
-                available = did_you_mean(pattern, names, most=10)
-                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {available}")
+                raise SettingError(
+                    f"parameters.rates: no parameter fits {pattern!r}; "
+                    f"{did_you_mean(pattern, names, most=10)}"
+                )
         layers = list(dict.fromkeys(map(layer_of, names)))
         factors = {}
         for name in names:
@@ -157,9 +160,10 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
         if not isinstance(cause, FORM_ERRORS):
             raise
         kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
-        form = f"an optimizer gets a list of {len(params)} {kind}"
-        advice = "for other groups, register a function that makes them of `params`"
-        raise BuildError(f"{error}; {form}: {advice}") from cause
+        raise BuildError(
+            f"{error}; an optimizer gets a list of {len(params)} {kind}: "
+            "for other groups, register a function that makes them of `params`"
+        ) from cause
     return optimizer
 
 

@@ -67,8 +67,9 @@ def is_map_style(source: Any) -> TypeGuard[Split]:
     if hasattr(source, "__len__"):
         return True
     if isinstance(source, Dataset):
-        name = type(source).__name__
-        raise DataError(f"{name} has no `__len__`: expected one, or an IterableDataset")
+        raise DataError(
+            f"{type(source).__name__} has no `__len__`: expected one, or an IterableDataset"
+        )
     return False
 
 

@@ -79,7 +79,7 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Yield bytes that differ for different values."""
     if isinstance(value, Tensor):
         yield f"tensor {value.dtype} {list(value.shape)} ".encode()
-        yield from pool.map(hash_of_chunk, chunks(value))
+        yield from pool.map(hash_of_chunk, byte_chunks(value))
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         text = repr(value).encode()
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
@@ -105,7 +105,7 @@ def is_list_of_paths(value: Any) -> bool:
     return all(isinstance(item, Path) for item in value)
 
 
-def chunks(tensor: Tensor) -> Iterator[memoryview]:
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in chunks of about CHUNK_BYTES."""
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnknownContent(f"a tensor of layout {tensor.layout}")

@@ -453,8 +453,10 @@ class Loader:
         """
         name = type(self.split).__name__
         if callable(getattr(self.split, "set_epoch", None)):
-            reason = "has `set_epoch`, and may give other samples in each epoch"
-            raise DataError(f"{MEMORY} reads each sample once: {name} {reason}")
+            raise DataError(
+                f"{MEMORY} reads each sample once: {name} has `set_epoch`, and may give other "
+                "samples in each epoch"
+            )
         if self.on_bad_sample == "skip":
             raise DataError(
                 f"{MEMORY} needs every sample: loader.on_bad_sample=skip is not possible"

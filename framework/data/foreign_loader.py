@@ -36,8 +36,10 @@ class ForeignLoader:
 
     def __init__(self, batches: Iterable[Any]):
         if not hasattr(batches, "__iter__"):
-            expected = "a Data, a split, a data set with a length or an iterable of batches"
-            raise DataError(f"data: expected {expected}, got {short(batches)}")
+            raise DataError(
+                "data: expected a Data, a split, a data set with a length or an iterable of "
+                f"batches, got {short(batches)}"
+            )
         self.batches = batches
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None

@@ -17,7 +17,7 @@ from framework.errors import RunError
 from framework.errors.terminal import print_line, printable_lines
 from framework.system.files import write_file
 
-NOTHING = nullcontext()
+NO_DETAIL = nullcontext()
 TRACE = "profile.pt.trace.json"
 SKIPPED = 5  # steps before the profiler starts
 RECORDED = 50  # steps that it records
@@ -68,7 +68,7 @@ class Clock:
 
     def detail(self, name: str) -> AbstractContextManager[Any]:
         """Count the time of a block if a profiler is recording."""
-        return NOTHING
+        return NO_DETAIL
 
     def step(self) -> None:
         """Note the end of a step."""
@@ -113,7 +113,7 @@ class Profiler(Clock):
         self.recording_began = 0.0
 
     def detail(self, name: str) -> AbstractContextManager[Any]:
-        return NOTHING if self.recorder is None else self._recorded(name)
+        return NO_DETAIL if self.recorder is None else self._recorded(name)
 
     @contextmanager
     def _recorded(self, name: str) -> Iterator[None]:

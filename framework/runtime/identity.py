@@ -31,7 +31,7 @@ class ModelContents:
     """The parameters, buffers and submodules of a model at one moment.
 
     Args:
-        model: the model to watch.
+        model: any module.
         buffers: whether buffers count.
     """
 

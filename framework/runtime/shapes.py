@@ -20,13 +20,13 @@ class NoTensorError(BuildError):
     """A module does not return a tensor; the text follows the name of the module."""
 
 
-def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
+def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
     """Return `in_shape` if it has as many axes as one of the forms.
 
     Args:
         in_shape: the shape of a sample.
         forms: the supported shapes, such as "(D,) or images (C, H, W)".
-        who: the name of the part, for the message.
+        part: the name of the part, for the message.
         hint: further text for the message.
 
     Raises:
@@ -35,7 +35,7 @@ def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
     for axes in re.findall(r"\(([^)]*)\)", forms):
         if len(in_shape) == len(axes.replace(",", " ").split()):
             return tuple(in_shape)
-    message = f"{who} expects {forms}, gets {tuple(in_shape)}"
+    message = f"{part} expects {forms}, gets {tuple(in_shape)}"
     raise BuildError(f"{message}; {hint}" if hint else message)
 
 
@@ -109,8 +109,9 @@ def build_chain(
         except Exception as error:
             if user_place(error) is None:
                 raise BuildError(f"{place} cannot take {shape}: {first_line(error)}") from error
-            situation = f"while running it on an input of shape {shape}"
-            raise BuildError(f"{place}: {describe(error)}, {situation}") from error
+            raise BuildError(
+                f"{place}: {describe(error)}, while running it on an input of shape {shape}"
+            ) from error
         shape = tuple(output.shape[1:])
         modules.append(module)
     return modules, shape

@@ -146,7 +146,7 @@ def read_layers(
     """Run a model on one sample and return its layers.
 
     Args:
-        model: the model.
+        model: it stays unchanged.
         batch: tensors of shape (samples, ...), on the device of the model.
         task: if not None, its `step` calls the model.
 
@@ -224,7 +224,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
     """Return the bytes of the distinct storages that autograd saves in a forward pass.
 
     Args:
-        model: the model.
+        model: it stays unchanged.
         batch: tensors of shape (samples, ...), on the device of the model.
         task: if not None, its `step` calls the model.
         samples: the number of samples of the batch to use.

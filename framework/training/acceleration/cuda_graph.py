@@ -84,7 +84,7 @@ class Graphed:
 
     Args:
         name: the name of the function, for messages.
-        run: the function.
+        run: computes the result of a step for a batch.
         parameters: returns the parameters whose gradients it computes.
         mode: off, on, or auto to time some steps of both kinds and choose the faster.
         model: the model whose tensors it reads; None if these never move.
@@ -121,7 +121,7 @@ class Graphed:
         """Run the function.
 
         Args:
-            batch: the batch.
+            batch: the argument of the function.
             settings: other values that the function depends on; each needs its own graph.
         """
         if self.refused:
@@ -235,9 +235,9 @@ class GraphedStep:
 
     Args:
         eager: the eager step, which the graphs record, and which runs steps of several batches.
-        parameters: the parameters whose gradients are computed.
+        parameters: those whose gradients are computed.
         mode: on or auto.
-        model: the model.
+        model: the model that the eager step calls.
         single_call: the step with its update, for steps of one batch; None if batches may have to
             be split.
         clock: for the profiler.
@@ -286,10 +286,10 @@ class GraphedSingleCall(SingleCallStep):
 
     Args:
         eager: the eager step, which the graph records.
-        optimizer: the optimizer.
+        optimizer: updates the parameters.
         precision: with the scaler of fp16.
         mode: on or auto.
-        model: the model.
+        model: the model that the eager step calls.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
     """
