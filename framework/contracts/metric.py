@@ -325,9 +325,8 @@ class Measures:
             elif items:
                 self.loss[0].add_(losses.sum(), alpha=items)
                 self.loss[1].add_(items * len(batches))
-        _, _, all_outputs, all_targets, _ = zip(*self.buffer, strict=True)
-        outputs = concatenated(all_outputs)
-        targets = concatenated(all_targets)
+        outputs = concatenated([batch.outputs for batch in self.buffer])
+        targets = concatenated([batch.targets for batch in self.buffer])
         if outputs is not None and targets is not None:
             fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
@@ -402,16 +401,17 @@ class Measures:
             state["values"] = dict(self.values)
         if not self.buffer:
             return state
-        losses, counts, outputs, targets, values = zip(*self.buffer, strict=True)
-        state["held"] = {
-            "losses": torch.stack(losses),
-            "counts": list(counts),
+        outputs = [batch.outputs for batch in self.buffer]
+        held: dict[str, Any] = {
+            "losses": torch.stack([batch.loss for batch in self.buffer]),
+            "counts": [batch.items for batch in self.buffer],
             "sizes": [0 if each is None else len(each) for each in outputs],
             "outputs": concatenated(outputs),
-            "targets": concatenated(targets),
+            "targets": concatenated([batch.targets for batch in self.buffer]),
         }
-        if any(values):
-            state["held"]["values"] = [dict(each) for each in values]
+        if any(batch.values for batch in self.buffer):
+            held["values"] = [dict(batch.values) for batch in self.buffer]
+        state["held"] = held
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

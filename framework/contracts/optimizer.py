@@ -22,6 +22,8 @@ from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
 """Errors of a constructor that needs its parameters in another form."""
+DECAYED = "weights"
+NOT_DECAYED = "biases and norms"
 
 
 class Parameters:
@@ -77,18 +79,11 @@ class Parameters:
         groups: list[dict[str, Any]] = []
         for factor, names in groupby(named, factors.__getitem__):
             parameters = [named[name] for name in names]
-            parts: dict[str, list[nn.Parameter]] = {"all": parameters}
-            if splits_decay:
-                parts = {
-                    "weights": [p for p in parameters if p.ndim >= 2],
-                    "biases and norms": [p for p in parameters if p.ndim < 2],
-                }
+            parts = split_by_decay(parameters) if splits_decay else {"all": parameters}
             for part, members in parts.items():
-                if not members:
-                    continue
                 name = part if factor == 1 else f"{part} x {factor:.3g}"
                 group: dict[str, Any] = {"params": members, "name": name}
-                if part == "biases and norms":
+                if part == NOT_DECAYED:
                     group["weight_decay"] = 0.0
                 if factor != 1:
                     group["lr"] = settings["lr"] * factor
@@ -122,6 +117,14 @@ class Parameters:
             if fnmatchcase(name, pattern):
                 return rate
         return 1.0
+
+
+def split_by_decay(parameters: Iterable[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that are decayed and those that are not, without empty lists."""
+    parts: dict[str, list[nn.Parameter]] = {DECAYED: [], NOT_DECAYED: []}
+    for parameter in parameters:
+        parts[DECAYED if parameter.ndim >= 2 else NOT_DECAYED].append(parameter)
+    return {name: members for name, members in parts.items() if members}
 
 
 def layer_of(name: str) -> str:

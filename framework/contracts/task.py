@@ -173,7 +173,7 @@ class TextTask(Protocol):
         """Return the tokens that continue a text.
 
         Args:
-            model: the model.
+            model: the model of the run.
             tokens: the text to continue, shape (length,).
             context: the maximum number of tokens that the model takes.
             sampling: settings of the sampling, such as `length` and `temperature`.
@@ -188,7 +188,7 @@ class PictureTask(Protocol):
         """Return images by tag; the tag "samples" is for generated ones.
 
         Args:
-            model: the model.
+            model: the model of the run.
             inputs: shape (samples, *in_shape).
 
         Returns:

@@ -389,7 +389,7 @@ def read_batches(
         pin_memory=pin,
         multiprocessing_context=recording.context if workers else None,
     )
-    batches = start(loader, recording)
+    batches = start_workers(loader, recording)
     processes = recording.processes
     wait = defer_deaths() if processes else nullcontext
     try:
@@ -415,7 +415,7 @@ def read_batches(
             recording.kill()  # a worker that hangs would keep this program from ending
 
 
-def start(loader: Any, recording: RecordingContext) -> Any:
+def start_workers(loader: Any, recording: RecordingContext) -> Any:
     """Start the workers of a DataLoader and return its iterator.
 
     Raises:

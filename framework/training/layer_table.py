@@ -68,7 +68,7 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
                 direct_buffers(owner)[name] = buffer  # the forward pass may have replaced it
 
 
-def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
+def run_model(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
     """Run the model, or the step of its task, on the first samples of a batch."""
     # Cloned, so that no storage is larger than its tensor.
     few = tuple(tensor[:samples].clone() for tensor in batch)
@@ -157,7 +157,7 @@ def read_layers(
     counter = FlopCounterMode(display=False)
     probe = _Probe(model, counter)
     with model_undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
-        call(model, batch, task, samples=1)
+        run_model(model, batch, task, samples=1)
     counted: set[Tensor] = set()
     layers = []
     for module in probe.flops:
@@ -245,7 +245,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with model_undisturbed(model, train=True), torch.enable_grad(), saving:
-        call(model, batch, task, samples)
+        run_model(model, batch, task, samples)
     return total
 
 

@@ -204,10 +204,10 @@ class Vectorized(OneByOne):
         try:
             with isolated(), capture.capturing():
                 trials = self._prepare(jobs, rows, data)
-                for batch in self._batches(trials):
+                for group in self._groups_that_fit_in_memory(trials):
                     if is_stopped(rows):
                         return rows
-                    self._train(batch, rows)
+                    self._train(group, rows)
         except (NotStackable, OutOfMemory) as error:
             verb = "go on" if any(trial.row for trial in trials) else "train"
             reason = "memory is full" if isinstance(error, OutOfMemory) else error
@@ -245,7 +245,9 @@ class Vectorized(OneByOne):
                 trials.append(PreparedTrial(index, job, prepared))
         return trials
 
-    def _batches(self, trials: Sequence[PreparedTrial]) -> Iterator[Sequence[PreparedTrial]]:
+    def _groups_that_fit_in_memory(
+        self, trials: Sequence[PreparedTrial]
+    ) -> Iterator[Sequence[PreparedTrial]]:
         """Yield trials to stack: as many as fit in memory, all of them at the same step."""
         if not trials:
             return
@@ -365,10 +367,10 @@ def describe_groups(jobs: Sequence[Job]) -> Iterator[str]:
             is_common = all(job.settings.get(key) == value for job in group)
             if is_common and any(job.settings.get(key) != value for job in jobs):
                 texts.append(f"{key}={value}")
-        yield f"{len(group):>4}  {training_mode(group):<12}{' '.join(texts)}".rstrip()
+        yield f"{len(group):>4}  {describe_training(group):<12}{' '.join(texts)}".rstrip()
 
 
-def training_mode(jobs: Sequence[Job]) -> str:
+def describe_training(jobs: Sequence[Job]) -> str:
     """Return how the trials of a group train, found out with two of them."""
     if len(jobs) < 2:
         return "alone"

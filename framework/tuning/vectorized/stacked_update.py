@@ -252,7 +252,11 @@ class StackedState:
             if any(set(tensors) != names for tensors in trial):
                 raise NotStackable("their optimizer keeps different state for some parameters")
         for name in names:
-            self._adopt(name, [list(map(itemgetter(name), trial)) for trial in states])
+            values = []
+            for trial in states:
+                of_trial = [tensors[name] for tensors in trial]
+                values.append(of_trial)
+            self._adopt(name, values)
         self._attach_state()
 
     def _adopt(self, name: str, values: Sequence[list[Tensor]]) -> None:

@@ -74,6 +74,7 @@ class StackedTrial:
 
 
 Ended = Callable[[int, BaseException | None], None]
+"""Receives the number of a trial that has ended, and its error or None."""
 
 
 class StackedTrainer:
