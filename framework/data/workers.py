@@ -165,7 +165,11 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
         return samples
 
     def read_sample(self, index: int) -> Any:
-        """Return one sample. Raises DataError, with the index, for any error of the split."""
+        """Return one sample.
+
+        Raises:
+            DataError: the split raises an error; with the index of the sample.
+        """
         self.reseed(index)
         try:
             return self.split[index]
