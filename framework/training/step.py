@@ -48,8 +48,6 @@ from .step_checks import (
     first_update_error,
 )
 
-ALL_PARAMETERS = nullcontext()
-
 
 class StepContext(Context, Protocol):
     """The trainer as the training step uses it: a `Context` with transforms and events."""
@@ -130,26 +128,30 @@ class TrainingStep:
 
         backward = self.backward_with_retry if self.micro_batches.auto else self.backward
         for phase in self.task.phases or (None,):
-            trained = ALL_PARAMETERS if phase is None else only_trains(self.model, phase)
-            with trained:
+            freezing = nullcontext() if phase is None else only_trains(self.model, phase)
+            with freezing:
                 try:
                     trainer.loss, updated = backward(batches, phase)
                 except RuntimeError as error:
                     check_input_dtype(error, self.model, batches[0])
                     raise
             if not updated:
-                if self.is_first:
-                    check_gradients(self.parameters.optimized)
-                self.precision.unscale(self.optimizer)
-                trainer.emit("gradients")
-                with self.clock.detail("optimizer"):
-                    if self.is_first_update:
-                        self.first_update()
-                    else:
-                        self.update()
+                self.update_parameters(trainer)
             for parameter in self.parameters.optimized:
                 parameter.grad = None
         self.is_first = False
+
+    def update_parameters(self, trainer: StepContext) -> None:
+        """Unscale the gradients, let callbacks change them, and run the update."""
+        if self.is_first:
+            check_gradients(self.parameters.optimized)
+        self.precision.unscale(self.optimizer)
+        trainer.emit("gradients")
+        with self.clock.detail("optimizer"):
+            if self.is_first_update:
+                self.first_update()
+            else:
+                self.update()
 
     def backward(self, batches: Sequence[Batch], phase: Phase | None) -> tuple[Tensor, bool]:
         """Compute the gradients of the mean loss over all items of the batches.
