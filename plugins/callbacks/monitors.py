@@ -16,8 +16,6 @@ from framework import (
 )
 from framework.contracts.state import Cadence
 
-GRAY = 0.5  # the lines between images
-
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
@@ -202,6 +200,6 @@ def side_by_side(images: Tensor, max_columns: int = 8) -> Tensor:
     columns = min(len(images), max_columns)
     missing = -len(images) % columns
     padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    framed = nn.functional.pad(padded, (0, 1, 0, 1), value=GRAY)
+    framed = nn.functional.pad(padded, (0, 1, 0, 1), value=0.5)
     rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
     return torch.cat(rows, 1)
