@@ -20,14 +20,20 @@ torch.set_num_threads(1)  # some tests fork, and a process with OpenMP threads m
 
 
 def leave_out_user_plugins():
-    """Replace each plugin that a user added to this checkout by an empty module."""
+    """Replace each plugin that a user added to this checkout by an empty module; return the files.
+
+    A plugin is a user's own if git does not track it.
+    """
     folder = Path(framework_plugins.__path__[0])
     own = set(shipped(folder, "**/*.py"))
+    left_out = []
     for file in files_in(folder):
         if file not in own:
             module = file.parent if file.name == "__init__.py" else file.with_suffix("")
             name = ".".join(["framework_plugins", *module.relative_to(folder).parts])
             sys.modules[name] = ModuleType(name)
+            left_out.append(file)
+    return left_out
 
 
 def stop_ignoring_signals():
@@ -41,7 +47,7 @@ def stop_ignoring_signals():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-leave_out_user_plugins()
+USER_PLUGINS = leave_out_user_plugins()
 stop_ignoring_signals()
 fw.discover()
 
@@ -50,6 +56,12 @@ def pytest_itemcollected(item):
     suite = suite_of(item.path)
     if suite is not None:
         item.add_marker(suite)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the plugins that the tests left out; a contributor may want to test them."""
+    for file in USER_PLUGINS:
+        terminalreporter.write_line(f"not loaded: {file} (untracked; `git add` it to test it)")
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ usage: framework COMMAND ...
 
 `framework COMMAND --help` prints the options and examples of a command.
 
-Exit status: 0 for success; 2 for an invalid command, setting, part or data; 1
-for another error during training, in one of your parts or in the framework
-(the message has its location, --traceback shows the calls); 130 or 143 when
-stopped by a signal."""
+Exit status: 0 for success; 2 for an invalid command, setting, part or data; 3
+if the loss or a gradient is not finite; 1 for another error during training,
+in one of your parts or in the framework (the message has its location,
+--traceback shows the calls); 130 or 143 when stopped by a signal."""
 
 
 def overview(commands: Mapping[str, Command]) -> str:

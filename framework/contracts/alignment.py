@@ -74,8 +74,9 @@ def probability_shape(outputs: Tensor, targets: Tensor) -> Tensor:
 def check_class_axis(outputs: Tensor) -> None:
     """Raise DataError if outputs have no class axis."""
     if outputs.ndim < 2:
-        shape = tuple(outputs.shape)
-        raise DataError(f"the model's outputs: expected shape (batch, classes), got {shape}")
+        raise DataError(
+            f"the model's outputs: expected shape (batch, classes), got {tuple(outputs.shape)}"
+        )
 
 
 def fits(shape: torch.Size, other: torch.Size) -> bool:
@@ -118,7 +119,7 @@ def call_aligned(
 
     Args:
         caller: the name of the function for the message, such as "the loss huber".
-        function: the function to call.
+        function: takes outputs and targets.
         outputs: the first argument: a tensor, or a structure of tensors.
         targets: the second argument.
 

@@ -35,8 +35,8 @@ clears the state of an earlier fit; if the fit resumes, `load_state_dict` follow
 A callback may replace parameters and modules of the model, and change the groups of the optimizer.
 It must not replace the model, the task or the optimizer. It must copy a batch that it needs after
 the step. `trainer.stop(name, reason)` ends the run after the current step.
-`training/acceleration/callbacks.py` describes the methods with which a callback that listens to
-`gradients` works with compiled steps and CUDA graphs.
+`callback_protocols.py` describes optional members, with which a callback works with compiled steps,
+CUDA graphs and stacked trials.
 """
 
 from __future__ import annotations

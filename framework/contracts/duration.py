@@ -14,7 +14,11 @@ Duration = Annotated[str, Pattern(DURATION, FORM)]
 
 
 def duration_seconds(duration: str) -> float:
-    """Return the seconds of a duration. Raises SettingError for another text."""
+    """Return the seconds of a duration.
+
+    Raises:
+        SettingError: the text is not a duration.
+    """
     match = re.fullmatch(DURATION, duration)
     if match is None:
         raise SettingError(f"expected {FORM}, got {duration!r}")

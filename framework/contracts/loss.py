@@ -39,7 +39,7 @@ from .loss_trials import (
     cross_entropy_arguments,
     is_sum,
     trial_copy,
-    unchanged,
+    without_side_effects,
 )
 
 Form = Literal["classes", "indices", "values", "label sets", "classes or labels", "any"]
@@ -181,7 +181,7 @@ class Mean:
         """Return the mean loss; 0 with gradients of 0 if no target counts.
 
         Args:
-            loss: the loss.
+            loss: the loss of this mean.
             outputs: of the model.
             targets: a result of `fit`.
             all_kept: whether it is known that no target is ignored.
@@ -191,10 +191,10 @@ class Mean:
         if targets.is_floating_point() or self.items not in ("weights", "kept"):
             return loss(outputs, targets)
         if self.zero_weights:
-            some = torch.as_tensor(self.count(loss, targets, all_kept)) > 0
+            counts_any = torch.as_tensor(self.count(loss, targets, all_kept)) > 0
             if isinstance(outputs, Tensor):
-                outputs = torch.where(some, outputs, 0.0)  # torch's gradient would be nan
-            return zero_of_none(loss(outputs, targets), some)
+                outputs = torch.where(counts_any, outputs, 0.0)  # torch's gradient would be nan
+            return zero_of_none(loss(outputs, targets), counts_any)
         if all_kept or self.ignored is None:
             return loss(outputs, targets)
         return zero_of_none(loss(outputs, targets), torch.ne(targets, self.ignored).any())
@@ -203,7 +203,7 @@ class Mean:
         """Return the number of items of a batch, which the mean divides by.
 
         Args:
-            loss: the loss.
+            loss: the loss of this mean, which may count the items itself.
             targets: of the batch.
             all_kept: whether it is known that no target is ignored.
         """
@@ -294,8 +294,9 @@ def check_range(place: str, targets: Tensor, classes: int, ignored: int | None) 
     low, high = counting.aminmax()
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
-        expected = f"expected class indices from 0 to {classes - 1}"
-        raise DataError(f"{place} has a target {wrong}: {expected}")
+        raise DataError(
+            f"{place} has a target {wrong}: expected class indices from 0 to {classes - 1}"
+        )
 
 
 def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None:
@@ -308,7 +309,7 @@ def check_first(loss: Callable[..., Any], outputs: Any, targets: Tensor) -> None
     trial = trial_copy(loss)
     if trial is None:
         return
-    with unchanged(trial):
+    with without_side_effects(trial):
         check_alignment(name, trial, outputs, targets)
         summed = own_count(loss) is None and is_sum(trial, outputs, targets)
     if summed:
@@ -327,9 +328,11 @@ def check_scalar(loss: Callable[..., Any] | str, value: Any) -> None:
     name = loss if isinstance(loss, str) else f"the loss {loss_name(loss)}"
     if not isinstance(value, Tensor):
         raise DataError(f"{name}: expected a tensor with one number, got {describe_outputs(value)}")
-    kind = str(value.dtype).removeprefix("torch.")
-    expected = "expected one real number, the mean over the batch"
-    raise DataError(f"{name}: {expected}, got {kind} of shape {tuple(value.shape)}")
+    dtype = str(value.dtype).removeprefix("torch.")
+    raise DataError(
+        f"{name}: expected one real number, the mean over the batch, "
+        f"got {dtype} of shape {tuple(value.shape)}"
+    )
 
 
 def measure_items(loss: nn.Module, fallback: Items) -> Items:
@@ -359,7 +362,7 @@ def measure_items(loss: nn.Module, fallback: Items) -> Items:
     if trial is None:
         return fallback
     try:
-        with unchanged(trial):
+        with without_side_effects(trial):
             of_all = float(trial(outputs, targets))
             of_first = float(trial(outputs[:4], targets[:4]))
             of_second = float(trial(outputs[4:], targets[4:]))

@@ -105,7 +105,7 @@ def writes_variables(function: Any) -> bool:
 
 
 @contextmanager
-def unchanged(loss: Callable[..., Any]) -> Iterator[None]:
+def without_side_effects(loss: Callable[..., Any]) -> Iterator[None]:
     """Run a block without gradients, then restore the loss's buffers and all random generators."""
     buffers: list[Tensor] = []
     for module in loss_modules(loss):
@@ -173,7 +173,7 @@ def cross_entropy_arguments(loss: Callable[..., Any]) -> dict[str, Any] | None:
     for value in (1.0, 3.0):
         recorder = CrossEntropyRecorder(value)
         try:
-            with unchanged(trial), recorder:
+            with without_side_effects(trial), recorder:
                 values.append(float(trial(outputs, targets)))
         except Exception:  # a loss of other outputs may fail in any way
             return None

@@ -76,7 +76,8 @@ class InUnits(Metric):
         self.metric = metric
         self.scale = scale
         self.name = metric.name
-        self.better = metric.better  # type: ignore[misc]  # of this object, not of the class
+        # Attributes of this object, though a metric declares them for its class.
+        self.better = metric.better  # type: ignore[misc]
         self.targets = metric.targets  # type: ignore[misc]
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -138,8 +139,9 @@ def sums_of(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     """
     sums = call_aligned(f"the metric {metric.name}", metric.sums, outputs, targets)
     if not isinstance(sums, Tensor):
-        got = type(sums).__name__
-        raise SettingError(f"{type(metric).__name__}.sums: expected a tensor, got {got}")
+        raise SettingError(
+            f"{type(metric).__name__}.sums: expected a tensor, got {type(sums).__name__}"
+        )
     return sums
 
 
@@ -149,7 +151,7 @@ def add_sums(
     """Return the sums of a metric after further batches.
 
     Args:
-        metric: the metric.
+        metric: for messages.
         before: its sums so far; None before the first batch.
         fresh: the sums of the further batches.
         restored: whether `before` may come from a checkpoint, and so from another version of the
@@ -163,9 +165,10 @@ def add_sums(
     if before.shape == fresh.shape:
         return before + fresh
     if not restored:
-        expected = f"expected the shape {tuple(before.shape)} of earlier batches"
-        got = f"got {tuple(fresh.shape)}"
-        raise SettingError(f"{type(metric).__name__}.sums: {expected}, {got}")
+        raise SettingError(
+            f"{type(metric).__name__}.sums: expected the shape {tuple(before.shape)} of earlier "
+            f"batches, got {tuple(fresh.shape)}"
+        )
     warnings.warn(
         f"the metric {metric.name}: the checkpoint has sums of another version of it; they are "
         "left out of the next logged value",
@@ -186,9 +189,9 @@ def computed(metric: Metric, sums: Tensor) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        name = type(metric).__name__
-        expected = "expected a number"
-        raise SettingError(f"{name}.compute: {expected}, got {describe(value)}") from None
+        raise SettingError(
+            f"{type(metric).__name__}.compute: expected a number, got {describe_value(value)}"
+        ) from None
 
 
 def detached(name: str, value: Any) -> Tensor:
@@ -198,12 +201,14 @@ def detached(name: str, value: Any) -> Tensor:
         SettingError: the value is not a tensor with one element.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        expected = "expected a tensor with one number"
-        raise SettingError(f"the task's value {name!r}: {expected}, got {describe(value)}")
+        raise SettingError(
+            f"the task's value {name!r}: expected a tensor with one number, "
+            f"got {describe_value(value)}"
+        )
     return value.detach()
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a description of a value for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
@@ -219,14 +224,14 @@ class Measures:
     Args:
         metrics: the metrics; the loss is always measured.
         device: the device of the sums.
-        hold: the maximum number of batches in the buffer; 1 if their memory may be reused.
+        max_buffered: the maximum number of batches in the buffer; 1 if their memory may be reused.
     """
 
     large = 2**16  # elements of the buffered outputs, above which they are summed up at once
 
-    def __init__(self, metrics: Sequence[Metric], device: torch.device, hold: int = 16):
+    def __init__(self, metrics: Sequence[Metric], device: torch.device, max_buffered: int = 16):
         self.metrics = list(metrics)
-        self.hold = hold
+        self.max_buffered = max_buffered
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.loss = torch.zeros(2, dtype=self.dtype, device=device)  # the sum, the items
         self.sums: list[Tensor] = []
@@ -235,7 +240,7 @@ class Measures:
         self.buffer: list[BufferedBatch] = []
         self.buffered_numbers = 0  # elements of the buffered outputs
         self.first_tensors: list[Tensor] = []  # of the first batch, until the second one comes
-        self.checked_memory = self.hold == 1
+        self.checked_memory = self.max_buffered == 1
 
     def add(
         self,
@@ -278,7 +283,7 @@ class Measures:
         self.buffer.append(batch)
         if batch.outputs is not None:
             self.buffered_numbers += batch.outputs.numel()
-        if len(self.buffer) >= self.hold or self.buffered_numbers > self.large:
+        if len(self.buffer) >= self.max_buffered or self.buffered_numbers > self.large:
             self._sum_up()
 
     def _check_memory(self, batch: BufferedBatch) -> BufferedBatch:
@@ -299,7 +304,7 @@ class Measures:
         for new, old in zip(tensors, self.first_tensors, strict=False):
             if new.data_ptr() == old.data_ptr():
                 self._sum_up()
-                self.hold = 1
+                self.max_buffered = 1
                 break
         self.first_tensors = []
         self.checked_memory = True
@@ -320,9 +325,8 @@ class Measures:
             elif items:
                 self.loss[0].add_(losses.sum(), alpha=items)
                 self.loss[1].add_(items * len(batches))
-        _, _, all_outputs, all_targets, _ = zip(*self.buffer, strict=True)
-        outputs = concatenated(all_outputs)
-        targets = concatenated(all_targets)
+        outputs = concatenated([batch.outputs for batch in self.buffer])
+        targets = concatenated([batch.targets for batch in self.buffer])
         if outputs is not None and targets is not None:
             fresh = [sums_of(metric, outputs, targets).to(self.loss) for metric in self.metrics]
             before: list[Tensor | None] = [*self.sums] or [None] * len(fresh)
@@ -397,16 +401,17 @@ class Measures:
             state["values"] = dict(self.values)
         if not self.buffer:
             return state
-        losses, counts, outputs, targets, values = zip(*self.buffer, strict=True)
-        state["held"] = {
-            "losses": torch.stack(losses),
-            "counts": list(counts),
+        outputs = [batch.outputs for batch in self.buffer]
+        held: dict[str, Any] = {
+            "losses": torch.stack([batch.loss for batch in self.buffer]),
+            "counts": [batch.items for batch in self.buffer],
             "sizes": [0 if each is None else len(each) for each in outputs],
             "outputs": concatenated(outputs),
-            "targets": concatenated(targets),
+            "targets": concatenated([batch.targets for batch in self.buffer]),
         }
-        if any(values):
-            state["held"]["values"] = [dict(each) for each in values]
+        if any(batch.values for batch in self.buffer):
+            held["values"] = [dict(batch.values) for batch in self.buffer]
+        state["held"] = held
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

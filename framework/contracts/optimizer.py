@@ -22,6 +22,8 @@ from framework.runtime.torch_internals.lazy_compiler import defer_compiler
 
 FORM_ERRORS = (KeyError, RuntimeError, AssertionError, AttributeError, TypeError)
 """Errors of a constructor that needs its parameters in another form."""
+DECAYED = "weights"
+NOT_DECAYED = "biases and norms"
 
 
 class Parameters:
@@ -52,7 +54,7 @@ class Parameters:
         """Return the parameters of a model in the form that its optimizer takes.
 
         Args:
-            model: the model.
+            model: any module.
             maker: the optimizer and its settings.
 
         Returns:
@@ -68,26 +70,20 @@ class Parameters:
         }
         if (self.rates or self.layer_decay != 1.0) and "lr" not in settings:
             setting = "rates" if self.rates else "layer_decay"
-            problem = f"{maker.entry} has no learning rate `lr` to multiply"
-            raise SettingError(f"parameters.{setting}: {problem}")
+            raise SettingError(
+                f"parameters.{setting}: {maker.entry} has no learning rate `lr` to multiply"
+            )
         named = dict(model.named_parameters())
         factors = self.factors(list(named))
         splits_decay = self.decay == "weights" and bool(settings.get("weight_decay"))
         groups: list[dict[str, Any]] = []
         for factor, names in groupby(named, factors.__getitem__):
             parameters = [named[name] for name in names]
-            parts: dict[str, list[nn.Parameter]] = {"all": parameters}
-            if splits_decay:
-                parts = {
-                    "weights": [p for p in parameters if p.ndim >= 2],
-                    "biases and norms": [p for p in parameters if p.ndim < 2],
-                }
+            parts = split_by_decay(parameters) if splits_decay else {"all": parameters}
             for part, members in parts.items():
-                if not members:
-                    continue
                 name = part if factor == 1 else f"{part} x {factor:.3g}"
                 group: dict[str, Any] = {"params": members, "name": name}
-                if part == "biases and norms":
+                if part == NOT_DECAYED:
                     group["weight_decay"] = 0.0
                 if factor != 1:
                     group["lr"] = settings["lr"] * factor
@@ -104,8 +100,10 @@ class Parameters:
         """
         for pattern in self.rates:
             if not any(fnmatchcase(name, pattern) for name in names):
-                available = did_you_mean(pattern, names, most=10)
-                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {available}")
+                raise SettingError(
+                    f"parameters.rates: no parameter fits {pattern!r}; "
+                    f"{did_you_mean(pattern, names, most=10)}"
+                )
         layers = list(dict.fromkeys(map(layer_of, names)))
         factors = {}
         for name in names:
@@ -119,6 +117,14 @@ class Parameters:
             if fnmatchcase(name, pattern):
                 return rate
         return 1.0
+
+
+def split_by_decay(parameters: Iterable[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that are decayed and those that are not, without empty lists."""
+    parts: dict[str, list[nn.Parameter]] = {DECAYED: [], NOT_DECAYED: []}
+    for parameter in parameters:
+        parts[DECAYED if parameter.ndim >= 2 else NOT_DECAYED].append(parameter)
+    return {name: members for name, members in parts.items() if members}
 
 
 def layer_of(name: str) -> str:
@@ -162,9 +168,10 @@ def build_optimizer(
         if not isinstance(cause, FORM_ERRORS):
             raise
         kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
-        form = f"an optimizer gets a list of {len(params)} {kind}"
-        advice = "for other groups, register a function that makes them of `params`"
-        raise BuildError(f"{error}; {form}: {advice}") from cause
+        raise BuildError(
+            f"{error}; an optimizer gets a list of {len(params)} {kind}: "
+            "for other groups, register a function that makes them of `params`"
+        ) from cause
     return optimizer
 
 

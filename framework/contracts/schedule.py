@@ -57,5 +57,7 @@ def factor_of(schedule: Callable[[int], Any], step: int) -> float:
     found = short(factor)
     if isinstance(factor, Tensor) and factor.ndim:
         found = f"a tensor of shape {tuple(factor.shape)}"
-    expected = "expected a factor on the learning rate (a finite number >= 0)"
-    raise SettingError(f"schedule: {expected}, got {found} for step {step}")
+    raise SettingError(
+        "schedule: expected a factor on the learning rate (a finite number >= 0), "
+        f"got {found} for step {step}"
+    )

@@ -103,8 +103,10 @@ class State:
         """
         for name, value in saved["counters"].items():
             if name not in COUNTERS or type(value) is not int or value < 0:
-                expected = f"expected an int >= 0 for one of {', '.join(COUNTERS)}"
-                raise SettingError(f"resume: counter {name}={short(value)}: {expected}")
+                raise SettingError(
+                    f"resume: counter {name}={short(value)}: "
+                    f"expected an int >= 0 for one of {', '.join(COUNTERS)}"
+                )
             setattr(self, name, value)
         self.metrics = {
             str(name): value
@@ -128,14 +130,14 @@ class Cadence:
     def __init__(self, every: str, setting: str = "every"):
         match = re.fullmatch(EVERY, every)
         if match is None or float(match[1]) <= 0:
-            expected = "expected a cadence like 10steps, 1epoch or 5min"
-            raise SettingError(f"{setting}: {expected}, got {every!r}")
+            raise SettingError(
+                f"{setting}: expected a cadence like 10steps, 1epoch or 5min, got {every!r}"
+            )
         self.every = every
         self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
         self.number = float(match[1])
         if self.unit in ("step", "epoch") and self.number != int(self.number):
-            expected = f"expected a whole number of {self.unit}s"
-            raise SettingError(f"{setting}: {expected}, got {every!r}")
+            raise SettingError(f"{setting}: expected a whole number of {self.unit}s, got {every!r}")
         self._last = time.monotonic()
 
     def restart(self) -> None:

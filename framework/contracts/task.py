@@ -144,7 +144,7 @@ class Task:
         """Return the kind of the targets that `step` returns, and the shape of an output.
 
         Args:
-            data: the data set.
+            data: the data set of the run.
 
         Returns:
             The kind (see `Data.target`), and the shape of the model's output for one sample.
@@ -173,7 +173,7 @@ class TextTask(Protocol):
         """Return the tokens that continue a text.
 
         Args:
-            model: the model.
+            model: the model of the run.
             tokens: the text to continue, shape (length,).
             context: the maximum number of tokens that the model takes.
             sampling: settings of the sampling, such as `length` and `temperature`.
@@ -188,7 +188,7 @@ class PictureTask(Protocol):
         """Return images by tag; the tag "samples" is for generated ones.
 
         Args:
-            model: the model.
+            model: the model of the run.
             inputs: shape (samples, *in_shape).
 
         Returns:
@@ -217,9 +217,10 @@ def check_tensor_output(model: nn.Module, outputs: Any) -> None:
         DataError: it returns several tensors or another type.
     """
     if not isinstance(outputs, Tensor):
-        name = type(model).__name__
-        got = describe_outputs(outputs)
-        raise DataError(f"the model {name} returns {got}, but this task takes one tensor")
+        raise DataError(
+            f"the model {type(model).__name__} returns {describe_outputs(outputs)}, but this task "
+            "takes one tensor"
+        )
 
 
 class LossTask(Task):

@@ -56,8 +56,10 @@ def transformed_all(batches: Sequence[Batch], transforms: Sequence[Transform]) -
         for old, new, version in zip(last, results[-1], before, strict=False):
             if old.data_ptr() == new.data_ptr() and versions([(old,)]) != [version]:
                 names = ", ".join(type(transform).__name__ for transform in transforms)
-                problem = "a transform writes into the batch that it returned before"
-                raise SettingError(f"transforms={names}: {problem}; expected new tensors")
+                raise SettingError(
+                    f"transforms={names}: a transform writes into the batch that it returned "
+                    "before; expected new tensors"
+                )
     return results
 
 
@@ -68,9 +70,10 @@ def transformed(batch: Batch, transforms: Sequence[Transform]) -> Batch:
     for transform in transforms:
         batch = transform(batch)
         if not isinstance(batch, tuple | list):
-            name = type(transform).__name__
-            expected = "expected a batch (a tuple of tensors)"
-            raise SettingError(f"the transform {name}: {expected}, got {short(batch)}")
+            raise SettingError(
+                f"the transform {type(transform).__name__}: expected a batch (a tuple of tensors), "
+                f"got {short(batch)}"
+            )
     if is_channels_last:
         batch = (channels_last(batch[0]), *batch[1:])
     return batch

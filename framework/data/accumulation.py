@@ -1,7 +1,7 @@
 """From the sources of data that `fit` accepts to batches, and from batches to training steps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from .workers import as_batch
 Batches = Loader | ForeignLoader
 RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 Source = Data | Split | Loader | Iterable[Any]
-Keep = Callable[[Batch], Batch]
+Item = TypeVar("Item")
+"""A batch, or the batches of several trials that train as one."""
 
 
 def as_batches(
@@ -52,7 +53,7 @@ def as_batches(
         source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)
     if isinstance(source, Loader | ForeignLoader):
         return source.to(device)
-    return ForeignLoader(source).to(device)  # type: ignore[arg-type]
+    return ForeignLoader(source).to(device)  # type: ignore[arg-type]  # not map-style: an iterable
 
 
 def is_map_style(source: Any) -> TypeGuard[Split]:
@@ -66,8 +67,9 @@ def is_map_style(source: Any) -> TypeGuard[Split]:
     if hasattr(source, "__len__"):
         return True
     if isinstance(source, Dataset):
-        name = type(source).__name__
-        raise DataError(f"{name} has no `__len__`: expected one, or an IterableDataset")
+        raise DataError(
+            f"{type(source).__name__} has no `__len__`: expected one, or an IterableDataset"
+        )
     return False
 
 
@@ -100,13 +102,13 @@ def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
     return [source.dataset.tensors] if type(source.dataset) is TensorDataset else None
 
 
-def count_steps(batches: Batches, accumulate: int, what: str = "training") -> int:
+def count_steps(batches: Batches, accumulate: int, data_name: str = "training") -> int:
     """Return the number of optimizer steps of an epoch; 0 if it is not known in advance.
 
     Args:
-        batches: the loader.
+        batches: a loader.
         accumulate: batches per step.
-        what: the name of the data for the message.
+        data_name: "training" or "validation", for the message.
 
     Raises:
         DataError: the loader has no batch.
@@ -115,8 +117,10 @@ def count_steps(batches: Batches, accumulate: int, what: str = "training") -> in
     if count is None:
         return 0
     if count == 0:
-        causes = "it is empty, or smaller than a batch with drop_last"
-        raise DataError(f"the {what} data has no batch: {causes}")
+        raise DataError(
+            f"the {data_name} data has no batch: "
+            "it is empty, or smaller than a batch with drop_last"
+        )
     return -(-count // accumulate)
 
 
@@ -149,15 +153,18 @@ def other_order(batches: Batches, in_epoch: bool) -> str | None:
     return None
 
 
-def unchanged(batch: Batch) -> Batch:
-    """Return the batch itself."""
-    return batch
+def keep_as_is(item: Item) -> Item:
+    """Return the argument."""
+    return item
 
 
-def steps(
-    batches: Iterable[Batch], accumulate: int, steps_left: int, keep: Keep = unchanged
-) -> Iterator[tuple[list[Batch], bool]]:
-    """Yield the micro-batches of each step, and whether the step is the last one of its epoch.
+def step_windows(
+    batches: Iterable[Item],
+    accumulate: int,
+    steps_left: int,
+    keep: Callable[[Item], Item] = keep_as_is,
+) -> Iterator[tuple[list[Item], bool]]:
+    """Yield the batches of each step, and whether the step is the last one of its epoch.
 
     Args:
         batches: the batches of the epoch; each may be overwritten when the next one is read.
@@ -166,7 +173,7 @@ def steps(
             the next one is read.
         keep: makes a batch stay valid after the next one is read (`Loader.keep`).
     """
-    previous: list[Batch] | None = None
+    previous: list[Item] | None = None
     for number, window in enumerate(windows(batches, accumulate, keep), 1):
         if steps_left:
             yield window, number == steps_left
@@ -179,12 +186,14 @@ def steps(
         yield previous, True
 
 
-def windows(batches: Iterable[Batch], size: int, keep: Keep = unchanged) -> Iterator[list[Batch]]:
+def windows(
+    batches: Iterable[Item], size: int, keep: Callable[[Item], Item] = keep_as_is
+) -> Iterator[list[Item]]:
     """Yield lists of `size` batches; the last list may be shorter.
 
     `keep` is called for all batches of a list but the last one.
     """
-    window: list[Batch] = []
+    window: list[Item] = []
     for batch in batches:
         if len(window) + 1 < size:
             window.append(keep(batch))

@@ -40,7 +40,7 @@ def digests_of(data: Data) -> dict[str, str | None]:
     digests: dict[str, str | None] | None = vars(data).get("_digests")
     if digests is None:
         digests = {name: digest_of(split) for name, split in splits_of(data).items()}
-        data._digests = digests  # type: ignore[attr-defined]
+        vars(data)["_digests"] = digests
     return digests
 
 
@@ -79,7 +79,7 @@ def pieces(value: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Yield bytes that differ for different values."""
     if isinstance(value, Tensor):
         yield f"tensor {value.dtype} {list(value.shape)} ".encode()
-        yield from pool.map(hash_of_chunk, chunks(value))
+        yield from pool.map(hash_of_chunk, byte_chunks(value))
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         text = repr(value).encode()
         yield b"%s %d " % (type(value).__name__.encode(), len(text)) + text
@@ -105,7 +105,7 @@ def is_list_of_paths(value: Any) -> bool:
     return all(isinstance(item, Path) for item in value)
 
 
-def chunks(tensor: Tensor) -> Iterator[memoryview]:
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in chunks of about CHUNK_BYTES."""
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnknownContent(f"a tensor of layout {tensor.layout}")
@@ -121,7 +121,11 @@ def hash_of_chunk(chunk: memoryview) -> bytes:
 
 
 def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield the hash of each file. Raises UnknownContent if the files are too large."""
+    """Yield the hash of each file.
+
+    Raises:
+        UnknownContent: the files are too large.
+    """
     names = [os.fspath(file) for file in files]
     if sum(pool.map(os.path.getsize, names, chunksize=256)) > MOST_FILE_BYTES:
         raise UnknownContent(f"more than {MOST_FILE_BYTES:,} bytes of files")
@@ -132,7 +136,11 @@ def hashes_of_files(files: Iterable[Any], pool: ThreadPoolExecutor) -> Iterator[
 
 
 def hashes_of_group(names: list[str]) -> list[bytes]:
-    """Return the hash of each file. Raises UnknownContent for a file that is not regular."""
+    """Return the hash of each file.
+
+    Raises:
+        UnknownContent: one of them is not a regular file.
+    """
     hashes = []
     for name in names:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -125,8 +125,8 @@ class Scale(NamedTuple):
 
     def _as_tensors(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """Return mean and std as numbers, or as tensors of the dtype and device of `like`."""
-        if isinstance(self.mean, int | float):
-            return self.mean, self.std  # type: ignore[return-value]
+        if isinstance(self.mean, int | float) and isinstance(self.std, int | float):
+            return self.mean, self.std
         return like.new_tensor(self.mean), like.new_tensor(self.std)
 
 
@@ -355,8 +355,8 @@ class Loader:
             tensors = read_all_samples(self.uncached, self.workers, self.timeout_seconds)
             self.split = TensorSplit(*tensors)
             self.uncached = None
-        if self.tensors is not None or isinstance(self.split, GatheredSplit):
-            self.split = self.split.to(device)  # type: ignore[attr-defined]
+        if self.in_memory and isinstance(self.split, TensorSplit | GatheredSplit):
+            self.split = self.split.to(device)
         elif device.type == "cuda":
             self.copies = CopyStream(device)
         return self
@@ -453,8 +453,10 @@ class Loader:
         """
         name = type(self.split).__name__
         if callable(getattr(self.split, "set_epoch", None)):
-            reason = "has `set_epoch`, and may give other samples in each epoch"
-            raise DataError(f"{MEMORY} reads each sample once: {name} {reason}")
+            raise DataError(
+                f"{MEMORY} reads each sample once: {name} has `set_epoch`, and may give other "
+                "samples in each epoch"
+            )
         if self.on_bad_sample == "skip":
             raise DataError(
                 f"{MEMORY} needs every sample: loader.on_bad_sample=skip is not possible"

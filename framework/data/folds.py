@@ -76,6 +76,7 @@ def cut_prepared_samples(data: Data, fold: str, number: int, count: int) -> None
     check_count(samples, fold, count)
     in_memory = [split.tensors for split in splits if is_in_memory(split)]
     if len(in_memory) < len(splits):
+        # A split has the methods of a Dataset, but need not be derived from it.
         joined: Dataset[object] = ConcatDataset(splits)  # type: ignore[arg-type]
         inside, outside = fold_of(torch.zeros(samples), number, count)
         data.val = Subset(joined, inside.tolist())

@@ -36,8 +36,10 @@ class ForeignLoader:
 
     def __init__(self, batches: Iterable[Any]):
         if not hasattr(batches, "__iter__"):
-            expected = "a Data, a split, a data set with a length or an iterable of batches"
-            raise DataError(f"data: expected {expected}, got {short(batches)}")
+            raise DataError(
+                "data: expected a Data, a split, a data set with a length or an iterable of "
+                f"batches, got {short(batches)}"
+            )
         self.batches = batches
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None
@@ -54,12 +56,16 @@ class ForeignLoader:
         return self
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch. Raises TypeError if it is not known."""
+        """Return the number of batches of an epoch.
+
+        Raises:
+            TypeError: it is not known.
+        """
         if isinstance(self.batches, DataLoader):
             is_iterable = isinstance(self.batches.dataset, IterableDataset)
             if is_iterable and self.batches.num_workers > 1:
                 raise TypeError("the length does not count the smaller last batch of each worker")
-        return len(self.batches)  # type: ignore[arg-type]
+        return len(self.batches)  # type: ignore[arg-type]  # the TypeError is part of the contract
 
     @property
     def single_pass(self) -> bool:

@@ -30,7 +30,7 @@ from framework.system.signals import ENDING, end_with_parent
 
 MEMORY = "loader.read=memory"
 SHARED_MEMORY = Path("/dev/shm")  # contains the batches of workers
-NOTHING = -1  # in place of an index: nothing is being read
+NOT_READING = -1  # in place of an index
 CACHE_BATCH = 64  # samples that are read at once into memory
 
 
@@ -81,15 +81,16 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
     with an error, to name the sample.
 
     Args:
-        split: the split to read.
+        split: a map-style data set.
         seed: the seed of the epoch.
         skip: whether to skip a sample that cannot be read.
         workers: number of workers.
 
     Attributes:
-        reading_sample: for each worker, the index of the sample that it is reading, or NOTHING.
+        reading_sample: for each worker, the index of the sample that it is reading, or NOT_READING.
         reading_batch: for each worker, the first index of the batch that it is reading in one call,
-            or NOTHING. Both are in shared memory: they name the sample if a worker dies or hangs.
+            or NOT_READING. Both are in shared memory: they name the sample if a worker dies or
+            hangs.
     """
 
     def __init__(self, split: Split, seed: int, skip: bool = False, workers: int = 0):
@@ -98,7 +99,7 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
         self.skip = skip
         self.get_samples: Callable[[list[int]], Iterable[Any]] | None = None
         self.get_samples = getattr(split, "__getitems__", None)
-        initial = [NOTHING] * max(workers, 1)
+        initial = [NOT_READING] * max(workers, 1)
         self.reading_sample = multiprocessing.Array("q", initial, lock=False)
         self.reading_batch = multiprocessing.Array("q", initial, lock=False)
 
@@ -128,8 +129,8 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
                 if not self.skip:
                     return Read(error, [])
                 errors.append(str(error))
-        self.reading_sample[worker] = NOTHING
-        self.reading_batch[worker] = NOTHING
+        self.reading_sample[worker] = NOT_READING
+        self.reading_batch[worker] = NOT_READING
         if at_once is not None and not self.skip:
             return Read(at_once, [])
         if not samples:
@@ -145,7 +146,7 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
         """
         if self.get_samples is None:
             return None
-        self.reading_sample[worker] = NOTHING
+        self.reading_sample[worker] = NOT_READING
         self.reading_batch[worker] = indices[0]
         before = generator_states()
         try:
@@ -160,11 +161,15 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
         if generator_states() != before:
             self.get_samples = None
             return None
-        self.reading_batch[worker] = NOTHING
+        self.reading_batch[worker] = NOT_READING
         return samples
 
     def read_sample(self, index: int) -> Any:
-        """Return one sample. Raises DataError, with the index, for any error of the split."""
+        """Return one sample.
+
+        Raises:
+            DataError: the split raises an error; with the index of the sample.
+        """
         self.reseed(index)
         try:
             return self.split[index]
@@ -275,17 +280,17 @@ def collate(read: Read) -> Read:
     """Stack samples into a batch; an error stays in its place."""
     if isinstance(read.batch, FrameworkError):
         return read
-    return read._replace(batch=stack(read.batch))
+    return read._replace(batch=stack_samples(read.batch))
 
 
-def stack(samples: list[Any]) -> Batch | FrameworkError:
+def stack_samples(samples: list[Any]) -> Batch | FrameworkError:
     """Return samples as a batch, in shared memory if this process is a worker; or an error."""
     try:
         batch = as_batch(torch.utils.data.default_collate(samples))
         if torch.utils.data.get_worker_info() is not None:
             for tensor in batch:
                 # Here, since the thread that sends the tensor could not report an error.
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
+                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch has no annotation
         return batch
     except FrameworkError as error:
         return error
@@ -346,6 +351,7 @@ class RecordingContext:
             self.processes.append(process)
             return process
 
+        # mypy takes a context's class of processes for a method.
         self.context.Process = make_recorded  # type: ignore[assignment, misc]
 
     def kill(self) -> None:
@@ -366,7 +372,7 @@ def read_batches(
     """Yield batches in order; all workers have ended after the last one.
 
     Args:
-        samples: the samples to read.
+        samples: the samples of a split.
         chunks: the indices of each batch.
         workers: number of workers; 0 reads in this process.
         timeout_seconds: longest time to wait for a batch of a worker; 0 for no limit.
@@ -380,14 +386,14 @@ def read_batches(
         samples,
         batch_sampler=chunks,
         num_workers=workers,
-        collate_fn=collate,  # type: ignore[arg-type]
+        collate_fn=collate,  # type: ignore[arg-type]  # of the result of `__getitems__`
         worker_init_fn=initialize_worker,
         timeout=timeout_seconds if workers else 0,
         generator=torch.Generator(),  # the default is the global one, which the model uses
         pin_memory=pin,
         multiprocessing_context=recording.context if workers else None,
     )
-    batches = start(loader, recording)
+    batches = start_workers(loader, recording)
     processes = recording.processes
     wait = defer_deaths() if processes else nullcontext
     try:
@@ -413,7 +419,7 @@ def read_batches(
             recording.kill()  # a worker that hangs would keep this program from ending
 
 
-def start(loader: Any, recording: RecordingContext) -> Any:
+def start_workers(loader: Any, recording: RecordingContext) -> Any:
     """Start the workers of a DataLoader and return its iterator.
 
     Raises:
@@ -477,16 +483,16 @@ def death_error(samples: SeededSamples, worker: int, status: int) -> DataError:
 def is_reading(samples: SeededSamples, worker: int) -> bool:
     """Return whether a worker is reading samples."""
     present = (samples.reading_sample[worker], samples.reading_batch[worker])
-    return present != (NOTHING, NOTHING)
+    return present != (NOT_READING, NOT_READING)
 
 
 def describe_worker(samples: SeededSamples, worker: int) -> str:
     """Return the name of a worker for messages: "data worker reading sample 3"."""
     sample = samples.reading_sample[worker]
     batch = samples.reading_batch[worker]
-    if sample != NOTHING:
+    if sample != NOT_READING:
         return f"data worker reading sample {sample}"
-    if batch != NOTHING:
+    if batch != NOT_READING:
         return f"data worker reading a batch that begins with sample {batch}"
     return "a data worker"
 

@@ -1,4 +1,7 @@
-"""Errors of torch's own functions that a common mistake in the data causes, as one line."""
+"""One-line explanations of errors that torch raises for common mistakes in data and models.
+
+An error is recognized by the innermost function of its traceback, in `torch.nn.functional`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,8 @@ from .user_code import frames, text_of, user_place
 
 FUNCTIONAL = "torch/nn/functional.py"
 CLASS_LOSSES = ("cross_entropy", "nll_loss")
-LOSSES = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
-BATCH_SIZE = "_verify_batch_size"
+LOSS_ENDINGS = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
+BATCH_NORM_CHECK = "_verify_batch_size"  # called by batch and instance norms
 
 
 @contextmanager
@@ -29,18 +32,18 @@ def torch_errors() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the meaning of an error of torch's functions; None for all other errors."""
+    """Return the explanation of an error; None if it is not one of the common mistakes."""
     innermost: FrameType | None = None
     for frame, _ in frames(error):
         innermost = frame
     if innermost is None or not innermost.f_code.co_filename.endswith(FUNCTIONAL):
         return None
     name = innermost.f_code.co_name
-    if name == BATCH_SIZE:
+    if name == BATCH_NORM_CHECK:
         return f"a batch of one sample in training: {batch_norm_reason(error)}"
     if name in CLASS_LOSSES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
-    if name.endswith(LOSSES) and isinstance(error, TypeError) and user_place(error) is None:
+    if name.endswith(LOSS_ENDINGS) and isinstance(error, TypeError) and user_place(error) is None:
         return no_outputs(innermost.f_locals)
     return None
 
@@ -79,7 +82,7 @@ def wrong_class(arguments: dict[str, Any]) -> str | None:
 
 def is_batch_norm(error: BaseException) -> bool:
     """Return whether a norm over the batch got one sample."""
-    return any(frame.f_code.co_name == BATCH_SIZE for frame, _ in frames(error))
+    return any(frame.f_code.co_name == BATCH_NORM_CHECK for frame, _ in frames(error))
 
 
 def batch_norm_reason(error: BaseException) -> str:

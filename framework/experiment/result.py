@@ -45,7 +45,10 @@ class Result:
 
 
 def read_result(run: Path) -> Result:
-    """Return the result of a finished run, from the files in its folder."""
+    """Return the result of a finished run, from the files in its folder; missing ones are empty.
+
+    `read_config` checks whether a folder is that of a run.
+    """
     values, steps = last_values(run)
     last = max(steps.values(), default=0)
     result = Result(run, values, steps=last)

@@ -17,7 +17,7 @@ from framework.errors import RunError
 from framework.errors.terminal import print_line, printable_lines
 from framework.system.files import write_file
 
-NOTHING = nullcontext()
+NO_DETAIL = nullcontext()
 TRACE = "profile.pt.trace.json"
 SKIPPED = 5  # steps before the profiler starts
 RECORDED = 50  # steps that it records
@@ -68,7 +68,7 @@ class Clock:
 
     def detail(self, name: str) -> AbstractContextManager[Any]:
         """Count the time of a block if a profiler is recording."""
-        return NOTHING
+        return NO_DETAIL
 
     def step(self) -> None:
         """Note the end of a step."""
@@ -113,7 +113,7 @@ class Profiler(Clock):
         self.recording_began = 0.0
 
     def detail(self, name: str) -> AbstractContextManager[Any]:
-        return NOTHING if self.recorder is None else self._recorded(name)
+        return NO_DETAIL if self.recorder is None else self._recorded(name)
 
     @contextmanager
     def _recorded(self, name: str) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Profiler(Clock):
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.recorder = torch.profiler.profile(activities=activities)
-        self.recorder.__enter__()  # type: ignore[no-untyped-call]
+        self.recorder.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation
         self.seconds_before = dict(self.seconds)
         self.recording_began = perf_counter()
 
@@ -144,7 +144,7 @@ class Profiler(Clock):
         total = perf_counter() - self.recording_began
         recorder = self.recorder
         self.recorder = None
-        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch has no annotation
         spent = {}
         for name, seconds in self.seconds.items():
             spent[name] = seconds - self.seconds_before.get(name, 0.0)

@@ -1,4 +1,4 @@
-"""Tables and colours on the terminal."""
+"""Tables and colors on the terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class PrintableConsole(Console):
 def console(file: IO[str] | None = None) -> Console:
     """Return a console for a file, by default standard output.
 
-    On a terminal it is as wide as the terminal and has colours; in a pipe or file it is plain and
+    On a terminal it is as wide as the terminal and has colors; in a pipe or file it is plain and
     does not wrap lines.
     """
     file = file or sys.stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .torch_internals.module_contents import buffers_of, parameters_of, submodules_of
+from .torch_internals.module_contents import direct_buffers, direct_parameters, direct_submodules
 
 
 def identical(first: Sequence[Any], second: Sequence[Any]) -> bool:
@@ -31,7 +31,7 @@ class ModelContents:
     """The parameters, buffers and submodules of a model at one moment.
 
     Args:
-        model: the model to watch.
+        model: any module.
         buffers: whether buffers count.
     """
 
@@ -46,10 +46,10 @@ class ModelContents:
         self.module_owners: list[Mapping[str, Any]] = []
         self.modules = list(self.model.modules())
         for module in self.modules:
-            self.tensor_owners.append(parameters_of(module))
+            self.tensor_owners.append(direct_parameters(module))
             if self.buffers:
-                self.tensor_owners.append(buffers_of(module))
-            self.module_owners.append(submodules_of(module))
+                self.tensor_owners.append(direct_buffers(module))
+            self.module_owners.append(direct_submodules(module))
         self.tensors = all_values(self.tensor_owners)
         self.submodules = all_values(self.module_owners)
 

@@ -141,17 +141,17 @@ def available_bytes() -> int | None:
     return left if free is None else min(free, left)
 
 
-def check_room(needed: float, what: str) -> None:
+def check_room(needed: float, subject: str) -> None:
     """Raise DataError if this machine is known to have less free memory.
 
     Args:
         needed: the number of bytes.
-        what: the subject of the message.
+        subject: of the message, such as "500 sounds".
     """
     free = available_bytes()
     if free is not None and needed > free:
         raise DataError(
-            f"{what} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
+            f"{subject} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
         )
 
 
@@ -164,9 +164,9 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         if not is_full(error) or isinstance(error, OutOfMemory):
             raise
         cause = (str(error).strip() or "memory is full").splitlines()[0]
-        advice = "a smaller batch, micro_batch=auto (the same step in parts) or precision=bf16"
         raise OutOfMemory(
-            f"the memory of {device} is full; {advice} needs less. torch: {cause}"
+            f"the memory of {device} is full; a smaller batch, micro_batch=auto (the same step in "
+            f"parts) or precision=bf16 needs less. torch: {cause}"
         ) from error
 
 
@@ -214,7 +214,7 @@ class MicroBatches:
         """Halve the size after an error; return whether to try the batch again.
 
         Args:
-            error: the error of the batch.
+            error: raised for the batch.
             unchanged: whether the tensors of the batch still have their values.
 
         Raises:

@@ -56,11 +56,10 @@ def choose_memory_format(
     if any(map(overruns_memory, layers)):
         reason = "1x1 convolution with a stride and fewer than 8 input channels"
         return MemoryFormat(False, f", channels first ({reason})")
+    found = f"{convolutions} convolutions"
     if makes_images_smaller(layers):
-        reason = f"{convolutions} convolutions, images become smaller"
-        return MemoryFormat(True, f", channels last ({reason})")
-    reason = f"{convolutions} convolutions, images keep their size"
-    return MemoryFormat(False, f", channels first ({reason})")
+        return MemoryFormat(True, f", channels last ({found}, images become smaller)")
+    return MemoryFormat(False, f", channels first ({found}, images keep their size)")
 
 
 def overruns_memory(layer: nn.Module) -> bool:

@@ -68,7 +68,7 @@ class Precision:
         """Update the parameters; with a scaler, only if all gradients are finite.
 
         Args:
-            optimizer: the optimizer of the parameters.
+            optimizer: holds the parameters and their gradients.
             update: does the same as `optimizer.step`; called where there is no scaler.
         """
         if self.scaler is None:

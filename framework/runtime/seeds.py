@@ -26,13 +26,21 @@ class GeneratorUsers:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Assume that no thread uses the generators, as in a child process after a fork."""
         self.lock = threading.Lock()
         self.fits: Counter[int] = Counter()  # by thread: a callback may start another fit
         self.measurements: Counter[int] = Counter()
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """Use the generators exclusively. Raises FrameworkError if another thread uses them."""
+        """Use the generators exclusively.
+
+        Raises:
+            FrameworkError: another thread uses them.
+        """
         thread = threading.get_ident()
         self._enter(self.fits, thread, [self.fits, self.measurements])
         try:
@@ -42,7 +50,11 @@ class GeneratorUsers:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Use the generators and restore them. Raises FrameworkError if another thread fits."""
+        """Use the generators in a block that restores them.
+
+        Raises:
+            FrameworkError: another thread fits.
+        """
         thread = threading.get_ident()
         self._enter(self.measurements, thread, [self.fits])
         try:
@@ -71,8 +83,7 @@ class GeneratorUsers:
 USERS = GeneratorUsers()  # a global, as the generators are
 fitting = USERS.fitting
 measuring = USERS.measuring
-# A child process does not have the other threads.
-os.register_at_fork(after_in_child=USERS.__init__)  # type: ignore[misc]
+os.register_at_fork(after_in_child=USERS.forget)  # it does not have the other threads
 
 
 def derive(seed: int, *names: object) -> int:
@@ -168,6 +179,6 @@ def undisturbed() -> Iterator[None]:
 
 def cuda_states() -> list[torch.Tensor]:
     """Return the state of each CUDA device; empty while no device is used."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no annotation
         return []
     return torch.cuda.get_rng_state_all()

@@ -1,7 +1,8 @@
 """Shapes of samples: the output shape of a module is found by running it once on zeros."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ class NoTensorError(BuildError):
     """A module does not return a tensor; the text follows the name of the module."""
 
 
-def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
+def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
     """Return `in_shape` if it has as many axes as one of the forms.
 
     Args:
         in_shape: the shape of a sample.
         forms: the supported shapes, such as "(D,) or images (C, H, W)".
-        who: the name of the part, for the message.
+        part: the name of the part, for the message.
         hint: further text for the message.
 
     Raises:
@@ -35,7 +36,7 @@ def expect(in_shape: Shape, forms: str, who: str, hint: str = "") -> Shape:
     for axes in re.findall(r"\(([^)]*)\)", forms):
         if len(in_shape) == len(axes.replace(",", " ").split()):
             return tuple(in_shape)
-    message = f"{who} expects {forms}, gets {tuple(in_shape)}"
+    message = f"{part} expects {forms}, gets {tuple(in_shape)}"
     raise BuildError(f"{message}; {hint}" if hint else message)
 
 
@@ -102,18 +103,31 @@ def build_chain(
             module = maker(shape)
         except (BuildError, SettingError) as error:
             raise error.with_text(message_at(place, name, error)) from error
-        try:
+        with run_errors(place, name, shape):
             output = first_output(module, shape) if output is None else dry_run(module, output)
-        except BuildError as error:
-            raise BuildError(message_at(place, name, error)) from error
-        except Exception as error:
-            if user_place(error) is None:
-                raise BuildError(f"{place} cannot take {shape}: {first_line(error)}") from error
-            situation = f"while running it on an input of shape {shape}"
-            raise BuildError(f"{place}: {describe(error)}, {situation}") from error
         shape = tuple(output.shape[1:])
         modules.append(module)
     return modules, shape
+
+
+@contextmanager
+def run_errors(place: str, name: str, in_shape: Shape) -> Iterator[None]:
+    """Raise BuildError with the place of a module for an error of running it.
+
+    Args:
+        place: the position and name of the module, such as "block 4 (conv2d)".
+        name: the name of the module.
+        in_shape: the shape of its input.
+    """
+    try:
+        yield
+    except BuildError as error:
+        raise BuildError(message_at(place, name, error)) from error
+    except Exception as error:
+        if user_place(error) is None:
+            raise BuildError(f"{place} cannot take {in_shape}: {first_line(error)}") from error
+        situation = f"while running it on an input of shape {in_shape}"
+        raise BuildError(f"{place}: {describe(error)}, {situation}") from error
 
 
 def maker_name(maker: Callable[..., Any]) -> str:

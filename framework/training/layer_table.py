@@ -20,7 +20,7 @@ from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
 from framework.runtime.modes import restored_modes
-from framework.runtime.torch_internals.module_contents import buffers_of
+from framework.runtime.torch_internals.module_contents import direct_buffers
 
 
 @dataclass
@@ -53,7 +53,7 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
     """
     buffers = []
     for owner in model.modules():
-        for name, buffer in buffers_of(owner).items():
+        for name, buffer in direct_buffers(owner).items():
             if buffer is not None:
                 buffers.append((owner, name, buffer, buffer.clone()))
     try:
@@ -65,10 +65,10 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
         with torch.no_grad():
             for owner, name, buffer, before in buffers:
                 buffer.copy_(before)
-                buffers_of(owner)[name] = buffer  # the forward pass may have replaced it
+                direct_buffers(owner)[name] = buffer  # the forward pass may have replaced it
 
 
-def call(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
+def run_model(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
     """Run the model, or the step of its task, on the first samples of a batch."""
     # Cloned, so that no storage is larger than its tensor.
     few = tuple(tensor[:samples].clone() for tensor in batch)
@@ -146,7 +146,7 @@ def read_layers(
     """Run a model on one sample and return its layers.
 
     Args:
-        model: the model.
+        model: it stays unchanged.
         batch: tensors of shape (samples, ...), on the device of the model.
         task: if not None, its `step` calls the model.
 
@@ -157,7 +157,7 @@ def read_layers(
     counter = FlopCounterMode(display=False)
     probe = _Probe(model, counter)
     with model_undisturbed(model), torch.no_grad(), counted_as_written(), counter, probe.watch():
-        call(model, batch, task, samples=1)
+        run_model(model, batch, task, samples=1)
     counted: set[Tensor] = set()
     layers = []
     for module in probe.flops:
@@ -224,7 +224,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
     """Return the bytes of the distinct storages that autograd saves in a forward pass.
 
     Args:
-        model: the model.
+        model: it stays unchanged.
         batch: tensors of shape (samples, ...), on the device of the model.
         task: if not None, its `step` calls the model.
         samples: the number of samples of the batch to use.
@@ -245,7 +245,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with model_undisturbed(model, train=True), torch.enable_grad(), saving:
-        call(model, batch, task, samples)
+        run_model(model, batch, task, samples)
     return total
 
 
@@ -278,7 +278,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def stepped_copy(optimizer: torch.optim.Optimizer, device: str) -> torch.optim.Optimizer:
     """Return a copy of an optimizer after a step on parameters of zeros on a device."""
-    replacements: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}  # by `id`, as `deepcopy` looks up objects
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zeros = torch.zeros_like(parameter, device=device)

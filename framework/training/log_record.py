@@ -26,26 +26,31 @@ def checked_record(values: Any, trainer_tags: Collection[str]) -> dict[str, floa
             the line.
     """
     if not isinstance(values, Mapping):
-        expected = "expected a dict of values by tag"
-        raise SettingError(f"trainer.log: {expected}, got {describe(values)}{location()}")
+        raise SettingError(
+            f"trainer.log: expected a dict of values by tag, got {describe_logged(values)}"
+            f"{location()}"
+        )
     record: dict[str, float | Tensor] = {}
     for tag, value in values.items():
         if not isinstance(tag, str) or not tag:
             raise SettingError(f"trainer.log: expected a text as tag, got {tag!r}{location()}")
         if tag in trainer_tags:
-            problem = "it replaces the value that the trainer itself logs with this tag"
-            warnings.warn(f"trainer.log({tag!r}): {problem}{location()}", stacklevel=3)
-        number = as_number(value)
+            warnings.warn(
+                f"trainer.log({tag!r}): it replaces the value that the trainer itself logs with "
+                f"this tag{location()}",
+                stacklevel=3,
+            )
+        number = as_scalar(value)
         if number is None:
-            expected = "expected a number or a tensor with one number"
             raise SettingError(
-                f"trainer.log({tag!r}): {expected}, got {describe(value)}{location()}"
+                f"trainer.log({tag!r}): expected a number or a tensor with one number, got "
+                f"{describe_logged(value)}{location()}"
             )
         record[tag] = number
     return record
 
 
-def as_number(value: Any) -> float | Tensor | None:
+def as_scalar(value: Any) -> float | Tensor | None:
     """Return a number as a float, and a tensor with one element without reading it, else None."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
@@ -61,7 +66,7 @@ def as_number(value: Any) -> float | Tensor | None:
         return None
 
 
-def describe(value: Any) -> str:
+def describe_logged(value: Any) -> str:
     """Return a description of a value for a message."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"

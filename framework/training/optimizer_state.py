@@ -12,8 +12,8 @@ from framework.errors import SettingError
 from framework.runtime import seeds
 
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
-LEFT = "scheduled_lr"  # key of a parameter group: the learning rate after a fit with a schedule
-NOT_SETTINGS = ("params", "initial_lr", LEFT)
+SCHEDULED_LR = "scheduled_lr"  # key of a group: the learning rate after a fit with a schedule
+NOT_SETTINGS = ("params", "initial_lr", SCHEDULED_LR)
 
 
 def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
@@ -23,14 +23,14 @@ def start_learning_rates(optimizer: Optimizer, scheduled: bool) -> None:
     that without the schedule, unless the user has changed it since.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: its groups are changed.
         scheduled: whether the fit has a schedule.
     """
     for group in optimizer.param_groups:
         if "lr" not in group:
             continue
-        left = group.pop(LEFT, None)
-        if left is not None and left == group["lr"]:
+        scheduled_rate = group.pop(SCHEDULED_LR, None)
+        if scheduled_rate is not None and scheduled_rate == group["lr"]:
             group["lr"] = group["initial_lr"]
         if scheduled:
             group["initial_lr"] = group["lr"]
@@ -42,7 +42,7 @@ def mark_learning_rates(optimizer: Optimizer) -> None:
     """Mark the learning rate of each group as changed by a schedule, at the end of a fit."""
     for group in optimizer.param_groups:
         if "lr" in group:
-            group[LEFT] = group["lr"]
+            group[SCHEDULED_LR] = group["lr"]
 
 
 def group_settings(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def merged_groups(
     groups = []
     changed: list[str] = []
     for group, old, new in zip(saved, before, now, strict=False):
-        merged = {name: value for name, value in group.items() if name != LEFT}
+        merged = {name: value for name, value in group.items() if name != SCHEDULED_LR}
         for name, value in new["settings"].items():
             if name in old["settings"] and same_setting(old["settings"][name], value):
                 continue
@@ -162,7 +162,7 @@ def check_state(
     A copy of the optimizer takes a step on a parameter with one element, before training starts.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: it stays unchanged.
         state: the saved state, by the index of a parameter.
         groups: the result of `merged_groups`.
         changed: the names of the changed settings.
@@ -221,9 +221,9 @@ def on_one_element(
     element.grad = torch.zeros_like(element)
     make: Callable[..., Optimizer] = type(optimizer)
     small = make([element])
-    left_out = ("params", "fused", "foreach")
-    settings = {name: value for name, value in group.items() if name not in left_out}
-    small.param_groups[0].update(settings)
+    for name, value in group.items():
+        if name not in ("params", "fused", "foreach"):
+            small.param_groups[0][name] = value
     return small, element
 
 

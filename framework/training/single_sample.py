@@ -20,15 +20,15 @@ class SingleSample(NamedTuple):
     Attributes:
         setting: the name of the setting.
         value: its value.
-        which: the batch in question, if it is not each one.
+        which_batch: " (the last of ...)" if it is not each one.
     """
 
     setting: str
     value: int
-    which: str = ""
+    which_batch: str = ""
 
     def __str__(self) -> str:
-        return f"{self.setting}={self.value} makes a batch of one sample{self.which}"
+        return f"{self.setting}={self.value} makes a batch of one sample{self.which_batch}"
 
 
 def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
@@ -51,8 +51,8 @@ def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
     if size == 1:
         return SingleSample("batch_size", size)
     if last == 1:
-        which = f" (the last of {samples:,}; drop_last=true leaves it out)"
-        return SingleSample("batch_size", size, which)
+        which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
+        return SingleSample("batch_size", size, which_batch)
     return None
 
 
@@ -70,9 +70,10 @@ def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None, None, False
     try:
-        return len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
+        samples = len(loader.sampler)  # type: ignore[arg-type]  # not each Sampler has a length
     except TypeError:
         return None, loader.batch_size, loader.drop_last
+    return samples, loader.batch_size, loader.drop_last
 
 
 def check_single_sample(
@@ -80,19 +81,19 @@ def check_single_sample(
     task: Task,
     batch: Batch,
     precision: Precision,
-    why: SingleSample,
+    reason: SingleSample,
 ) -> None:
     """Raise DataError if a batch norm of the model cannot train on a batch of one sample.
 
     Args:
         model: the model in training; its state does not change.
-        task: the task.
+        task: its `step` calls the model.
         batch: a batch on the model's device, of which the first sample is used.
         precision: of the training.
-        why: the reason for a batch of one sample, for the message.
+        reason: why there is a batch of one sample, for the message.
     """
-    normalised = any(map(has_statistics, model.modules()))
-    if not normalised or task.phases or not all(isinstance(part, Tensor) for part in batch):
+    normalizes = any(map(has_statistics, model.modules()))
+    if not normalizes or task.phases or not all(isinstance(part, Tensor) for part in batch):
         return
     # Not imported at the top, since it imports torch's counter of operations.
     from .layer_table import model_undisturbed
@@ -102,4 +103,4 @@ def check_single_sample(
             task.step(model, tuple(part[:1] for part in batch))
     except Exception as error:  # other errors are those of this batch, or of this trial
         if is_batch_norm(error):
-            raise DataError(f"{why}: {batch_norm_reason(error)}") from error
+            raise DataError(f"{reason}: {batch_norm_reason(error)}") from error

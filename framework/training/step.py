@@ -1,11 +1,11 @@
 """The training step: from the batches of a step to the updated parameters.
 
-`TrainingStep.__call__` and `TrainingStep.backward` are the step. Forward and backward run eagerly,
-compiled or as a CUDA graph; `select_step` chooses once, when a fit starts.
+`TrainingStep` is the step: `__call__`, `backward_and_update` and `backward`. Forward and backward
+run eagerly, compiled or as a CUDA graph; `select_step` chooses once, when a fit starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, NamedTuple, Protocol
@@ -47,8 +47,6 @@ from .step_checks import (
     count_of,
     first_update_error,
 )
-
-ALL_PARAMETERS = nullcontext()
 
 
 class StepContext(Context, Protocol):
@@ -128,28 +126,38 @@ class TrainingStep:
                 batches = transformed_all(batches, trainer.transforms)
         set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
 
-        backward = self.backward_with_retry if self.micro_batches.auto else self.backward
-        for phase in self.task.phases or (None,):
-            trained = ALL_PARAMETERS if phase is None else only_trains(self.model, phase)
-            with trained:
-                try:
-                    trainer.loss, updated = backward(batches, phase)
-                except RuntimeError as error:
-                    check_input_dtype(error, self.model, batches[0])
-                    raise
-            if not updated:
-                if self.is_first:
-                    check_gradients(self.parameters.optimized)
-                self.precision.unscale(self.optimizer)
-                trainer.emit("gradients")
-                with self.clock.detail("optimizer"):
-                    if self.is_first_update:
-                        self.first_update()
-                    else:
-                        self.update()
-            for parameter in self.parameters.optimized:
-                parameter.grad = None
+        if not self.task.phases:
+            self.backward_and_update(trainer, batches)
+        for phase in self.task.phases:
+            with only_trains(self.model, phase):
+                self.backward_and_update(trainer, batches, phase)
         self.is_first = False
+
+    def backward_and_update(
+        self,
+        trainer: StepContext,
+        batches: Sequence[Batch],
+        phase: Phase | None = None,
+    ) -> None:
+        """Compute the gradients of the batches, and update the parameters with them."""
+        backward = self.backward_with_retry if self.micro_batches.auto else self.backward
+        try:
+            trainer.loss, updated = backward(batches, phase)
+        except RuntimeError as error:
+            check_input_dtype(error, self.model, batches[0])
+            raise
+        if not updated:
+            if self.is_first:
+                check_gradients(self.parameters.optimized)
+            self.precision.unscale(self.optimizer)
+            trainer.emit("gradients")
+            with self.clock.detail("optimizer"):
+                if self.is_first_update:
+                    self.first_update()
+                else:
+                    self.update()
+        for parameter in self.parameters.optimized:
+            parameter.grad = None
 
     def backward(self, batches: Sequence[Batch], phase: Phase | None) -> tuple[Tensor, bool]:
         """Compute the gradients of the mean loss over all items of the batches.
@@ -170,10 +178,12 @@ class TrainingStep:
         for part, count, share in zip(parts, counts, shares, strict=True):
             result, updated = self.forward_backward(part, share, phase)
             self.check_first(result, phase, len(part[0]))
-            if phase is None:
-                self.measures.add(result.loss, result.outputs, result.targets, count, result.values)
-            else:  # metrics are for the outputs of evaluation, which may differ from these
-                self.measures.add(result.loss, None, None, count, result.values)
+            outputs: Tensor | None = result.outputs
+            targets: Tensor | None = result.targets
+            if phase is not None:  # metrics are for outputs of evaluation, which may differ
+                outputs = None
+                targets = None
+            self.measures.add(result.loss, outputs, targets, count, result.values)
             loss = result.loss.detach()
             losses.append(loss if share is None else portion(loss, share))
         return sum(losses[1:], losses[0]), updated
@@ -184,7 +194,11 @@ class TrainingStep:
         phase: Phase | None,
     ) -> tuple[Tensor, bool]:
         """Run `backward`; if memory is full, repeat it with smaller micro-batches."""
-        before = StepSnapshot(self.measures.mark(), clones(self.model.buffers()), seeds.capture())
+        before = StepSnapshot(
+            measures=self.measures.mark(),
+            buffers=[buffer.clone() for buffer in self.model.buffers()],
+            random=seeds.capture(),
+        )
         unchanged = versions(batches)
         while True:
             try:
@@ -213,9 +227,9 @@ class TrainingStep:
         try:
             self.update()
         except Exception as error:
-            explained = None
-            if self.precision.scaler is None:
-                explained = first_update_error(self.optimizer, error)
+            if self.precision.scaler is not None:
+                raise
+            explained = first_update_error(self.optimizer, error)
             if explained is None:
                 raise
             raise explained from error
@@ -249,7 +263,6 @@ class EagerStep:
 
     Args:
         forward: the model, or a compiled function that computes the same.
-        task: the task.
         parameters: the trained parameters, for error messages.
         precision: autocast and gradient scaler.
         clock: for the profiler.
@@ -308,15 +321,15 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     """Return the implementation of forward and backward for a fit.
 
     Args:
-        model: the model.
-        task: the task.
-        optimizer: the optimizer.
-        parameters: the parameters of the model.
+        model: the model in training.
+        task: computes the loss; one with phases runs eagerly.
+        optimizer: its update is a part of the step if possible.
+        parameters: those of the model and the optimizer.
         precision: autocast and gradient scaler.
         micro_batches: if `auto`, no step includes the update.
-        clock: of the fit.
-        compile: the part to compile.
-        cuda_graph: whether to capture CUDA graphs.
+        clock: receives the time of compilations; for the profiler.
+        compile: off, model, or step.
+        cuda_graph: off, on, or auto to capture graphs only if they are faster.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
     """
@@ -392,8 +405,3 @@ def only_trains(model: nn.Module, phase: Phase) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-def clones(tensors: Iterator[Tensor]) -> list[Tensor]:
-    """Return a copy of each tensor."""
-    return [tensor.clone() for tensor in tensors]

@@ -23,24 +23,28 @@ def check_result(task: Task, result: Any, parameters: Sequence[Tensor] = ()) -> 
     """Raise SettingError for a result of a task that cannot be trained with or measured.
 
     Args:
-        task: the task.
+        task: for the message.
         result: the return value of its `step`.
         parameters: those that are trained; empty in an evaluation.
     """
     if not isinstance(result, Step):
-        expected = "expected a framework.Step(loss, outputs, targets)"
         got = "None" if result is None else type(result).__name__
-        raise SettingError(f"{type(task).__name__}.step: {expected}, got {got}")
+        raise SettingError(
+            f"{type(task).__name__}.step: "
+            f"expected a framework.Step(loss, outputs, targets), got {got}"
+        )
     loss = result.loss
     check_scalar(loss_of_task(task), loss)
     if not parameters or loss.requires_grad:
         return
     if not any(parameter.requires_grad for parameter in parameters):
-        problem = "every parameter of the optimizer is frozen (requires_grad=False)"
-        raise SettingError(f"model: {problem}, so that nothing would be trained")
-    causes = "detach(), item(), argmax or no_grad() between the model and the loss"
+        raise SettingError(
+            "model: every parameter of the optimizer is frozen (requires_grad=False), "
+            "so that nothing would be trained"
+        )
     raise SettingError(
-        f"{loss_of_task(task)} has no gradient: it does not depend on the parameters ({causes}?)"
+        f"{loss_of_task(task)} has no gradient: it does not depend on the parameters "
+        "(detach(), item(), argmax or no_grad() between the model and the loss?)"
     )
 
 
@@ -67,8 +71,10 @@ def count_of(task: Task, batch: Batch) -> int | Tensor:
         device = batch[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return torch.tensor(float(count), dtype=dtype, device=device)
-    expected = "expected an int or a tensor with one number"
-    raise SettingError(f"{type(task).__name__}.count: {expected}, got {short(count)}")
+    raise SettingError(
+        f"{type(task).__name__}.count: expected an int or a tensor with one number, "
+        f"got {short(count)}"
+    )
 
 
 def check_gradients(parameters: Sequence[Tensor]) -> None:
@@ -157,8 +163,10 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
     problem = f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}"
     if not needs_more:
         return SettingError(problem)
-    reason = "the trainer calls step() after one backward pass"
-    return SettingError(f"{problem}; {reason}, without a closure and without create_graph=True")
+    return SettingError(
+        f"{problem}; the trainer calls step() after one backward pass, "
+        "without a closure and without create_graph=True"
+    )
 
 
 def check_input_dtype(error: Exception, model: nn.Module, batch: Batch) -> None:

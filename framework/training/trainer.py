@@ -34,7 +34,7 @@ from framework.data.accumulation import (
     count_total,
     known_targets,
     other_order,
-    steps,
+    step_windows,
 )
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from framework.errors import DataError, SettingError
@@ -405,11 +405,13 @@ class Trainer(Evaluator):
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
-            why = other_order(self.train_batches, self.state.batch > 0)
-            if why is not None and not self.done:
-                problem = "the result differs from that of an uninterrupted fit"
-                warnings.warn(f"resume: {problem}: {why}", stacklevel=4)
-        self._rate_from = (time.perf_counter(), self.state.samples)
+            reason = other_order(self.train_batches, self.state.batch > 0)
+            if reason is not None and not self.done:
+                warnings.warn(
+                    f"resume: the result differs from that of an uninterrupted fit: {reason}",
+                    stacklevel=4,
+                )
+        self._speed_since = (time.perf_counter(), self.state.samples)
 
     def _make_training_step(self) -> TrainingStep:
         parameters = ModelParameters(self.model, self.optimizer)
@@ -444,7 +446,7 @@ class Trainer(Evaluator):
     def _call_recordable(self, callbacks: GradientCallbacks, loss: Tensor) -> None:
         """Call the recordable callbacks while a CUDA graph records their operations."""
         self.loss = loss
-        for callback in callbacks.recordable():
+        for callback in callbacks.recorded():
             callback.on_gradients(self)
 
     def _check_validation_data(self) -> None:
@@ -459,8 +461,9 @@ class Trainer(Evaluator):
         validations += self.max_epochs % every != 0
         if validations > 1:
             kind = type(self.val_batches.batches).__name__
-            expected = f"expected data for {validations} validations"
-            raise DataError(f"val: {expected}, got a {kind}; {READ_AGAIN}")
+            raise DataError(
+                f"val: expected data for {validations} validations, got a {kind}; {READ_AGAIN}"
+            )
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -547,16 +550,20 @@ class Trainer(Evaluator):
         steps_left = 0
         if state.steps_per_epoch:
             steps_left = state.steps_per_epoch - state.batch // self.accumulate
-        waited = time.perf_counter()
-        for window in steps(batches, self.accumulate, steps_left, self.train_batches.keep):
-            self.clock.add("waiting for data", time.perf_counter() - waited)
-            yield window
-            waited = time.perf_counter()
-        expected = "can it be read only once?"
+        keep = self.train_batches.keep
+        began = time.perf_counter()
+        for window, last in step_windows(batches, self.accumulate, steps_left, keep):
+            self.clock.add("waiting for data", time.perf_counter() - began)
+            yield window, last
+            began = time.perf_counter()
+        # The loop stops reading after the last step, so that the data has ended too early.
+        cause = "can it be read only once?"
         if steps_left:
-            expected = f"its length says {len(self.train_batches)}"
-        ended = f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches"
-        raise DataError(f"{ended}; {expected}")
+            cause = f"its length says {len(self.train_batches)}"
+        raise DataError(
+            f"epoch {state.epoch + 1} of the training data ended after {state.batch} batches; "
+            f"{cause}"
+        )
 
     def _try_single_sample(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches; check the first one of a fit as if it had a single sample."""
@@ -581,8 +588,10 @@ class Trainer(Evaluator):
             return
         for name in ("model", "task", "optimizer"):
             if getattr(self, name) is not getattr(prepared, name):
-                advice = "change it in place, or start a new fit"
-                raise SettingError(f"trainer.{name} was replaced during fit: {advice}")
+                raise SettingError(
+                    f"trainer.{name} was replaced during fit: "
+                    "change it in place, or start a new fit"
+                )
 
     def count_step(self, window: Sequence[Batch], last: bool) -> None:
         """Update the counters after a step."""
@@ -626,13 +635,13 @@ class Trainer(Evaluator):
         """Read the sums of training, and log their means, the learning rate and the speed."""
         now = time.perf_counter()
         samples = self.state.samples
-        since, samples_before = self._rate_from
-        self._rate_from = (now, samples)
+        began, samples_before = self._speed_since
+        self._speed_since = (now, samples)
         values = {f"train/{name}": value for name, value in self.measures.read().items()}
         rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
         if rates:
             values["train/learning_rate"] = max(rates)
-        seconds = max(now - since, 1e-9)
+        seconds = max(now - began, 1e-9)
         values["train/samples_per_second"] = (samples - samples_before) / seconds
         self._log_own(values)
         self.emit("log")
@@ -659,7 +668,8 @@ class Trainer(Evaluator):
             self.schedule.observe(self.state.metrics)
         self.emit("validation_end")
         self._flush()
-        self._rate_from = (self._rate_from[0] + seconds, self._rate_from[1])
+        began, samples = self._speed_since
+        self._speed_since = (began + seconds, samples)
 
     def _report(self, values: dict[str, float]) -> None:
         self._log_own(values)
@@ -713,14 +723,15 @@ class Trainer(Evaluator):
 
     def emit(self, event: str) -> None:
         """Call the callbacks that listen to an event."""
-        if self._listeners[event]:
-            with self.clock.detail("callbacks"):
-                try:
-                    for listener in self._listeners[event]:
-                        listener(self)
-                except OSError as error:
-                    check_disk_error(error, self.folder)
-                    raise
+        if not self._listeners[event]:
+            return
+        with self.clock.detail("callbacks"):
+            try:
+                for listener in self._listeners[event]:
+                    listener(self)
+            except OSError as error:
+                check_disk_error(error, self.folder)
+                raise
 
     def _emit_exception(self) -> None:
         """Call `on_exception` of the callbacks; an error in one does not hide that of the fit."""
@@ -728,5 +739,6 @@ class Trainer(Evaluator):
             try:
                 listener(self)
             except Exception as error:
-                problem = f"on_exception of a callback fails too: {describe(error)}"
-                warnings.warn(problem, stacklevel=2)
+                warnings.warn(
+                    f"on_exception of a callback fails too: {describe(error)}", stacklevel=2
+                )

@@ -75,12 +75,15 @@ def check_callbacks(value: Any) -> list[Callback]:
             raise SettingError(f"callbacks: {expected_part(callback, 'a Callback', 'callbacks')}")
         kind = type(callback).__name__
         if hasattr(callback, "finish_saving") and not isinstance(callback, SavingCallback):
-            advice = f"derive {kind} from SavingCallback"
-            raise SettingError(f"{kind}.finish_saving would never be called: {advice}")
+            raise SettingError(
+                f"{kind}.finish_saving would never be called: derive {kind} from SavingCallback"
+            )
         for name in dir(type(callback)):
             if name.startswith("on_") and name not in known:
-                problem = f"{kind}.{name} would never be called: no event has that name"
-                raise SettingError(f"{problem}; {did_you_mean(name, known)}")
+                raise SettingError(
+                    f"{kind}.{name} would never be called: no event has that name; "
+                    f"{did_you_mean(name, known)}"
+                )
     return callbacks
 
 
@@ -112,8 +115,10 @@ def check_metrics(value: Any) -> list[Metric]:
         if not metric.name:
             raise SettingError(f"metrics: {type(metric).__name__} has no `name` to be logged by")
         if metric.name in names:
-            problem = f"two are logged by the name {metric.name!r}"
-            raise SettingError(f"metrics: {problem}: give one of them another `name`")
+            raise SettingError(
+                f"metrics: two are logged by the name {metric.name!r}: "
+                "give one of them another `name`"
+            )
         names.add(metric.name)
     return metrics
 
@@ -149,8 +154,9 @@ def check_source(name: str, source: Any, needs_targets: bool) -> None:
     known = isinstance(source, Data | Loader | ForeignLoader)
     readable = known or hasattr(source, "__iter__") or hasattr(source, "__getitem__")
     if isinstance(source, str | bytes | type) or not readable:
-        expected = "expected a split, a Data or an iterable of batches"
-        raise SettingError(f"{name}: {expected}, got {short(source)}")
+        raise SettingError(
+            f"{name}: expected a split, a Data or an iterable of batches, got {short(source)}"
+        )
     if isinstance(source, list | tuple) and source:
         as_batch(source[0])
     if isinstance(source, Mapping) and len(source) and 0 not in source:
@@ -158,16 +164,18 @@ def check_source(name: str, source: Any, needs_targets: bool) -> None:
         raise SettingError(f"{name}: expected a split, got a {type(source).__name__} of {keys}")
     pair = isinstance(source, tuple) and all(isinstance(each, Tensor) for each in source)
     if needs_targets and (pair or hasattr(source, "__array__")):
-        got = f"got a {type(source).__name__}"
-        advice = "framework.TensorSplit(inputs, targets) makes a split"
-        raise SettingError(f"{name}: expected batches of (inputs, targets), {got}; {advice}")
+        raise SettingError(
+            f"{name}: expected batches of (inputs, targets), got a {type(source).__name__}; "
+            "framework.TensorSplit(inputs, targets) makes a split"
+        )
 
 
 def check_resume(resume: Any) -> None:
     """Raise SettingError for a value that is not the state of a trainer."""
     if resume is not None and not isinstance(resume, Mapping):
-        expected = "expected a result of `Trainer.state_dict()`"
-        raise SettingError(f"resume: {expected}, got {short(resume)}")
+        raise SettingError(
+            f"resume: expected a result of `Trainer.state_dict()`, got {short(resume)}"
+        )
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -184,8 +192,9 @@ def check_fit(model: Any, task: Any, optimizer: Any, schedule: Any) -> None:
     check_task(task)
     check_loss_parameters(task, model)
     if not isinstance(optimizer, Optimizer):
-        expected = "a torch.optim.Optimizer"
-        reason = expected_part(optimizer, expected, "optimizers", ", model.parameters()")
+        reason = expected_part(
+            optimizer, "a torch.optim.Optimizer", "optimizers", ", model.parameters()"
+        )
         raise SettingError(f"optimizer: {reason}")
     check_step_alone(optimizer)
     if schedule is not None:
@@ -222,9 +231,10 @@ def check_step_alone(optimizer: Optimizer) -> None:
     """Raise SettingError for an optimizer whose `step` requires a closure, such as LBFGS."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        problem = "its step() needs a closure that computes the loss again"
-        advice = "the trainer computes it once in each step: choose another optimizer"
-        raise SettingError(f"optimizer={type(optimizer).__name__}: {problem}; {advice}")
+        raise SettingError(
+            f"optimizer={type(optimizer).__name__}: its step() needs a closure that computes the "
+            "loss again; the trainer computes it once in each step: choose another optimizer"
+        )
 
 
 def check_schedule_function(schedule: Any) -> None:
@@ -234,11 +244,13 @@ def check_schedule_function(schedule: Any) -> None:
         raise SettingError(f"schedule: {reason}")
     if callable(schedule):
         return
-    expected = "a function from the step to a factor on the learning rate"
     got = f"got {short(schedule)}"
     if isinstance(schedule, LRScheduler):
         got += "; a scheduler of torch cannot be used, since it changes the optimizer itself"
-    raise SettingError(f"schedule: expected {expected}, such as lambda step: 0.99**step, {got}")
+    raise SettingError(
+        "schedule: expected a function from the step to a factor on the learning rate, "
+        f"such as lambda step: 0.99**step, {got}"
+    )
 
 
 def check_schedule(schedule: Any, validates: bool) -> None:
@@ -249,18 +261,20 @@ def check_schedule(schedule: Any, validates: bool) -> None:
         validates: whether the run has validation data.
     """
     if observes(schedule) and not validates:
-        name = type(schedule).__name__
         raise SettingError(
-            f"scheduler: {name} reacts to validation, but there is no validation split "
-            "(`fit(val=...)`, data.val_fraction): the learning rate would never change"
+            f"scheduler: {type(schedule).__name__} reacts to validation, but there is no "
+            "validation split (`fit(val=...)`, data.val_fraction): the learning rate would never "
+            "change"
         )
 
 
 def check_has_rate(optimizer: Optimizer) -> None:
     """Raise SettingError for an optimizer without a learning rate that a schedule could change."""
     if not all("lr" in group for group in optimizer.param_groups):
-        problem = f"{type(optimizer).__name__} has no learning rate ('lr') in its groups"
-        raise SettingError(f"schedule: {problem}; leave it out (scheduler=null)")
+        raise SettingError(
+            f"schedule: {type(optimizer).__name__} has no learning rate ('lr') in its groups; "
+            "leave it out (scheduler=null)"
+        )
 
 
 def check_values(model: nn.Module) -> None:
@@ -279,9 +293,10 @@ def check_initialized(model: nn.Module, reader: str) -> None:
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            problem = f"the parameter {name} is uninitialized (a lazy module)"
-            advice = "call the model on a batch of inputs before `fit`"
-            raise SettingError(f"{reader}: {problem}: {advice}")
+            raise SettingError(
+                f"{reader}: the parameter {name} is uninitialized (a lazy module): "
+                "call the model on a batch of inputs before `fit`"
+            )
 
 
 def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
@@ -295,13 +310,15 @@ def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         in_groups.update(group["params"])
     own = {parameter: name for name, parameter in model.named_parameters()}
     if not in_groups & own.keys():
-        reason = "it holds no parameter of this model, so that nothing would be trained"
-        raise SettingError(f"optimizer: {reason}")
+        raise SettingError(
+            "optimizer: it holds no parameter of this model, so that nothing would be trained"
+        )
     foreign = in_groups - own.keys()
     if not foreign:
         return
-    count = f"{len(foreign)} of its {len(in_groups)}"
-    problem = f"optimizer: {count} parameters do not belong to the model"
+    problem = (
+        f"optimizer: {len(foreign)} of its {len(in_groups)} parameters do not belong to the model"
+    )
     missing = [name for p, name in own.items() if p.requires_grad and p not in in_groups]
     if missing:
         raise SettingError(
@@ -326,8 +343,9 @@ def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
     """Raise SettingError for micro-batches of a task whose batches cannot be split."""
     splits = micro_batches.auto or micro_batches.size is not None
     if splits and not task.splits_batches:
-        name = type(task).__name__
-        raise SettingError(f"micro_batch: expected null, as {name} compares the samples of a batch")
+        raise SettingError(
+            f"micro_batch: expected null, as {type(task).__name__} compares the samples of a batch"
+        )
 
 
 def as_list(name: str, value: Any, registry: str) -> list[Any]:
@@ -339,8 +357,10 @@ def as_list(name: str, value: Any, registry: str) -> list[Any]:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return list(value)
     if isinstance(value, str):
-        advice = f"write {name}=[{build_example(value, registry)}]"
-        raise SettingError(f"{name}: expected a list, got {value!r}; {advice}")
+        raise SettingError(
+            f"{name}: expected a list, got {value!r}; "
+            f"write {name}=[{build_example(value, registry)}]"
+        )
     got = "None" if value is None else f"a single {type(value).__name__}"
     raise SettingError(f"{name}: expected a list, got {got}; write {name}=[...]")
 
@@ -349,15 +369,15 @@ def expected_part(value: Any, expected: str, registry: str, more: str = "") -> s
     """Return the message that a value is not a part of a kind, and how to build one.
 
     Args:
-        value: the value.
+        value: an argument of `Trainer` or `fit`.
         expected: the expected type, with its article.
         registry: the public name of the registry, such as "callbacks".
         more: the further arguments of its `build`.
     """
     if isinstance(value, type):
         return f"expected an instance, got the class {value.__name__}; write {value.__name__}(...)"
-    advice = f"build one with {build_example(value, registry, more)}"
-    return f"expected {expected}, got {short(value)}; {advice}"
+    example = build_example(value, registry, more)
+    return f"expected {expected}, got {short(value)}; build one with {example}"
 
 
 def build_example(value: Any, registry: str, more: str = "") -> str:

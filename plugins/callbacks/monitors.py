@@ -193,9 +193,13 @@ def normalized_images(inputs: Tensor) -> Tensor:
 
 
 def side_by_side(images: Tensor, max_columns: int = 8) -> Tensor:
-    """Return images (N, C, H, W) as one image, in rows; the rest of the last row is black."""
+    """Return images (N, C, H, W) as one image, in rows, with a gray line after each image.
+
+    The rest of the last row is black.
+    """
     columns = min(len(images), max_columns)
     missing = -len(images) % columns
     padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    rows = [torch.cat(list(row), 2) for row in padded.split(columns)]
+    framed = nn.functional.pad(padded, (0, 1, 0, 1), value=0.5)
+    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
     return torch.cat(rows, 1)

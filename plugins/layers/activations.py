@@ -2,6 +2,9 @@
 
 The output has the shape of the input, except for the gated activations (glu, reglu, geglu, swiglu),
 which halve the last axis. Softmax, softmin and log_softmax act on the last axis.
+
+`inplace` is no setting: it would overwrite inputs that another layer may use, such as a residual
+connection.
 """
 
 from typing import Literal

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from framework import Block, BuildError, Head, Shape, models, shapes
+from framework import Block, Head, Shape, models, shapes
 
 
 @models.register("stack", aliases=["sequential"])
@@ -27,10 +27,9 @@ class Stack(nn.Module):
         modules, shape = shapes.build_chain(blocks, in_shape)
         self.blocks = nn.Sequential(*modules)
         self.head = head(shape, out_shape)
-        try:
+        name = shapes.maker_name(head)
+        with shapes.run_errors(f"head ({name})", name, shape):
             shapes.output_shape(self.head, shape)
-        except Exception as error:
-            raise BuildError(f"the head cannot take {shape}: {error}") from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(x))

@@ -33,6 +33,13 @@ class Columns(nn.Module):
 
     The vector of index 0 (a category that does not occur in training) is always zero. All vectors
     are in one table, so that a batch needs one lookup. Without categories, the vectors are None.
+
+    Args:
+        in_shape: (columns,).
+        sizes: for each column 0 for a number, or the number of categories; None: all columns are
+            numbers.
+        width: features of a vector.
+        name: of the block, for messages.
     """
 
     def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, name: str):
@@ -148,8 +155,14 @@ def tabular_resnet(
         dropout_kind: how features are dropped.
     """
     hidden = max(1, round(width * expansion))
-    drop = {"dropout": dropout, "dropout_kind": dropout_kind}
-    block = blocks.maker("residual_mlp", width=hidden, activation=activation, norm=norm, **drop)
+    block = blocks.maker(
+        "residual_mlp",
+        width=hidden,
+        activation=activation,
+        norm=norm,
+        dropout=dropout,
+        dropout_kind=dropout_kind,
+    )
     layers = [
         blocks.maker("column_embedding", width=embedding, sizes=list(columns) or None),
         blocks.maker("linear", width=width, activation=None),

@@ -1,4 +1,4 @@
-"""Optimizers of torch, Lion and Muon. The schedule multiplies `lr`.
+"""Optimizers: those of torch under their usual names, Lion and Muon. The schedule multiplies `lr`.
 
 LBFGS is not registered, since it evaluates the loss several times per step, nor SparseAdam, since
 it needs sparse gradients.
@@ -28,6 +28,8 @@ from framework.contracts.pure_optimizer import Settings, State, pure_updates
 HIDDEN = ("maximize", "capturable", "differentiable", "foreach", "fused")  # set by the framework
 COMMON = {"lr": PositiveFloat, "weight_decay": NonNegativeFloat}
 BETAS = COMMON | {"betas": tuple[Rate, Rate], "eps": PositiveFloat}
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # of x, x^3 and x^5 (Jordan et al. 2024)
 
 optimizers.register(
     "adadelta", optim.Adadelta, hide=HIDDEN, types=COMMON | {"rho": Rate, "eps": PositiveFloat}
@@ -82,6 +84,9 @@ optimizers.register(
 optimizers.register(
     "sgd", optim.SGD, hide=HIDDEN, types=COMMON | {"momentum": Rate, "dampening": NonNegativeFloat}
 )
+
+# Pure updates: the step of an optimizer of torch as a function without side effects. Compiled steps
+# and stacked trials call it instead of `step()`.
 
 
 def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
@@ -372,9 +377,10 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     if tall:
         x = x.T
     x = x / x.norm().clamp_min(1e-7)
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     if tall:
         x = x.T
     return x.to(matrix.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from framework import FrameworkError, discover
 from framework.cli.main import COMMANDS, main
 from framework.registry.registry import Registry
 from framework.runs.checkpoint import newest
@@ -133,6 +135,23 @@ def test_help_fits_a_terminal(command, name, monkeypatch):
     overview = command("--help")[1].splitlines()
     assert max(map(len, overview)) < 80
     assert any(line.startswith(f"  {name} ") for line in overview)
+
+
+def subclasses_of(cls):
+    """Return the class and all classes that extend it."""
+    found = [cls]
+    for extension in found:  # the list grows during the loop
+        found += extension.__subclasses__()
+    return found
+
+
+def test_help_names_the_exit_status_of_each_error(command):
+    discover()
+    statuses = {1} | {error.exit_status for error in subclasses_of(FrameworkError)}
+    assert len(statuses) > 2, "some errors have a status of their own"
+    text = " ".join(command("--help")[1].partition("Exit status:")[2].split())
+    for status in statuses:
+        assert re.search(rf"\b{status} (for|if)\b", text), f"no exit status {status}: {text}"
 
 
 def test_commands_and_overrides_are_completed(command, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Completion with TAB: candidates from the registries, and the script in bash."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -112,6 +113,11 @@ def test_the_index_of_the_registries_is_json():
 def test_an_unknown_shell_is_an_error():
     with pytest.raises(FrameworkError, match=r"invalid choice: 'zhs'.*zsh"):
         run(["completion", "zhs"])
+
+
+def test_fish_completes_files_for_the_commands_without_own_words(index):
+    files = re.search("-F -n '__fish_seen_subcommand_from (.*)'", SCRIPTS["fish"])[1].split()
+    assert files == [name for name in COMMANDS if not completions([name, ""], index, COMMANDS)]
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

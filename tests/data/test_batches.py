@@ -17,7 +17,7 @@ from torch.utils.data import (
 import framework as fw
 from fits import SPLIT, Three, X, Y, fit, same
 from framework import Callback, Step, Task, Trainer
-from framework.data.accumulation import as_batches, count_steps, count_total, steps, windows
+from framework.data.accumulation import as_batches, count_steps, count_total, step_windows, windows
 from framework.data.dataset import ForeignLoader, Loader, TensorSplit
 from framework.errors import DataError, FrameworkError
 
@@ -58,7 +58,7 @@ def test_batches_are_grouped_into_steps(length, size, expected):
     assert [len(window) for window in windows(batches, size)] == expected
     last_only = [False] * (len(expected) - 1) + [True]
     for known_steps in (len(expected), 0):
-        counted = [(len(window), last) for window, last in steps(batches, size, known_steps)]
+        counted = [(len(window), last) for window, last in step_windows(batches, size, known_steps)]
         assert counted == list(zip(expected, last_only, strict=False))
     if length:
         assert count_steps(ForeignLoader(batches), size) == len(expected)

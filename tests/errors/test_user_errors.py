@@ -116,6 +116,16 @@ class M(nn.Module):
         fail("-" if self.training or len(x) == 1 else "evaluation", self.place)
         return self.linear(x)
 
+@heads.register("h")
+class H(nn.Module):
+    def __init__(self, in_shape, out_shape): super().__init__()
+    def forward(self, x): fail("head", "head")
+
+@blocks.register("b")
+class B(nn.Module):
+    def __init__(self, in_shape): super().__init__()
+    def forward(self, x): fail("block", "block")
+
 @losses.register("l")
 class L(nn.Module):
     def forward(self, outputs, targets): fail("loss", "loss")
@@ -224,6 +234,14 @@ def trained(user_file, command, forget_plugins):
         (
             "model=m '+model.place=dry run'",
             r"KeyError.*, while running M on one training sample of shape \(1, 2\).*",
+        ),
+        (
+            "model=stack head=h",
+            r"head \(h\): KeyError.*, while running it on an input of shape \(2,\).*",
+        ),
+        (
+            "model=stack model.blocks=[b]",
+            r"block 1 \(b\): KeyError.*, while running it on an input of shape \(2,\).*",
         ),
         (
             "loss=l",

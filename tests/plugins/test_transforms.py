@@ -462,9 +462,10 @@ def test_tensorboard_shows_the_inputs_of_the_model(tmp_path):
         expected = inputs[step - 1][:, 0]
         expected = (expected - expected.min()) / (expected.max() - expected.min())
         assert len(expected) == 10
-        above = np.hstack(expected[:8])
-        below = np.hstack([*expected[8:], *np.zeros((6, *expected[0].shape))])
-        np.testing.assert_allclose(pictures[0] / 255, np.vstack([above, below]), atol=1 / 255)
+        tiles = [*expected, *np.zeros((6, *expected[0].shape))]
+        framed = [np.pad(tile, ((0, 1), (0, 1)), constant_values=0.5) for tile in tiles]
+        rows = np.vstack([np.hstack(framed[:8]), np.hstack(framed[8:])])
+        np.testing.assert_allclose(pictures[0] / 255, rows, atol=1 / 255)
 
 
 def test_the_augmented_callback_changes_no_weights_and_needs_images():

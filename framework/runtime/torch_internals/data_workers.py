@@ -34,7 +34,7 @@ def mark_shut_down(error: BaseException) -> None:
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")
         if isinstance(owner, ITERATORS):
-            owner._shutdown = True  # type: ignore[attr-defined]
+            owner._shutdown = True  # type: ignore[attr-defined]  # a private class of torch
         traceback = traceback.tb_next
 
 

@@ -10,7 +10,7 @@ from typing import Any
 try:
     from torch.utils import _pytree as torch_pytree
 except ImportError:
-    torch_pytree = None  # type: ignore[assignment]
+    torch_pytree = None  # type: ignore[assignment]  # instead of the module
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

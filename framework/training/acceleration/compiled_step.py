@@ -25,7 +25,7 @@ from .fused_update import skips_on_device
 from .single_call_step import SingleCallStep
 
 Compile = Literal["off", "model", "step"]
-EXPECTED = 2  # compilations: for the usual batch, and for the smaller last one of an epoch
+EXPECTED_COMPILATIONS = 2  # for the usual batch, and for the smaller last one of an epoch
 
 
 class Compiled:
@@ -34,7 +34,7 @@ class Compiled:
     It warns if it is compiled more often than expected.
 
     Args:
-        function: the function.
+        function: a function of tensors.
         setting: the value of the setting `compile`, for messages.
         clock: receives the time of compilations as "compiling".
     """
@@ -58,23 +58,22 @@ class Compiled:
             folder = torch.__path__[0]
             if " " in folder:
                 cause = f"it does not work from a folder with a space in its name ({folder})"
-            advice = "use compile=off"
             raise FrameworkError(
-                f"compile={self.setting}: torch cannot compile this; {advice}: {cause}"
+                f"compile={self.setting}: torch cannot compile this; use compile=off: {cause}"
             ) from error
         if self.function.compile_seconds:
             self.clock.add("compiling", self.function.compile_seconds)
             self.compilations += 1
-            if self.compilations > EXPECTED:
+            if self.compilations > EXPECTED_COMPILATIONS:
                 self._warn()
         return result
 
     def _warn(self) -> None:
         reason = self.function.reason() or "torch gives no reason"
         reason = " ".join(reason.splitlines()[0].partition("#")[0].split())
-        limit = f"after {self.function.limit} times torch runs other inputs eagerly"
         warnings.warn(
-            f"compile={self.setting}: compiled {self.compilations} times ({reason}); {limit}",
+            f"compile={self.setting}: compiled {self.compilations} times ({reason}); "
+            f"after {self.function.limit} times torch runs other inputs eagerly",
             stacklevel=2,
         )
 
@@ -85,9 +84,9 @@ class CompiledStep:
     It is a `StepImplementation` (see `training/step.py`).
 
     Args:
-        model: the model.
-        task: the task, which has no phases.
-        parameters: the parameters whose gradients are computed.
+        model: called by the task.
+        task: computes the loss; it has no phases.
+        parameters: those whose gradients are computed.
         precision: autocast and gradient scaler.
         clock: receives the time of compilations.
         single_call: the step with its update, for steps of one batch; None if batches may have to
@@ -183,7 +182,7 @@ class CompiledSingleCall(SingleCallStep):
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
         """Run the step; not updated if the loss or a gradient is not finite."""
-        settings = [tensor_free_settings(group) for group in self.optimizer.param_groups]
+        settings = [settings_without_tensors(group) for group in self.optimizer.param_groups]
         self.set_learning_rates()
         result, gradients, finite = self.compiled(batch, self.learning_rates, settings)
         updated = not self.checks_finite or bool(finite)
@@ -286,7 +285,7 @@ class ExplainedStep:
         check_result(self.task, result, self.parameters.optimized)
 
 
-def tensor_free_settings(group: dict[str, Any]) -> dict[str, Any]:
+def settings_without_tensors(group: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a group without its parameters and learning rate."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 

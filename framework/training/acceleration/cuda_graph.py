@@ -47,7 +47,7 @@ class Captured(NamedTuple):
     gradients: list[Tensor | None]
 
 
-def record(run: Callable[[], Step]) -> tuple[Any, Step]:
+def record_graph(run: Callable[[], Step]) -> tuple[Any, Step]:
     """Record a function without computing anything.
 
     Returns:
@@ -62,7 +62,7 @@ def record(run: Callable[[], Step]) -> tuple[Any, Step]:
 @contextmanager
 def side_stream() -> Iterator[None]:
     """Run a block on another stream than the default, as the passes before a capture must."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no annotation
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -84,7 +84,7 @@ class Graphed:
 
     Args:
         name: the name of the function, for messages.
-        run: the function.
+        run: computes the result of a step for a batch.
         parameters: returns the parameters whose gradients it computes.
         mode: off, on, or auto to time some steps of both kinds and choose the faster.
         model: the model whose tensors it reads; None if these never move.
@@ -121,7 +121,7 @@ class Graphed:
         """Run the function.
 
         Args:
-            batch: the batch.
+            batch: the argument of the function.
             settings: other values that the function depends on; each needs its own graph.
         """
         if self.refused:
@@ -188,7 +188,7 @@ class Graphed:
         """
         inputs = tuple(tensor.clone() for tensor in batch)
         try:
-            graph, result = record(lambda: self.run(inputs))
+            graph, result = record_graph(lambda: self.run(inputs))
         except RuntimeError as error:
             trace = traceback.extract_tb(error.__traceback__)
             frames = [frame for frame in trace if frame.filename != __file__]
@@ -235,9 +235,9 @@ class GraphedStep:
 
     Args:
         eager: the eager step, which the graphs record, and which runs steps of several batches.
-        parameters: the parameters whose gradients are computed.
+        parameters: those whose gradients are computed.
         mode: on or auto.
-        model: the model.
+        model: the model that the eager step calls.
         single_call: the step with its update, for steps of one batch; None if batches may have to
             be split.
         clock: for the profiler.
@@ -286,10 +286,10 @@ class GraphedSingleCall(SingleCallStep):
 
     Args:
         eager: the eager step, which the graph records.
-        optimizer: the optimizer.
+        optimizer: updates the parameters.
         precision: with the scaler of fp16.
         mode: on or auto.
-        model: the model.
+        model: the model that the eager step calls.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
     """
@@ -324,12 +324,12 @@ class GraphedSingleCall(SingleCallStep):
 
     def gradients_needed(self) -> bool:
         """Return whether a callback that cannot be recorded needs the gradients of this step."""
-        if self.callbacks.all_recordable():
+        if self.callbacks.all_recorded():
             return False
         scaled = self.precision.scaler is not None
         if not scaled and not skips_on_device(self.optimizer):
             return True  # they must see a gradient that is not finite before the update
-        return self.callbacks.need_gradients(except_recordable=True)
+        return self.callbacks.need_gradients(except_recorded=True)
 
     def is_supported(self) -> bool:
         """Return whether the optimizer keeps its state on the device and has no hooks."""

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from framework.contracts.task import Task
 from framework.errors import short
-from framework.runtime.torch_internals.module_contents import buffers_of, hooks_of, parameters_of
+from framework.runtime.torch_internals.module_contents import (
+    direct_buffers,
+    direct_parameters,
+    module_hooks,
+)
 
 from .stacked_update import NotStackable
 
@@ -53,7 +57,8 @@ def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor
     Returns:
         Tensors of shape (trials, ...) by key.
 
-    Raises NotStackable for the first other difference.
+    Raises:
+        NotStackable: there is another difference.
     """
     stacked = {}
     keys: dict[Key, None] = {}
@@ -68,8 +73,9 @@ def differences(trials: Sequence[Description], like: Tensor) -> dict[Key, Tensor
         elif is_of_loss(key) and have_one_shape(values):
             stacked[key] = torch.stack([value.detach() for value in values])
         else:
-            examples = f"{short(values[0])}, {short(values[-1])}"
-            raise NotStackable(f"{key_text(key)} differs between trials: {examples}")
+            raise NotStackable(
+                f"{key_text(key)} differs between trials: {short(values[0])}, {short(values[-1])}"
+            )
     return stacked
 
 
@@ -101,15 +107,16 @@ def is_of_loss(key: Key) -> bool:
 def describe_trial(trial: ModelWithTask) -> Description:
     """Return all attributes of a model and its task except the model's parameters and buffers."""
     description: Description = {}
-    parameters = set(map(id, trial.model.parameters()))
+    parameters = set(trial.model.parameters())
     for path, owner in [*trial.named_modules(), ("task", trial.task)]:
         description[path, ""] = type(owner)
         for name, value in own_attributes(path, owner).items():
             if value is trial.task or value is trial.criterion:
                 continue
             for key, leaf in leaves((path, name), value):
-                if id(leaf) not in parameters:
-                    description[key] = leaf
+                if isinstance(leaf, Tensor) and leaf in parameters:
+                    continue
+                description[key] = leaf
     return description
 
 
@@ -120,10 +127,10 @@ def own_attributes(path: str, owner: Any) -> dict[str, Any]:
         return attributes
     for name in MODULE_ATTRIBUTES:
         attributes.pop(name, None)
-    attributes.update(hooks_of(owner))
+    attributes.update(module_hooks(owner))
     if is_of_loss((path,)):
-        attributes.update(buffers_of(owner))
-        attributes.update(parameters_of(owner))
+        attributes.update(direct_buffers(owner))
+        attributes.update(direct_parameters(owner))
     return attributes
 
 
@@ -148,7 +155,7 @@ def find_container(trial: ModelWithTask, key: Key) -> tuple[Any, Any]:
     owner = trial.task if path == "task" else trial.get_submodule(path)
     container: Any = vars(owner)
     if isinstance(owner, nn.Module):
-        for tensors in (parameters_of(owner), buffers_of(owner)):
+        for tensors in (direct_parameters(owner), direct_buffers(owner)):
             if attribute in tensors:
                 container = tensors
     for part in rest:
@@ -157,17 +164,17 @@ def find_container(trial: ModelWithTask, key: Key) -> tuple[Any, Any]:
     return container, attribute
 
 
-def is_same(one: Any, other: Any, parents: frozenset[int] = frozenset()) -> bool:
+def is_same(one: Any, other: Any, parents: tuple[Any, ...] = ()) -> bool:
     """Return whether two objects are equal in all their components.
 
     Args:
-        one: an object.
-        other: an object.
-        parents: ids of the objects that contain `one`, to end at reference cycles.
+        one: any object.
+        other: the object that it is compared with.
+        parents: the objects that contain `one`, to end at reference cycles.
     """
     if isinstance(one, torch.Generator):
         return False  # trials would share its random numbers
-    if one is other or id(one) in parents:
+    if one is other or any(one is parent for parent in parents):
         return True
     if isinstance(one, int | float) and isinstance(other, int | float):
         return one == other
@@ -181,7 +188,7 @@ def is_same(one: Any, other: Any, parents: frozenset[int] = frozenset()) -> bool
         return bool(one == other)
     if len(components) != len(other_components):
         return False
-    parents |= {id(one)}
+    parents = (*parents, one)
     pairs = zip(components, other_components, strict=True)
     return all(is_same(*pair, parents) for pair in pairs)
 

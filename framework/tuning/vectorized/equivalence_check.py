@@ -89,11 +89,16 @@ class EquivalenceCheck:
         return SingleResult(loss.detach(), dict(zip(parameters, gradients, strict=True)))
 
     def compare(self, forward: StackedForward, state: StackedState) -> None:
-        """Run all trials as one. Raises NotStackable when that fails, or results differ."""
+        """Run all trials as one, and compare their results.
+
+        Raises:
+            NotStackable: that fails, or the results differ from those of single trials.
+        """
         loss, gradients = self._run_stacked(forward, state, training=True)
         if loss.shape != (len(state),):
-            shape = tuple(loss.shape[1:])
-            raise NotStackable(f"the task's loss: expected a single number, got the shape {shape}")
+            raise NotStackable(
+                f"the task's loss: expected a single number, got the shape {tuple(loss.shape[1:])}"
+            )
         for name, gradient in gradients.items():
             if gradient is None:
                 raise NotStackable(
@@ -103,11 +108,11 @@ class EquivalenceCheck:
         for row, single in self.single.items():
             largest = single.largest
             dtype = self.precision.dtype or loss.dtype
-            if differ(loss[row], single.loss, largest, dtype):
+            if exceeds_rounding(loss[row], single.loss, largest, dtype):
                 raise NotStackable("the loss differs from that of a single trial")
             for name, gradient in gradients.items():
                 own = None if gradient is None else gradient[row]
-                if differ(own, single.gradients[name], largest, dtype):
+                if exceeds_rounding(own, single.gradients[name], largest, dtype):
                     raise NotStackable(
                         f"the gradient of {name} differs from that of a single trial"
                     )
@@ -138,7 +143,8 @@ class EquivalenceCheck:
 def run_seeded(run: Callable[[], Result]) -> Result:
     """Run a function with fixed random numbers, and restore the generators.
 
-    Raises NotStackable for its errors.
+    Raises:
+        NotStackable: the function raises an error.
     """
     try:
         with undisturbed():
@@ -157,7 +163,7 @@ def largest_number(tensor: Tensor | None) -> float:
     return float(tensor.abs().nan_to_num(posinf=0.0).max())
 
 
-def differ(
+def exceeds_rounding(
     tensor: Tensor | None, expected: Tensor | None, largest: float, dtype: torch.dtype
 ) -> bool:
     """Return whether two tensors differ by more than rounding errors.

@@ -175,7 +175,7 @@ class Vectorized(OneByOne):
         """Run a group in this process, stacked if possible, until a signal.
 
         Args:
-            group: the jobs.
+            group: the jobs, which may train as one.
             earlier: rows of other groups.
         """
         rows: dict[int, Trial] = {}
@@ -195,7 +195,8 @@ class Vectorized(OneByOne):
     def _train_stacked(self, jobs: dict[int, Job], data: Data | None) -> dict[int, Trial]:
         """Train jobs as one stacked model.
 
-        Returns the rows of the jobs that were trained; a note gives the reason for the others.
+        Returns:
+            The rows of the jobs that were trained; a note gives the reason for the others.
         """
         rows: dict[int, Trial] = {}
         trials: list[PreparedTrial] = []
@@ -203,10 +204,10 @@ class Vectorized(OneByOne):
         try:
             with isolated(), capture.capturing():
                 trials = self._prepare(jobs, rows, data)
-                for batch in self._batches(trials):
+                for group in self._groups_that_fit_in_memory(trials):
                     if is_stopped(rows):
                         return rows
-                    self._train(batch, rows)
+                    self._train(group, rows)
         except (NotStackable, OutOfMemory) as error:
             verb = "go on" if any(trial.row for trial in trials) else "train"
             reason = "memory is full" if isinstance(error, OutOfMemory) else error
@@ -244,7 +245,9 @@ class Vectorized(OneByOne):
                 trials.append(PreparedTrial(index, job, prepared))
         return trials
 
-    def _batches(self, trials: Sequence[PreparedTrial]) -> Iterator[Sequence[PreparedTrial]]:
+    def _groups_that_fit_in_memory(
+        self, trials: Sequence[PreparedTrial]
+    ) -> Iterator[Sequence[PreparedTrial]]:
         """Yield trials to stack: as many as fit in memory, all of them at the same step."""
         if not trials:
             return
@@ -262,7 +265,8 @@ class Vectorized(OneByOne):
     def _train(self, trials: Sequence[PreparedTrial], rows: dict[int, Trial]) -> None:
         """Train built trials as one and set their rows.
 
-        Raises NotStackable before anything is written to disk.
+        Raises:
+            NotStackable: they cannot be trained as one; nothing is written to disk by then.
         """
         trainers = [trial.prepared.trainer for trial in trials]
         fits = [trial.prepared.fit_arguments() for trial in trials]
@@ -338,7 +342,7 @@ def find_groups(jobs: Sequence[Job], finished: Iterable[int] = ()) -> list[dict[
     Whether they can is checked by `StackedTrainer`.
 
     Args:
-        jobs: the jobs.
+        jobs: the jobs of a sweep.
         finished: indices of jobs to leave out.
     """
     skipped = set(finished)
@@ -363,10 +367,10 @@ def describe_groups(jobs: Sequence[Job]) -> Iterator[str]:
             is_common = all(job.settings.get(key) == value for job in group)
             if is_common and any(job.settings.get(key) != value for job in jobs):
                 texts.append(f"{key}={value}")
-        yield f"{len(group):>4}  {training_mode(group):<12}{' '.join(texts)}".rstrip()
+        yield f"{len(group):>4}  {describe_training(group):<12}{' '.join(texts)}".rstrip()
 
 
-def training_mode(jobs: Sequence[Job]) -> str:
+def describe_training(jobs: Sequence[Job]) -> str:
     """Return how the trials of a group train, found out with two of them."""
     if len(jobs) < 2:
         return "alone"

@@ -52,7 +52,9 @@ def run_in_processes(works: Sequence[Work], display: Display) -> list[Any]:
     """Run each piece of work in its own process; return the results, None for a process that died.
 
     Signals that end a command are forwarded to the processes, and they die with this process.
-    Raises the first error of a process.
+
+    Raises:
+        BaseException: the first error of a process.
     """
     fork = multiprocessing.get_context("fork")
     results: list[Any] = [None] * len(works)

@@ -41,7 +41,8 @@ class StackedForward:
         precision: the number format.
         frozen_modes: names of the modules that stay in evaluation mode during training.
 
-    Raises NotStackable when the trials differ in anything but numbers.
+    Raises:
+        NotStackable: the trials differ in anything but numbers.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class StackedForward:
         try:
             self.skeleton = copy.deepcopy(trials[0])
         except Exception as error:
-            cause = text_of(error)
-            raise NotStackable(f"the model or the task cannot be copied: {cause}") from error
+            raise NotStackable(
+                f"the model or the task cannot be copied: {text_of(error)}"
+            ) from error
         self.precision = precision
         self.frozen_modes = frozen_modes
         self._set_mode(True)
@@ -152,7 +154,7 @@ class BatchedFunctions(TorchFunctionMode):
         return replacement(*args, **(kwargs or {}))
 
 
-def linear(
+def vmap_linear(
     input: Tensor,  # noqa: A002  # as in torch
     weight: Tensor,
     bias: Tensor | None = None,
@@ -162,7 +164,7 @@ def linear(
     return product if bias is None else product.add_(bias.to(product.dtype))
 
 
-def dropout(
+def vmap_dropout(
     input: Tensor,  # noqa: A002  # as in torch
     p: Any = 0.5,
     training: bool = True,
@@ -175,7 +177,7 @@ def dropout(
     return kept / torch.where(p < 1, 1 - p, 1) if training else input
 
 
-def cross_entropy(
+def vmap_cross_entropy(
     input: Tensor,  # noqa: A002  # as in torch
     target: Tensor,
     weight: Tensor | None = None,
@@ -215,7 +217,7 @@ def cross_entropy(
     return torch.where(total == 0, torch.nan, mean)  # NaN without targets, with gradients of 0
 
 
-def embedding(
+def vmap_embedding(
     input: Tensor,  # noqa: A002  # as in torch
     weight: Tensor,
     padding_idx: int | None = None,
@@ -237,10 +239,10 @@ def embedding(
 
 
 REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
-    F.linear: linear,
-    F.dropout: dropout,
-    F.cross_entropy: cross_entropy,
-    F.embedding: embedding,
+    F.linear: vmap_linear,
+    F.dropout: vmap_dropout,
+    F.cross_entropy: vmap_cross_entropy,
+    F.embedding: vmap_embedding,
 }
 """Versions for vmap, which give each trial its own result, or take tensors instead of numbers.
 
@@ -251,9 +253,11 @@ Gain: 3 to 5 times as many trials a second for 128 small models (`scripts/bench`
 class StackedMeasures:
     """The mean loss and the metrics of all trials, buffered and summed like `Measures` for one."""
 
-    def __init__(self, metrics: Sequence[Metric], trials: int, device: torch.device, hold: int):
+    def __init__(
+        self, metrics: Sequence[Metric], trials: int, device: torch.device, max_buffered: int
+    ):
         self.metrics = list(metrics)
-        self.hold = hold  # batches
+        self.max_buffered = max_buffered
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss = torch.zeros(trials, 2, dtype=self.dtype, device=device)
         self.sums: list[Tensor] = []
@@ -275,7 +279,7 @@ class StackedMeasures:
             self.sum_up()
         self.buffered.append(batch)
         is_large = len(self.buffered) * step.outputs.numel() > Measures.large * 2
-        if len(self.buffered) >= self.hold or is_large:
+        if len(self.buffered) >= self.max_buffered or is_large:
             self.sum_up()
 
     @torch.no_grad()
@@ -291,10 +295,12 @@ class StackedMeasures:
             self.loss += self._weighted(batch.loss, counts)
             for name, means in batch.values.items():
                 add_total(self.values, name, self._weighted(means, counts))
-        if not buffered or buffered[0].outputs is None:
+        all_outputs = [batch.outputs for batch in buffered if batch.outputs is not None]
+        all_targets = [batch.targets for batch in buffered if batch.targets is not None]
+        if not all_outputs:
             return
-        outputs = torch.cat([batch.outputs for batch in buffered], 1)  # type: ignore[misc]
-        targets = torch.cat([batch.targets for batch in buffered], 1)  # type: ignore[misc]
+        outputs = torch.cat(all_outputs, 1)
+        targets = torch.cat(all_targets, 1)
         sums = [stacked_sums(metric, outputs, targets).to(self.dtype) for metric in self.metrics]
         if self.sums:
             sums = [total + new for total, new in zip(self.sums, sums, strict=True)]

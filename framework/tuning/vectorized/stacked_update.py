@@ -17,9 +17,9 @@ from framework.errors import FrameworkError
 from framework.errors.user_code import text_of
 from framework.runtime.torch_internals import foreach
 from framework.runtime.torch_internals.module_contents import (
-    buffers_of,
+    direct_buffers,
+    direct_parameters,
     has_gradient_hooks,
-    parameters_of,
 )
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 from framework.training.acceleration.fused_update import FusedUpdate
@@ -92,8 +92,8 @@ class StackedState:
         per_parameter: optimizer state of each parameter, (trials, parameters) by name.
         kernel_arguments: views for the fused kernel, cached between steps.
 
-    Raises NotStackable when the tensors of trials do not match, or their optimizer has no update
-    for rows.
+    Raises:
+        NotStackable: the tensors of trials do not match, or their optimizer has no update for rows.
     """
 
     def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]):
@@ -102,13 +102,13 @@ class StackedState:
         self.slots = list(parameter_slots(models[0], optimizers[0]))
         self.trials = list(map(TrialTensors, models, optimizers))
         first = self.trials[0]
-        check_parameters(self.trials)
-        self.weights = torch.stack([flatten(trial.parameters) for trial in self.trials])
+        check_same_shapes(self.trials)
+        self.weights = torch.stack([to_vector(trial.parameters) for trial in self.trials])
         self.gradients = torch.zeros_like(self.weights)
-        trained_ids = set(map(id, first.parameters))
+        trained = set(first.parameters)
         self.fixed: dict[str, Tensor] = {}
         for name, parameter in first.model.named_parameters():
-            if id(parameter) not in trained_ids:
+            if parameter not in trained:
                 values = [model.get_parameter(name).detach() for model in models]
                 self.fixed[name] = torch.stack(values)
         self.buffers: dict[str, Tensor] = {}
@@ -155,10 +155,15 @@ class StackedState:
     def _one_trial(self, matrix: Tensor, row: int, slot: ParameterSlot) -> Tensor:
         return matrix[row, slot.columns].view(slot.shape)
 
-    # gradients
+    # Gradients.
 
     def differentiate(self, losses: Tensor, add: bool = False) -> None:
-        """Compute the gradients of each trial's loss in its row, or add them. losses: (trials,)."""
+        """Compute the gradients of each trial's loss in its row.
+
+        Args:
+            losses: shape (trials,).
+            add: whether to add the gradients to those in the row.
+        """
         leaves = list(self.leaves.values())
         gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
         targets = []
@@ -182,8 +187,11 @@ class StackedState:
     def detach_gradients(self, row: int) -> bool:
         """Read and remove the `grad` of a trial's parameters.
 
-        Returns whether they have one: without gradients, a trial is not updated.
-        Raises FrameworkError when only some have one.
+        Returns:
+            Whether they have one: without gradients, a trial is not updated.
+
+        Raises:
+            FrameworkError: only some of them have one.
         """
         parameters = self.trials[row].parameters
         has_gradients = any(parameter.grad is not None for parameter in parameters)
@@ -196,15 +204,15 @@ class StackedState:
             parameter.grad = None
         return has_gradients
 
-    # update
+    # Update.
 
     @torch.no_grad()
-    def update(self, left_out: Sequence[int] = ()) -> None:
-        """Apply the optimizer update to all trials except the rows in `left_out`."""
+    def update(self, skipped: Sequence[int] = ()) -> None:
+        """Apply the optimizer update to all trials except the rows in `skipped`."""
         if not self.has_state:
-            self._first_update(left_out)
+            self._first_update(skipped)
             return
-        rows = [row for row in range(len(self)) if row not in left_out]
+        rows = [row for row in range(len(self)) if row not in skipped]
         for number, slot in enumerate(self.groups):
             groups = [trial.optimizer.param_groups[number] for trial in self.trials]
             self.update_rows(self, groups, rows, slot)
@@ -218,14 +226,14 @@ class StackedState:
             owners += [slot.first] * slot.size
         return owners
 
-    def _first_update(self, left_out: Sequence[int]) -> None:
+    def _first_update(self, skipped: Sequence[int]) -> None:
         """Call each `optimizer.step()`, which creates the state, and take the state over."""
         for row, trial in enumerate(self.trials):
             before = self.weights[row].clone()
             self.attach_gradients(row)
             trial.optimizer.step()
             self.detach_gradients(row)
-            if row in left_out:  # it needs the state before a first step
+            if row in skipped:  # it needs the state before a first step
                 self.weights[row] = before
                 for state in trial.optimizer.state.values():
                     for tensor in tensors_of(state).values():
@@ -244,7 +252,11 @@ class StackedState:
             if any(set(tensors) != names for tensors in trial):
                 raise NotStackable("their optimizer keeps different state for some parameters")
         for name in names:
-            self._adopt(name, [list(map(itemgetter(name), trial)) for trial in states])
+            values = []
+            for trial in states:
+                of_trial = [tensors[name] for tensors in trial]
+                values.append(of_trial)
+            self._adopt(name, values)
         self._attach_state()
 
     def _adopt(self, name: str, values: Sequence[list[Tensor]]) -> None:
@@ -252,7 +264,7 @@ class StackedState:
         first = values[0]
         pairs = zip(first, self.slots, strict=True)
         if all(value.shape == slot.shape for value, slot in pairs):
-            self.per_number[name] = torch.stack([flatten(trial) for trial in values])
+            self.per_number[name] = torch.stack([to_vector(trial) for trial in values])
             return
         if any(value.ndim > 0 for value in first):
             raise NotStackable(f"the optimizer state {name} has another shape than the parameters")
@@ -276,7 +288,7 @@ class StackedState:
                 if state:
                     trial.optimizer.state[parameter].update(state)
 
-    # selection of trials
+    # Selection of trials.
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep some of the trials; the others get their own tensors."""
@@ -294,14 +306,14 @@ class StackedState:
             self._attach()
 
 
-def flatten(tensors: Iterable[Tensor]) -> Tensor:
+def to_vector(tensors: Iterable[Tensor]) -> Tensor:
     """Return the numbers of tensors as a vector."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
+def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters of all groups of an optimizer."""
-    parameters = []
+    parameters: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         parameters += group["params"]
     return parameters
@@ -323,7 +335,7 @@ def check_optimizers(models: Sequence[nn.Module], optimizers: Sequence[Optimizer
         raise NotStackable("their optimizers have other parameters, or in another order")
 
 
-def check_parameters(trials: Sequence[TrialTensors]) -> None:
+def check_same_shapes(trials: Sequence[TrialTensors]) -> None:
     """Raise NotStackable when the parameters of trials do not fit into rows."""
     signatures = set()
     for trial in trials:
@@ -336,39 +348,48 @@ def check_parameters(trials: Sequence[TrialTensors]) -> None:
 
 def tensor_slots(model: nn.Module) -> dict[str, list[TensorSlot]]:
     """Return for each parameter and buffer, by its first name, all slots that hold it."""
-    slots: dict[int, list[TensorSlot]] = {}
+    slots: dict[Tensor, list[TensorSlot]] = {}
     for module in model.modules():
-        for owner in (parameters_of(module), buffers_of(module)):
+        for owner in (direct_parameters(module), direct_buffers(module)):
             for key, tensor in owner.items():
-                slots.setdefault(id(tensor), []).append((owner, key))
+                if tensor is not None:
+                    slots.setdefault(tensor, []).append((owner, key))
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: slots[id(tensor)] for name, tensor in named}
+    return {name: slots[tensor] for name, tensor in named}
 
 
 def parameter_slots(model: nn.Module, optimizer: Optimizer) -> Iterator[ParameterSlot]:
-    """Yield the slots of an optimizer's parameters in a row, group after group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """Yield the slots of an optimizer's parameters in a row, group after group.
+
+    Raises:
+        NotStackable: a parameter is not trained, or not in the model.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
     start = 0
     for parameter in trained_parameters(optimizer):
-        if id(parameter) not in names or not parameter.requires_grad:
+        if parameter not in names or not parameter.requires_grad:
             raise NotStackable(
                 "their optimizer has parameters that are not trained, or not in the model"
             )
         stop = start + parameter.numel()
-        yield ParameterSlot(names[id(parameter)], parameter.shape, slice(start, stop))
+        yield ParameterSlot(names[parameter], parameter.shape, slice(start, stop))
         start = stop
 
 
 def update_signature(optimizer: Optimizer) -> list[Any]:
-    """Return what two optimizers must share for a common update.
+    """Return a value that is equal for optimizers with a common update.
 
-    These are the class, the settings that are not numbers, and the names of the state, found by a
-    step with a single number: SGD without momentum has no state.
+    It has the class, the settings that are not numbers, and the names of the state, found by a step
+    with a single number: SGD without momentum has no state.
+
+    Raises:
+        NotStackable: the step fails.
     """
     signature: list[Any] = [type(optimizer)]
     for group in optimizer.param_groups:
         settings = {name: value for name, value in group.items() if name not in NOT_SETTINGS}
-        signature.append([each for each in settings.items() if is_choice(each[1])])
+        choices = [each for each in settings.items() if isinstance(each[1], bool | str | None)]
+        signature.append(choices)  # the settings that are not numbers may select the algorithm
         number = nn.Parameter(torch.zeros_like(group["params"][0].reshape(-1)[:1]))
         number.grad = torch.zeros_like(number)
         make: Callable[..., Optimizer] = type(optimizer)
@@ -377,15 +398,11 @@ def update_signature(optimizer: Optimizer) -> list[Any]:
             trial_optimizer.param_groups[0].update(settings)
             trial_optimizer.step()
         except Exception as error:
-            name = type(optimizer).__name__
-            raise NotStackable(f"a trial step of {name} failed: {text_of(error)}") from error
+            raise NotStackable(
+                f"a trial step of {type(optimizer).__name__} failed: {text_of(error)}"
+            ) from error
         signature.append(sorted(tensors_of(trial_optimizer.state[number])))
     return signature
-
-
-def is_choice(value: Any) -> bool:
-    """Return whether a setting is not a number, and so may select the algorithm."""
-    return isinstance(value, bool | str | None)
 
 
 def layout(model: nn.Module, optimizer: Optimizer) -> Any:
@@ -407,7 +424,11 @@ Update = Callable[[StackedState, Groups, Sequence[int], GroupSlot], None]
 
 
 def find_update(optimizer: Optimizer) -> Update:
-    """Return the update of rows: the optimizer's fused kernel on a CPU, or its pure update."""
+    """Return the update of rows: the optimizer's fused kernel on a CPU, or its pure update.
+
+    Raises:
+        NotStackable: it has none of these.
+    """
     fused = FusedUpdate(optimizer)
     if fused.kernel is not None and optimizer.param_groups[0]["params"][0].device.type == "cpu":
         return kernel_update(fused)

@@ -16,7 +16,7 @@ import torch
 from framework.contracts.callback import SavingCallback
 from framework.contracts.loss import portion, share_of
 from framework.contracts.task import Step
-from framework.data.accumulation import steps
+from framework.data.accumulation import step_windows
 from framework.data.dataset import Batch, Loader
 from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
@@ -52,8 +52,10 @@ class StackedTrial:
         trainer: its trainer.
         fit: the arguments of its fit.
         fitting: the context of its fit, entered before the first step and left after the last.
+        measures: the measures of its trainer.
         gradient_callbacks: the callbacks that listen to `gradients`, in their order.
-        for_one_trial: those of them that need the gradients of one trial at a time.
+        clip_rows: for each of them its function for all trials, or None.
+        for_one_trial: those without such a function, which need the gradients of one trial.
     """
 
     def __init__(self, number: int, trainer: Trainer, fit: FitArguments):
@@ -61,14 +63,18 @@ class StackedTrial:
         self.trainer = trainer
         self.fit = fit
         self.fitting: AbstractContextManager[None] = trainer.fitting()
+        self.measures: TrialMeasures
         self.gradient_callbacks = gradient_callbacks(trainer.callbacks)
-        for_one_trial = [
-            each for each in self.gradient_callbacks if find_clip_rows(type(each)) is None
-        ]
+        self.clip_rows = [find_clip_rows(type(each)) for each in self.gradient_callbacks]
+        for_one_trial = []
+        for callback, clip_rows in zip(self.gradient_callbacks, self.clip_rows, strict=True):
+            if clip_rows is None:
+                for_one_trial.append(callback)
         self.for_one_trial = GradientCallbacks(for_one_trial, trainer)
 
 
 Ended = Callable[[int, BaseException | None], None]
+"""Receives the number of a trial that has ended, and its error or None."""
 
 
 class StackedTrainer:
@@ -79,7 +85,8 @@ class StackedTrainer:
         fits: the arguments of `fit` of each trial.
         ended: called with the number of a trial when it ends, and with its error if it failed.
 
-    Raises NotStackable before training when the trainers cannot be fitted together.
+    Raises:
+        NotStackable: the trainers cannot be fitted together.
     """
 
     def __init__(
@@ -109,10 +116,13 @@ class StackedTrainer:
         self.state = StackedState(models, [trainer.optimizer for trainer in trainers])
         self.graphed: Graphed | None = None
         if self.first.cuda_graph != "off":
-            # only then, as it refers to the trainer: a reference cycle keeps memory allocated
-            run = self._forward_and_backward
-            mode = self.first.cuda_graph
-            self.graphed = Graphed("the step of all trials", run, list, mode)
+            # Only then, as it refers to the trainer: a reference cycle keeps memory allocated.
+            self.graphed = Graphed(
+                name="the step of all trials",
+                run=self._forward_and_backward,
+                parameters=list,  # none: `StackedState.differentiate` writes gradients into rows
+                mode=self.first.cuda_graph,
+            )
         self.failed: dict[int, BaseException] = {}
         self._stack_measures()
         check.compare(self.forward, self.state)
@@ -120,7 +130,7 @@ class StackedTrainer:
     def _prepare_fits(self) -> None:
         for trial in self.trials:
             for name, loader, first in self._loaders(trial):
-                # before `prepare_fit` moves the split of the first trial to the device
+                # Before `prepare_fit` moves the split of the first trial to the device.
                 if not is_same(loader.split, first.split):
                     raise NotStackable(f"{name} differs between trials")
         for trial in self.trials:
@@ -143,29 +153,31 @@ class StackedTrainer:
         trainers = [trial.trainer for trial in self.trials]
         if not all(is_same(trainer.metrics, self.first.metrics) for trainer in trainers):
             raise NotStackable("their metrics differ")
-        if differ(trainers, lambda trainer: (trainer.state.step, trainer.state.batch)):
+        if differs(trainers, lambda trainer: (trainer.state.step, trainer.state.batch)):
             raise NotStackable("they resume after different steps")
         loaders = [require_loader(trainer) for trainer in trainers]
-        if differ(loaders, lambda loader: (len(loader), loader.batch_size)):
+        if differs(loaders, lambda loader: (len(loader), loader.batch_size)):
             raise NotStackable("loader.batch_size differs")
-        if differ(
+        if differs(
             loaders, lambda loader: (loader.shuffle, loader.class_sampler is None, loader.limit)
         ):
             raise NotStackable("loader.sampling or loader.limit differs")
-        if differ(trainers, lambda trainer: trainer.val_batches is None):
+        if differs(trainers, lambda trainer: trainer.val_batches is None):
             raise NotStackable("only some of them have validation data")
-        if differ(loaders, attrgetter("seed")) and loaders[0].tensors is None:
+        if differs(loaders, attrgetter("seed")) and loaders[0].tensors is None:
             raise NotStackable("they read samples in different orders, from data not in memory")
 
     def _stack_measures(self) -> None:
-        hold = self.first.train_batches.max_buffered
         self.measures = StackedMeasures(
-            self.first.metrics, len(self.trials), self.first.device, hold
+            metrics=self.first.metrics,
+            trials=len(self.trials),
+            device=self.first.device,
+            max_buffered=self.first.train_batches.max_buffered,
         )
         for row, trial in enumerate(self.trials):
-            resumed = trial.trainer.measures
-            trial.trainer.measures = TrialMeasures(self.measures, row)
-            trial.trainer.measures.load_state_dict(resumed.state_dict())
+            trial.measures = TrialMeasures(self.measures, row)
+            trial.measures.load_state_dict(trial.trainer.measures.state_dict())  # of a resumed fit
+            trial.trainer.measures = trial.measures
 
     def run(self) -> None:
         """Train until the last trial is done."""
@@ -182,7 +194,7 @@ class StackedTrainer:
                     self._end(trial, error)
                 raise
 
-    # the loop, see `training/loop.py`
+    # The methods that the loop calls (see `training/loop.py`).
 
     @property
     def done(self) -> bool:
@@ -198,7 +210,7 @@ class StackedTrainer:
         state = self.trials[0].trainer.state
         steps_left = state.steps_per_epoch - state.batch // self.first.accumulate
         items = self._batches(state.epoch, state.batch)
-        yield from steps(items, self.first.accumulate, steps_left)  # type: ignore[arg-type, misc]
+        yield from step_windows(items, self.first.accumulate, steps_left)
 
     def train_step(self, window: Sequence[Item]) -> None:
         for trial in self.trials:
@@ -209,7 +221,7 @@ class StackedTrainer:
         self._compute_gradients([move_batch(batch, self.first.device) for batch, _ in window])
         for trial, loss in zip(self.trials, self.losses.unbind(), strict=True):
             trial.trainer.loss = loss
-        self.state.update(left_out=self._call_gradient_callbacks())
+        self.state.update(skipped=self._call_gradient_callbacks())
         failed = self.failed
         self.failed = {}
         for row, error in failed.items():
@@ -232,13 +244,13 @@ class StackedTrainer:
         self._for_each(lambda trial: trial.trainer.finish_step(last))
         self._end_done_trials()
 
-    # computation for all trials
+    # Computation for all trials.
 
     def _batches(self, epoch: int, start: int) -> Iterator[Item]:
         """Yield the batches of an epoch from batch number `start` on."""
         loaders = [require_loader(trial.trainer) for trial in self.trials]
         first = loaders[0]
-        if not first.shuffle or not differ(loaders, attrgetter("seed")):
+        if not first.shuffle or not differs(loaders, attrgetter("seed")):
             self.orders = None
             for batch in first.epoch(epoch, start):
                 kept = first.keep(batch) if self.first.accumulate > 1 else batch
@@ -304,7 +316,8 @@ class StackedTrainer:
     def _call_gradient_callbacks(self) -> list[int]:
         """Call the callbacks that listen to `gradients`, if they need to see or change them.
 
-        Returns the rows that get no update.
+        Returns:
+            The rows that get no update.
         """
         if not any(trial.gradient_callbacks for trial in self.trials):
             return []
@@ -314,8 +327,7 @@ class StackedTrainer:
             if not finite[row] or trial.for_one_trial.need_gradients():
                 attached.append(row)
                 self.state.attach_gradients(row)
-        for position, callback in enumerate(self.trials[0].gradient_callbacks):
-            clip_rows = find_clip_rows(type(callback))
+        for position, clip_rows in enumerate(self.trials[0].clip_rows):
             if clip_rows is None:
                 for row in attached:
                     self._call_on_gradients(row, position)
@@ -356,7 +368,10 @@ class StackedTrainer:
         batches = self.first.val_batches
         assert batches is not None
         measures = StackedMeasures(
-            self.first.metrics, len(self.trials), self.first.device, batches.max_buffered
+            metrics=self.first.metrics,
+            trials=len(self.trials),
+            device=self.first.device,
+            max_buffered=batches.max_buffered,
         )
         with undisturbed():
             for batch in batches.epoch():
@@ -402,7 +417,7 @@ class StackedTrainer:
         kept = []
         for row, trial in enumerate(self.trials):
             if row in rows:
-                trial.trainer.measures.leave()  # type: ignore[attr-defined]
+                trial.measures.leave()
             else:
                 kept.append(row)
         self.state.select(kept)
@@ -414,7 +429,7 @@ class StackedTrainer:
         if self.orders is not None:
             self.orders = self.orders[kept]
         for row, trial in enumerate(self.trials):
-            trial.trainer.measures.row = row  # type: ignore[attr-defined]
+            trial.measures.row = row
 
     def _end(self, trial: StackedTrial, error: BaseException | None) -> None:
         """End a trial's fit, with the error if it failed, and report it to `ended`."""
@@ -429,7 +444,11 @@ class StackedTrainer:
 
 
 def require_loader(trainer: Trainer) -> Loader:
-    """Return the training loader. Raises NotStackable for other batches."""
+    """Return the training loader.
+
+    Raises:
+        NotStackable: the batches are those of another iterable.
+    """
     if not isinstance(trainer.train_batches, Loader):
         raise NotStackable("their data is an iterable of batches")
     return trainer.train_batches
@@ -451,7 +470,7 @@ def check_equal_settings(trainers: Sequence[Trainer]) -> None:
             )
         if trainer.precision.scaler is not None:
             raise NotStackable("trainer.precision=fp16 needs its own loss scaling for each trial")
-    if differ(trainers, lambda trainer: tuple(map(type, trainer.callbacks))):
+    if differs(trainers, lambda trainer: tuple(map(type, trainer.callbacks))):
         raise NotStackable("their callbacks differ")
     for name in (
         "accumulate",
@@ -461,10 +480,10 @@ def check_equal_settings(trainers: Sequence[Trainer]) -> None:
         "log_every.every",
         "validate_every.every",
     ):
-        if differ(trainers, attrgetter(name)):
+        if differs(trainers, attrgetter(name)):
             raise NotStackable(f"trainer.{name.partition('.')[0]} differs")
 
 
-def differ(objects: Iterable[Compared], key: Callable[[Compared], Hashable]) -> bool:
+def differs(objects: Iterable[Compared], key: Callable[[Compared], Hashable]) -> bool:
     """Return whether objects differ in a key."""
     return len(set(map(key, objects))) > 1

@@ -9,10 +9,10 @@ from torch import nn
 from framework.runtime.identity import ModelContents
 from framework.runtime.torch_internals import foreach, module_contents, pytree
 from framework.runtime.torch_internals.module_contents import (
-    buffers_of,
+    direct_buffers,
+    direct_parameters,
     has_gradient_hooks,
-    hooks_of,
-    parameters_of,
+    module_hooks,
 )
 from framework.runtime.torch_internals.non_finite import NonFiniteFlag
 from framework.runtime.torch_internals.tensor_version import content_hash, version_of
@@ -122,8 +122,8 @@ def test_changed_contents_of_a_model_are_found(names):
 def test_a_tensor_can_replace_a_parameter_or_buffer(names):
     model = network()
     for owned, name in (
-        (parameters_of(model[0]), "weight"),
-        (buffers_of(model[1]), "running_mean"),
+        (direct_parameters(model[0]), "weight"),
+        (direct_buffers(model[1]), "running_mean"),
     ):
         assert name in owned
         before = owned[name]
@@ -138,7 +138,7 @@ def test_a_tensor_can_replace_a_parameter_or_buffer(names):
 def test_hooks_are_listed():
     model = nn.Linear(2, 2)
     model.register_forward_hook(print)
-    assert [hooks for hooks in hooks_of(model).values() if hooks] == [[print]]
+    assert [hooks for hooks in module_hooks(model).values() if hooks] == [[print]]
     assert not has_gradient_hooks(model.weight)
     model.weight.register_hook(print)
     assert has_gradient_hooks(model.weight)

@@ -139,11 +139,11 @@ def recorded(monkeypatch):
     """Replace CUDA graphs; return the list of the recorded ones."""
     graphs = []
 
-    def record(run):
+    def record_graph(run):
         graphs.append(FakeGraph(run))
         return graphs[-1], graphs[-1].result
 
-    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "record_graph", record_graph)
     monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
     return graphs
 

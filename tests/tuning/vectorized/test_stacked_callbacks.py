@@ -5,6 +5,7 @@ import torch
 
 import framework as fw
 from framework import Callback, SavingCallback, Transform
+from framework.contracts.callback_protocols import RowClippingCallback, StackableCallback
 from framework.tuning.vectorized.callbacks import check_stackable, find_clip_rows, is_alone, prepare
 from framework.tuning.vectorized.stacked_update import NotStackable
 
@@ -35,7 +36,11 @@ class Flip(Transform):
         return batch
 
 
-@pytest.mark.parametrize("supported", [ReadsOnly, InPlace])
+class WithContract(StackableCallback, Callback):
+    alone = False
+
+
+@pytest.mark.parametrize("supported", [ReadsOnly, InPlace, WithContract])
 def test_a_callback_that_reads_only_or_declares_it_works_with_stacked_trials(supported):
     check_stackable([supported()])
 
@@ -76,6 +81,7 @@ class Doubles(Halves):
 
 def test_clip_rows_is_used_unless_a_subclass_overrides_on_gradients():
     gradients = torch.ones(2, 3)
+    assert isinstance(Halves(), RowClippingCallback)
     find_clip_rows(Halves)([Halves(), Halves()], gradients)
     assert gradients.tolist() == [[0.5] * 3] * 2
     assert find_clip_rows(Doubles) is None

@@ -2,7 +2,8 @@
 
 import copy
 import signal
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import framework as fw
 from framework import Callback
+from framework.contracts.callback import EVENTS
 from framework.training.acceleration import cuda_graph
 from framework.tuning.vectorized.stacked_forward import TrialMeasures
 from framework.tuning.vectorized.stacked_update import GroupSlot, pure_update
@@ -70,12 +72,12 @@ class Replayed:
 
 
 def test_the_step_of_all_trials_is_replayed_as_a_cuda_graph(monkeypatch):
-    def record(run):
+    def record_graph(run):
         graph = Replayed(run)
         return graph, graph.outputs
 
     monkeypatch.setattr(cuda_graph, "side_stream", torch.enable_grad)
-    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "record_graph", record_graph)
     recipes = [
         {"seed": 0, "max_epochs": 34},
         {"seed": 1, "max_epochs": 20},
@@ -500,3 +502,47 @@ def test_sums_that_ignore_those_of_the_checkpoint_fail_the_check(monkeypatch):
     monkeypatch.setattr(TrialMeasures, "_sum_up", sum_up)
     with pytest.raises(ValueError, match="zip"):
         check_stopped_resume(fit_together, "plain")
+
+
+class EventRecorder(Callback):
+    """Records all events with their steps; raises an error at the end of a step."""
+
+    alone = False
+
+    def __init__(self, fails_at=None):
+        self.fails_at = fails_at
+        self.events = []
+
+    def receive(self, trainer, event):
+        self.events.append((trainer.state.step, event))
+        if event == "step_done" and trainer.state.step == self.fails_at:
+            raise ValueError("at the end of a step")
+
+
+for each in EVENTS:
+    setattr(EventRecorder, f"on_{each}", partialmethod(EventRecorder.receive, event=each))
+
+NOT_EMITTED_FOR_STACKED_TRIALS = set()
+"""Events of single trials that cannot apply to stacked ones, each with its reason: none so far."""
+
+
+@pytest.mark.parametrize("fails_at", [None, 4])
+def test_stacked_trials_emit_the_events_of_a_single_trial(fails_at):
+    """`training/step.py` and `tuning/vectorized/trainer.py` have a training step each."""
+    single = EventRecorder(fails_at)
+    failure = nullcontext()
+    if fails_at is not None:
+        failure = pytest.raises(ValueError, match="end of a step")
+    with failure:
+        alone(trial(callbacks=[single], max_epochs=2))
+    stacked = EventRecorder(fails_at)
+    other = EventRecorder()
+    _, errors = together(
+        trial(0, callbacks=[stacked], max_epochs=2), trial(1, callbacks=[other], max_epochs=2)
+    )
+    assert [isinstance(error, ValueError) for error in errors] == [fails_at is not None, False]
+
+    emitted = {event for _, event in single.events}
+    assert emitted == set(EVENTS) - {"exception" if fails_at is None else "fit_end"}
+    expected = [each for each in single.events if each[1] not in NOT_EMITTED_FOR_STACKED_TRIALS]
+    assert stacked.events == expected
