@@ -146,6 +146,15 @@ def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
+def build_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
+    """Build the optimizer; trainer.fused=false leaves the choice of its implementation to torch."""
+    maker = spec.parts["optimizer"]
+    if not spec.sections["trainer"]["fused"] and "fused" in parameters_of(maker.entry.part):
+        maker = Maker(maker.entry, {**maker.settings, "fused": None})
+    optimizer: Optimizer = maker(build_groups(spec, model))
+    return optimizer
+
+
 def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
     """Run a training sample through the model. Raises BuildError for a wrong output shape."""
     sample = first_input(data)

@@ -37,7 +37,7 @@ from framework.training.validation import (
 
 from .build import (
     build_data,
-    build_groups,
+    build_optimizer,
     build_loader,
     build_metrics,
     build_model,
@@ -99,7 +99,7 @@ class Experiment:
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_output_shape(self.model, self.data, self.out_shape)
-        self.optimizer = spec.parts["optimizer"](build_groups(spec, self.model))
+        self.optimizer = build_optimizer(spec, self.model)
         check_step_alone(self.optimizer)
         self.transforms = [
             maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]

@@ -55,6 +55,7 @@ from . import trainer_state
 from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
+from .acceleration.fused_selection import release_fused, select_fused
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -104,6 +105,7 @@ class Trainer(Evaluator):
         device: str = "auto",
         deterministic: bool = False,
         profile: bool = False,
+        fused: bool = True,
         *,
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
@@ -131,6 +133,9 @@ class Trainer(Evaluator):
                 none.
             profile: profile 50 early steps, print the time of their parts, and write a trace into
                 the folder.
+            fused: use the fused kernel of torch, if there is one, for an optimizer that was built
+                with neither `fused` nor `foreach`. It has the same state and formula; results
+                differ by rounding.
             seed: of the order of samples and all other random numbers in training.
             callbacks: called in this order at each event; includes transforms of batches.
             loggers: receive each scalar, text and image.
@@ -155,6 +160,7 @@ class Trainer(Evaluator):
         self.compile = compile
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
         self.profile = profile
+        self.fused = fused
         self.folder = check_folder(folder)
         self.callbacks = check_callbacks(callbacks)
         self.loggers = check_loggers(loggers)
@@ -360,7 +366,6 @@ class Trainer(Evaluator):
         self.metrics = metrics
         self._share_targets()
         self._prepare(resume)
-        self._check_validation_data()
 
     def _find_listeners(self) -> None:
         """Find the methods of all callbacks, including those that were added since the last fit."""
@@ -396,7 +401,6 @@ class Trainer(Evaluator):
         self.measures = Measures(self.metrics, self.device, self.train_batches.max_buffered)
         self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
-        self._training_step = self._make_training_step()
         self._single = single_sample(self.train_batches, self.micro_batches.size)
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
@@ -411,7 +415,15 @@ class Trainer(Evaluator):
                     f"resume: the result differs from that of an uninterrupted fit: {reason}",
                     stacklevel=4,
                 )
+        self._check_validation_data()
+        self._choose_fused()
+        self._training_step = self._make_training_step()
         self._speed_since = (time.perf_counter(), self.state.samples)
+
+    def _choose_fused(self) -> None:
+        """Choose the implementation of an optimizer whose user has left the choice to torch."""
+        choose = select_fused if self.fused else release_fused
+        choose(self.optimizer, self.optimizer_settings)
 
     def _make_training_step(self) -> TrainingStep:
         parameters = ModelParameters(self.model, self.optimizer)
@@ -506,6 +518,7 @@ class Trainer(Evaluator):
         """Leave the model, optimizer and task as the next fit expects them."""
         if self.schedule is not None:
             mark_learning_rates(self.optimizer)
+        release_fused(self.optimizer, self.optimizer_settings)
         self._last_fit = trainer_state.FitSettings(
             optimizer=self.optimizer,
             after_fit=group_settings(self.optimizer, self.model),

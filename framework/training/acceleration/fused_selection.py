@@ -42,10 +42,21 @@ def release_fused(optimizer: Optimizer, by_user: ByUser) -> None:
     if not is_of_torch(optimizer):
         return
     for index, group in enumerate(optimizer.param_groups):
-        if leaves_choice(by_user, index) and group.get("fused"):
+        if leaves_choice(by_user, index) and group.get("fused") is not None:
             group["fused"] = None
             move_counters(optimizer, group, on_device=bool(group.get("capturable")))
             optimizer.defaults["fused"] = None
+
+
+def avoid_fused_for_sparse(optimizer: Optimizer) -> None:
+    """Set `fused` of each group with a sparse gradient to False, as no fused kernel takes these."""
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            continue
+        gradients = [parameter.grad for parameter in group["params"]]
+        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+            group["fused"] = False
+            move_counters(optimizer, group, on_device=bool(group.get("capturable")))
 
 
 def is_of_torch(optimizer: Optimizer) -> bool:

@@ -15,6 +15,8 @@ from framework.runtime.momentum import complete_momentum
 from framework.runtime.torch_internals.fused_kernels import Kernel, fused_kernel
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 
+from .fused_selection import avoid_fused_for_sparse
+
 
 class KernelInputs(NamedTuple):
     """The arguments of the kernel for a group of parameters, except their gradients."""
@@ -56,6 +58,7 @@ class FusedUpdate:
         inputs = self.current_inputs()
         gradients = None if inputs is None else gradients_of(inputs)
         if inputs is None or gradients is None or self.kernel is None:
+            avoid_fused_for_sparse(self.optimizer)
             complete_momentum(self.optimizer)
             self.optimizer.step()
             return
@@ -160,14 +163,15 @@ class FusedUpdate:
 
 
 def gradients_of(inputs: list[KernelInputs]) -> list[list[Tensor]] | None:
-    """Return the gradients of each group; None if one is missing."""
+    """Return the gradients of each group; None if one is missing or sparse."""
     groups = []
     for each in inputs:
         gradients = []
         for parameter in each.parameters:
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None or gradient.is_sparse:
                 return None
-            gradients.append(parameter.grad)
+            gradients.append(gradient)
         groups.append(gradients)
     return groups
 
