@@ -105,7 +105,9 @@ class Parameters:
         for pattern in self.rates:
             if not any(fnmatchcase(name, pattern) for name in names):
                 available = did_you_mean(pattern, names, most=10)
-                raise SettingError(f"parameters.rates: no parameter fits {pattern!r}; {available}")
+                raise SettingError(
+                    f"parameters.rates: no parameter matches {pattern!r}; {available}"
+                )
         layers = list(dict.fromkeys(map(layer_of, names)))
         factors = {}
         for name in names:
@@ -157,8 +159,8 @@ def build_optimizer(maker: Maker, params: Iterable[Any]) -> Optimizer:
         if not isinstance(cause, FORM_ERRORS):
             raise
         kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
-        form = f"an optimizer gets a list of {len(params)} {kind}"
-        advice = "for other groups, register a function that makes them of `params`"
+        form = f"an optimizer receives a list of {len(params)} {kind}"
+        advice = "for other groups, register a function that creates them from `params`"
         raise BuildError(f"{error}; {form}: {advice}") from cause
     return optimizer
 

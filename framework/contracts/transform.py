@@ -56,7 +56,7 @@ def transformed_all(batches: Sequence[Batch], transforms: Sequence[Transform]) -
         for old, new, version in zip(last, results[-1], before, strict=False):
             if old.data_ptr() == new.data_ptr() and versions([(old,)]) != [version]:
                 names = ", ".join(type(transform).__name__ for transform in transforms)
-                problem = "a transform writes into the batch that it returned before"
+                problem = "a transform overwrites the batch that it returned before"
                 raise SettingError(f"transforms={names}: {problem}; expected new tensors")
     return results
 

@@ -170,7 +170,7 @@ def group_lines(groups: Sequence[ParameterGroup]) -> list[str]:
     """Return a line for each group of parameters, up to a limit."""
     lines = [group_text(group) for group in groups[:MOST_GROUPS]]
     if len(groups) > MOST_GROUPS:
-        lines.append(f"and {len(groups) - MOST_GROUPS} groups more")
+        lines.append(f"and {len(groups) - MOST_GROUPS} more groups")
     return lines
 
 

@@ -144,7 +144,7 @@ def read_checkpoint(resumed: Resumed, checkpoints: Path, spec: Spec) -> None:
     if manifest.get("torch") != torch.__version__:
         resumed.notes.append(
             f"torch is {torch.__version__}, was {short(manifest.get('torch'))}: "
-            "the last bits may differ"
+            "results may differ in the last bits"
         )
 
 
@@ -155,7 +155,7 @@ def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
     if later:
         yield (
             f"set aside in {checkpoints}: {', '.join(later)} "
-            "(now named *.aside; delete what you do not need)"
+            "(renamed to *.aside; delete them if you do not need them)"
         )
 
 
@@ -194,8 +194,8 @@ def model_difference(
     for name in {**saved, **own}:
         if saved.get(name) != own.get(name):
             return (
-                f"another model: {name} has shape {saved.get(name)} in its checkpoint, "
-                f"and {own.get(name)} here"
+                f"another model: {name} has shape {saved.get(name)} in the checkpoint "
+                f"and {own.get(name)} in the config"
             )
     return None
 

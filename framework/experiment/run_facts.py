@@ -61,7 +61,7 @@ def unknown_content(run: Path) -> str | None:
     """Return why the data of a run cannot be compared by content; None if it can."""
     content = read_facts(run).get("content")
     if not isinstance(content, dict):
-        return "the run is of an older version, which did not note the content of its data"
+        return "the run is of an older version, which did not record the content of its data"
     unknown = [split for split, digest in content.items() if digest is None]
     if unknown:
         splits = " and ".join(unknown)

@@ -728,5 +728,5 @@ class Trainer(Evaluator):
             try:
                 listener(self)
             except Exception as error:
-                problem = f"on_exception of a callback fails too: {describe(error)}"
+                problem = f"on_exception of a callback also failed: {describe(error)}"
                 warnings.warn(problem, stacklevel=2)

@@ -118,4 +118,4 @@ def test_a_check_detects_an_experiment_that_does_not_learn(command):
     status, _, err = command("check optimizer.lr=1e-12 optimizer.weight_decay=0")
     assert status == 2
     assert f"after {STEPS} steps" in err
-    assert "it is not learned" in err
+    assert "the batch is not learned" in err

@@ -244,7 +244,7 @@ def test_a_sweep_copied_without_links_resumes(command):
     shutil.rmtree(next(sweep.glob("001_*")))
     status, out, err = command(f"{swept} resume=auto run.root=copy")
     assert status == 0, err
-    assert "of which 1 trials are done" in out
+    assert "of which 1 trials are finished" in out
     assert (sweep / "best/config.yaml").resolve().parent.parent == sweep.resolve()
     assert (sweep / "best/config.yaml").resolve().parent.name.startswith("00")
     assert "seed: " + before.partition("seed: ")[2][0] in (sweep / "best/config.yaml").read_text()

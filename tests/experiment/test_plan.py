@@ -260,7 +260,7 @@ def test_groups_of_parameters_are_shown_with_their_rates_and_decays():
 
 
 @pytest.mark.parametrize(
-    ("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 groups more")]
+    ("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 more groups")]
 )
 def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
     layers = [nn.Linear(2, 1, bias=False) for _ in range(count)]

@@ -408,7 +408,7 @@ SIZES = {
 def test_a_model_much_larger_than_its_checkpoint_takes_no_memory(run, changes):
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": MODEL_OF | changes}))
     with within():
-        refused(open_run, run, match=r"the config asks for|model=mlp|expected")
+        refused(open_run, run, match=r"the config needs|model=mlp|expected")
 
 
 class Seeded(torch.nn.Linear):
@@ -617,8 +617,8 @@ ABSURD = [
         "workers",
         r"loader\.workers=1000000: .*\[0, 1024\]",
     ),
-    ("eval {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
-    ("resume {}", "data", "samples", "blobs with samples=1000000000000, .*takes about"),
+    ("eval {}", "data", "samples", "blobs with samples=1000000000000, .*needs about"),
+    ("resume {}", "data", "samples", "blobs with samples=1000000000000, .*needs about"),
 ]
 
 

@@ -255,7 +255,7 @@ def refused(command, tmp_path):
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,3:1,2,3:"),
-            "c.ts, line 5: the class at its end is missing",
+            "c.ts, line 5: the class at the end of the line is missing",
         ),
         # texts and arrays
         (

@@ -82,7 +82,7 @@ def train(folder, values, resume=None, callbacks=(), **settings):
 def test_a_trial_behind_the_others_is_pruned(study, tmp_path):
     state = train(tmp_path / "003_seed-3", BAD)
     assert state.stop.by == "prune"
-    assert state.stop.reason.startswith("val/loss is behind")
+    assert state.stop.reason.startswith("val/loss is worse")
     assert state.epoch == 2
     assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
 
