@@ -65,7 +65,7 @@ class Resumed:
         """Make the chosen checkpoint the newest one, so that it is resumed again after a kill."""
         if self.chosen is None:
             return
-        reason = f"goes on from step {self.step}"
+        reason = f"continues from step {self.step}"
         self.folder.write("status.json", {"status": "stopped", "reason": reason, "step": self.step})
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 

@@ -54,7 +54,7 @@ def content_changes(before: Any, now: Mapping[str, Any]) -> Iterator[str]:
         return
     for split in {**before, **now}:
         if before.get(split) != now.get(split):
-            yield f"other content in the {split} split"
+            yield f"the content of the {split} split differs"
 
 
 def unknown_content(run: Path) -> str | None:

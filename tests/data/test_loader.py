@@ -421,7 +421,7 @@ def test_a_split_larger_than_memory_is_an_error_before_it_is_read():
         def __getitem__(self, index):
             return torch.zeros(1), torch.tensor(0)
 
-    with pytest.raises(DataError, match=r"^loader.read=memory: Huge .* 1\.12e\+07 GiB, .* free$"):
+    with pytest.raises(DataError, match=r"^loader.read=memory: Huge .* 1\.12e\+07 GiB; .* free$"):
         Loader(Huge(), read="memory")
 
 

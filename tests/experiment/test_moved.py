@@ -282,7 +282,7 @@ def test_data_with_the_same_content_may_move_to_another_path(monkeypatch):
 OTHER = {
     "one_value": (
         {"value": "0.25"},
-        r"data .*has changed since it began \(.*other content in the .* split.*--inexact",
+        r"data .*has changed since it began \(.*the content of the .* split differs.*--inexact",
     ),
     "fewer_rows": ({"rows": 100}, r"has changed since it began \(.*samples: .*--inexact"),
 }
@@ -307,7 +307,10 @@ def test_other_content_at_the_same_path_gives_a_note(monkeypatch):
     rows[7] += 1
     np.savez("x.npz", x=rows, y=np.arange(40) % 2)
     _, messages = train_run(*lines, "resume=auto")
-    assert "the data has changed since the run began: other content in the train split" in messages
+    assert (
+        "the data has changed since the run began: the content of the train split differs"
+        in messages
+    )
 
 
 def test_the_data_of_a_run_of_an_older_version_may_not_move(monkeypatch):

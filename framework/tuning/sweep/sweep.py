@@ -68,7 +68,7 @@ def sweep(
         check_hydra(composing, choices["hydra/launcher"])
         if plan is not None and choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(
-                ["plan -m lists the trials of a grid; a search draws its trials while it runs"]
+                ["plan -m lists the trials of a grid; a search samples its trials while it runs"]
             )
         runner = prepare_sweep(composing, config, task, explain)
         runner.composer = Composer(hydra.config_loader, config, composing)

@@ -247,7 +247,7 @@ def test_a_small_cnn_learns_digits():
             "cnn",
             {"channels": [4] * 4},
             (1, 8, 8),
-            r"4 `channels` .* \(1, 8, 8\) can be halved 3 times",
+            r"4 `channels` .* \(1, 8, 8\) can be halved only 3 times",
         ),
         ("resnet", {}, (6, 16), r"resnet expects images \(C, H, W\), got \(6, 16\)"),
         ("resnet", {"depths": [1, 1]}, (1, 8, 8), r"2 depths \[1, 1\] and 3 channels"),
