@@ -163,6 +163,8 @@ def children(node: ast.AST) -> Iterable[ast.AST]:
         return []
     if isinstance(node, ast.AnnAssign):
         return [node.value] if node.value is not None else []
+    if isinstance(node, ast.Subscript):
+        return [node.value]  # without a key, or the texts of a Literal
     if isinstance(node, ast.Call) and name_of(node.func) in PATTERNS:
         return []
     return ast.iter_child_nodes(node)
