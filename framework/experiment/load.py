@@ -89,7 +89,7 @@ class Trained:
         now = scale_of(data, self.task)
         if not nearly_equal(before, now):
             raise RunError(
-                f"{self.run}: the targets were scaled by {before} in training, but are by {now} "
+                f"{self.run}: the targets were scaled by {before} in training, but by {now} "
                 "now; the data has changed, or the run is of an older version: train it again"
             )
 
