@@ -222,7 +222,7 @@ def test_plan_as_json_and_on_a_terminal():
     shown = output.getvalue()
     assert "train 100 (4.69 KiB), val 3" in shown
     assert "40 = 10 epochs of 4, batches of 32" in shown
-    assert "960 FLOPs a sample forward" in shown
+    assert "960 FLOPs per sample forward" in shown
     assert "about 3.69 M to train" in shown
     assert "32 of 517 parameters" in shown
     assert max(map(len, shown.splitlines())) <= 80
