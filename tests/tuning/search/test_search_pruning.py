@@ -120,7 +120,7 @@ def test_nan_is_not_reported(study, tmp_path):
 
 
 def test_pruning_outside_a_search_is_an_error(tmp_path):
-    with pytest.raises(SettingError, match="no trial of a search"):
+    with pytest.raises(SettingError, match="not a trial of a search"):
         train(tmp_path / "mine", BAD)
     with pytest.raises(RunError, match="is not the folder of a search"):
         train(tmp_path / "003_seed-1", BAD)
