@@ -40,7 +40,7 @@ class Columns(nn.Module):
         (inputs,) = shapes.expect(in_shape, "columns (D,)", name)
         sizes = torch.tensor(sizes or [0] * inputs)
         if len(sizes) != inputs:
-            raise BuildError(f"{name}: expected {inputs} sizes of columns, got {len(sizes)}")
+            raise BuildError(f"{name}: expected sizes of {inputs} columns, got {len(sizes)}")
         numbers = (sizes == 0).nonzero()[:, 0]
         indices = sizes.nonzero()[:, 0]
         self.numbers = len(numbers)
