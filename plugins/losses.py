@@ -281,8 +281,8 @@ class Focal(nn.Module):
             return loss.mean()
         if self.alpha.ndim == 0:
             raise DataError(
-                f"loss.alpha={self.alpha:g}: one number is for labels;"
-                " for classes set one per class, such as alpha=[0.2, 0.8]"
+                f"loss.alpha={self.alpha:g}: expected one number per class, such as "
+                "alpha=[0.2, 0.8] (a single number is for targets of kind labels)"
             )
         return (self.alpha[targets] * loss).mean()
 

@@ -98,8 +98,8 @@ class Crop(Transform):
         _, high, wide = shapes.expect(in_shape, IMAGES, "crop")
         if fill == "reflect" and padding >= min(high, wide):
             raise BuildError(
-                f"crop: padding={padding}: fill=reflect needs less than the size of"
-                f" {tuple(in_shape)}; fill=edge has no limit"
+                f"crop: padding={padding}: fill=reflect needs less than the height and width "
+                f"of {tuple(in_shape)}; fill=edge has no limit"
             )
         self.padding = padding
         self.mode = {"edge": "replicate", "reflect": "reflect", "zero": "constant"}[fill]

@@ -440,7 +440,7 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
     elif failure.kind == "item":
         message = f"{path}: the list has no such item"
     elif failure.kind == "interval":
-        message = "interval(...) needs a sweeper that draws values; write a,b,c or range(...)"
+        message = "interval(...) needs a sweeper that samples values; write a,b,c or range(...)"
     else:
         message = failure.text
     if not failure.in_file:

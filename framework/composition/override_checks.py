@@ -100,7 +100,7 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
     key = override.key_or_group
     if override.package is not None:
         advice = quoted_override(f"{key}={text.partition('=')[2]}")
-        return f"the place of a part cannot be changed with @: write {advice}"
+        return f"the package of a part cannot be changed with @: write {advice}"
     if key == "plugins":
         return "use --plugins, or the list `plugins` in the project's conf/config.yaml"
     if key == "hydra.mode":

@@ -61,8 +61,8 @@ REQUIRED = "???"
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 NO_IMPORTS = "is refused: a config names registered parts (`name: ...`) and cannot import code"
 OLD_TEXT = (
-    "was written by an earlier version for a default that a config cannot hold, and may or may "
-    "not be that default: remove the line to use the default"
+    "was written by an earlier version in place of a value that a config cannot hold, perhaps the "
+    "default: remove the line to use the default"
 )
 UNSET: Any = object()
 """Marks a setting that a maker leaves out, so that the default in the part's signature applies."""
@@ -442,7 +442,7 @@ class Reader:
             reason = "has a type that no config can hold"
             if key in owner.kind.given:
                 reason = "is passed by the framework"
-            message = f"the parameter {key} of {name} {reason}, so it is no setting"
+            message = f"the parameter {key} of {name} {reason}, so it is not a setting"
         elif others:
             more = " ..." if len(others) > 4 else ""
             message = f"{key} is a setting of {', '.join(others[:4])}{more}, not of {name}"

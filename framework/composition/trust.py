@@ -66,7 +66,7 @@ def read_trusted() -> dict[str, int]:
     parsed = parse_json(content, file)
     folders = parsed.get("folders") if isinstance(parsed, dict) else None
     if not isinstance(folders, dict) or not all(type(owner) is int for owner in folders.values()):
-        raise RunError(f"{file} is not a file of trusted folders")
+        raise RunError(f"{file} is not a list of trusted folders")
     return folders
 
 
@@ -171,7 +171,7 @@ def description(folder: Path) -> list[str]:
         lines.append("its config files name no plugins")
     status = folder.stat()
     if status.st_uid != os.geteuid():
-        lines.append(f"warning: the folder belongs to another user (number {status.st_uid})")
+        lines.append(f"warning: the folder belongs to another user (user id {status.st_uid})")
     if status.st_mode & stat.S_IWOTH:
         lines.append("warning: every user of this machine can write to the folder")
     return lines

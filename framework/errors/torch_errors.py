@@ -87,4 +87,4 @@ def is_batch_norm(error: BaseException) -> bool:
 
 def batch_norm_reason(error: BaseException) -> str:
     """Return the text of an error for which `is_batch_norm` holds, with an explanation."""
-    return f"{text_of(error)}. A batch norm needs two"
+    return f"{text_of(error)}. A batch norm needs at least two samples"

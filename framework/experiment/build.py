@@ -132,9 +132,9 @@ def check_embeds(maker: Maker) -> None:
         return
     fitting = [entry.name for entry in Registry.every["model"] if "columns" in entry.asks_for]
     raise BuildError(
-        f"model={maker.entry.name} would treat the data's indices of categories as amounts: choose "
-        f"one that embeds them ({', '.join(fitting) or 'one with `columns`'}), or let the data "
-        "encode them one-hot"
+        f"model={maker.entry.name} would use the category indices of the data as numbers: choose "
+        f"a model that embeds them ({', '.join(fitting) or 'one with `columns`'}), or one-hot "
+        "encoding in the data"
     )
 
 

@@ -70,14 +70,14 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         stopped = fit(Experiment(spec, data), folder, StopAfter(1))
         state = timed(say, "checkpoint after a step", lambda: save_and_load(stopped, folder))
         check_same_weights(reference.model, timed(say, "resume from it", resumed).model)
-        say("the resumed run comes to the same weights, bit for bit")
+        say("the resumed run has the same weights, bit for bit")
         losses = timed(say, "overfit one batch", overfitted)
     first = losses[0]
     last = losses[-1]
-    summary = f"loss of one batch: {first:.4g}, after {len(losses)} steps {last:.4g}"
+    summary = f"loss of one batch: {first:.4g} at first, {last:.4g} after {len(losses)} steps"
     if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
         raise RunError(
-            f"{summary}: it is not learned; check optimizer.lr, the loss and the targets"
+            f"{summary}: the batch is not learned; check optimizer.lr, the loss and the targets"
         )
     say(summary)
 

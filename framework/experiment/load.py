@@ -89,8 +89,8 @@ class Trained:
         now = scale_of(data, self.task)
         if not nearly_equal(before, now):
             raise RunError(
-                f"{self.run}: its targets were scaled by {before}, those of the data now by {now}; "
-                "the data has changed, or the run is of an older version: train it again"
+                f"{self.run}: the targets were scaled by {before} in training, but by {now} "
+                "now; the data has changed, or the run is of an older version: train it again"
             )
 
     def read_inputs(self, file: Path) -> Tensor:
@@ -156,7 +156,7 @@ def facts_that_fit(run: Path) -> Iterator[None]:
         yield
     except WRONG_FORM as error:
         raise RunError(
-            f"{run / 'facts.json'} does not fit the data of the run: {describe(error)}"
+            f"{run / 'facts.json'} does not match the data of the run: {describe(error)}"
         ) from error
 
 

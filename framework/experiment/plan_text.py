@@ -144,7 +144,7 @@ def cost_text(plan: Plan) -> str:
     samples = plan.batch_size * plan.total_steps * plan.batches_per_step
     training = 3 * plan.flops * samples  # the backward pass costs twice as much as the forward pass
     return (
-        f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), "
+        f"{count_text(plan.flops)} FLOPs per sample forward (multiply-add: 2), "
         f"about {count_text(training)} to train"
     )
 
@@ -170,7 +170,7 @@ def group_lines(groups: Sequence[ParameterGroup]) -> list[str]:
     """Return a line for each group of parameters, up to a limit."""
     lines = [group_text(group) for group in groups[:MOST_GROUPS]]
     if len(groups) > MOST_GROUPS:
-        lines.append(f"and {len(groups) - MOST_GROUPS} groups more")
+        lines.append(f"and {len(groups) - MOST_GROUPS} more groups")
     return lines
 
 

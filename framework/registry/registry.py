@@ -45,8 +45,8 @@ from .signatures import call_arguments, first_sentence, parameters_of, unwrapped
 
 P = TypeVar("P", bound=Callable[..., Any])
 RESERVED = {
-    "name": "a config names the part itself by it",
-    "defaults": "in a config it lists choices of parts",
+    "name": "in a config it is the name of the part",
+    "defaults": "in a config it is the list of selected parts",
 }
 
 

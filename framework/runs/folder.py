@@ -76,7 +76,7 @@ class RunFolder:
             path = parent / (name or "...")
             reason = failure_reason(path, error)
             raise write_error(error)(
-                f"the run folder {path} cannot be made: {reason} (run.root={root})"
+                f"the run folder {path} cannot be created: {reason} (run.root={root})"
             ) from None
 
     @classmethod
@@ -310,7 +310,7 @@ def read_config(run: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
-        raise RunError(f"{file} holds no config")
+        raise RunError(f"{file} does not contain a config")
     return config
 
 

@@ -249,7 +249,7 @@ def check_disk_error(error: OSError, folder: Path | None) -> None:
 def check_exists(folder: Path) -> None:
     """Raise RunError if the folder of a run was deleted or renamed after the start."""
     if not folder.is_dir():
-        raise RunError(f"the folder {folder} does not exist any more")
+        raise RunError(f"the folder {folder} no longer exists")
 
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
@@ -276,7 +276,7 @@ def failure_reason(path: Path, error: OSError, needed: int | None = None) -> str
         needs = "" if needed is None else f"{needed:,} bytes are needed, "
         return f"{reason} ({needs}{free_disk_bytes(path):,} bytes are free)"
     if not path.parent.exists():
-        return f"the folder {path.parent} does not exist any more"
+        return f"the folder {path.parent} no longer exists"
     return reason
 
 

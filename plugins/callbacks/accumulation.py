@@ -60,7 +60,9 @@ class Accumulation(Callback):
         self.schedule: dict[int, int] = {}
         for epoch, batches in schedule.items():
             if not epoch.isdecimal():
-                raise SettingError(f"accumulation.schedule: {epoch!r} is no epoch; {EXAMPLE}")
+                raise SettingError(
+                    f"accumulation.schedule: expected epochs as keys, got {epoch!r}; {EXAMPLE}"
+                )
             self.schedule[int(epoch)] = batches
         self.before: tuple[int, Any] | None = None  # `accumulate` and `schedule` of the trainer
 
@@ -68,7 +70,7 @@ class Accumulation(Callback):
         """Count the steps of the run. Raises SettingError if the data has no length."""
         state = trainer.state
         if not state.steps_per_epoch:
-            raise SettingError("accumulation needs training data that knows its length")
+            raise SettingError("accumulation needs training data with a length")
         self.before = (trainer.accumulate, trainer.schedule)
         if trainer.schedule is not None and trainer.max_steps is None:
             trainer.schedule = PacedSchedule(trainer.schedule, trainer)

@@ -318,7 +318,7 @@ class Swa(Averaging):
         super().on_fit_end(trainer)
         if not self.updates and trainer.state.stop is None:
             warnings.warn(
-                f"swa averaged nothing: the run ended before epoch {self.first + 1} was complete",
+                f"swa averaged no weights: the run ended before the end of epoch {self.first + 1}",
                 stacklevel=2,
             )
 

@@ -58,8 +58,8 @@ class Best:
                 known += [f"train/{metric}", f"val/{metric}"]
             suggestion = did_you_mean(self.monitor, known)
             raise SettingError(
-                f"cannot tell whether {self.monitor!r} is better high or low; {suggestion} "
-                f"(for a value logged by a part of your own, set mode to min or max)"
+                f"the better direction of {self.monitor!r} is not known; {suggestion} "
+                f"(for a value that custom code logs, set mode=min or mode=max)"
             )
         return direction_sign(directions[name])
 

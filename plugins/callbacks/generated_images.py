@@ -47,7 +47,7 @@ class Pictures(Callback):
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.task, PictureTask):
             name = type(trainer.task).__name__
-            raise SettingError(f"callbacks.pictures: task {name} has no pictures to show")
+            raise SettingError(f"callbacks.pictures: task {name} generates no images")
 
     def on_validation_end(self, trainer: Context) -> None:
         self._log_if_due(trainer)
@@ -108,7 +108,7 @@ class SampleDistance(Callback):
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.model, GenerativeModel):
             name = type(trainer.model).__name__
-            raise SettingError(f"callbacks.sample_distance: model {name} makes no samples")
+            raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:

@@ -183,7 +183,8 @@ def normalized_images(inputs: Tensor) -> Tensor:
     if inputs.ndim != 4 or not inputs.is_floating_point():
         shape = tuple(inputs.shape[1:])
         raise SettingError(
-            f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}"
+            f"callbacks.augmented: expected images (C, H, W) of floating-point numbers, got "
+            f"{inputs.dtype} {shape}"
         )
     images = inputs.detach().float()
     if images.shape[1] not in (1, 3):

@@ -178,7 +178,8 @@ def data_loader_advice(trainer: Context) -> str | None:
     share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
     if share is None or not isinstance(loader, DataLoader) or loader.num_workers > 0:
         return None
-    return f"{share:.0%} of the time waited for data: DataLoader(..., num_workers=2) reads ahead"
+    spent = f"{share:.0%} of the time was spent waiting for data"
+    return f"{spent}: DataLoader(..., num_workers=2) reads ahead"
 
 
 def is_terminal(stream: TextIO) -> bool:

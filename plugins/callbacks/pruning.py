@@ -46,7 +46,7 @@ class Prune(Callback):
         number = trial_number(trainer.folder)
         if trainer.folder is None or number is None:
             raise SettingError(
-                "prune: this run is no trial of a search; use it with -m hydra/sweeper=optuna"
+                "prune: this run is not a trial of a search; use it with -m hydra/sweeper=optuna"
             )
         rule = make_pruner(self.pruner, self.startup, self.warmup)
         self.judge = Judge(trainer.folder.parent, number, rule)
@@ -77,8 +77,8 @@ class Prune(Callback):
     def _decide(self, trainer: Context, value: float) -> None:
         state = trainer.state
         if self.judge.prunes(value, self.looks) and state.step != state.total_steps:
-            rule = f"{self.pruner}, look {self.looks}"
-            trainer.stop("prune", f"{self.monitor} is behind that of other trials ({rule})")
+            rule = f"{self.pruner}, measurement {self.looks}"
+            trainer.stop("prune", f"{self.monitor} is worse than that of other trials ({rule})")
 
     def state_dict(self) -> dict[str, Any]:
         return {"looks": self.looks}

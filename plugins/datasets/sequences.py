@@ -154,7 +154,7 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
                 f"{where}: {len(sequence)} channels, but {len(sequences[0])} in the first sequence"
             )
         if has_classes and not label.strip():
-            raise DataError(f"{where}: the class at its end is missing")
+            raise DataError(f"{where}: the class at the end of the line is missing")
         sequences.append(sequence)
         labels.append(label.strip())
     if not is_data:
@@ -169,7 +169,7 @@ def read_sequence(text: str, where: str) -> Tensor:
     channels = [read_channel(channel, where) for channel in text.split(":")]
     lengths = [len(channel) for channel in channels]
     if len(set(lengths)) != 1:
-        raise DataError(f"{where}: its channels have {lengths} frames; expected equal numbers")
+        raise DataError(f"{where}: expected channels of equal length, got {lengths} frames")
     sequence = torch.tensor(channels, dtype=torch.float64)
     if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is not a finite number")

@@ -198,8 +198,8 @@ class Docstrings(TextData):
                 classes.append(package)
         if len(classes) < 2:
             raise DataError(
-                f"{library} does not have the source of Python's standard library, "
-                "and so no docstrings"
+                f"{library} does not contain the source of Python's standard library, which "
+                "data=docstrings reads"
             )
         labels = list(label_of.values())
         rows = split_texts(labels, val_fraction, test_fraction, split_seed)

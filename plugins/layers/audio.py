@@ -102,7 +102,7 @@ def log_mel(
     shapes.expect(in_shape, "(channels+1, samples)", "log_mel")
     if in_shape[0] < 2:
         raise BuildError(
-            f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel besides the mask"
+            f"log_mel expects {WAVEFORM}, got {tuple(in_shape)}, which is the mask only"
         )
     length = round(window_ms * sample_rate / 1000)
     hop = round(hop_ms * sample_rate / 1000)
@@ -120,12 +120,12 @@ def check_frames(
     """Raise BuildError for impossible frames or bands."""
     if length < 1 or hop < 1:
         raise BuildError(
-            f"log_mel: window_ms and hop_ms: expected one sample or more, {1000 / sample_rate:g} ms"
+            f"log_mel: expected a window_ms and hop_ms of at least one sample "
+            f"({1000 / sample_rate:g} ms)"
         )
     if n_fft < length or n_fft % 2:
         raise BuildError(
-            f"log_mel: n_fft={n_fft}: expected an even number not below the window of {length}"
-            " samples"
+            f"log_mel: n_fft={n_fft}: expected an even number >= {length} (samples of the window)"
         )
     if not low_hz < high_hz <= sample_rate / 2:
         raise BuildError(

@@ -57,8 +57,8 @@ def expect_masked(in_shape: Shape, name: str, forms: str = FORM) -> Shape:
     channels, *axes = shapes.expect(in_shape, forms, name)
     if channels < 2:
         raise BuildError(
-            f"{name} expects {forms}, the last channel being the mask;"
-            f" {tuple(in_shape)} has no other channel"
+            f"{name} expects {forms} with the mask as last channel, got {tuple(in_shape)}, "
+            "which is the mask only"
         )
     return channels - 1, *axes
 
@@ -102,7 +102,8 @@ def find_stride(length: int, shortened: int) -> int:
         if stride and shortened in (math.ceil(length / stride), length // stride):
             return stride
     raise BuildError(
-        f"masked: no stride shortens {length} frames to {shortened}; pad so that no frame is lost"
+        f"masked: expected a block with padding that keeps all frames: no stride reduces {length} "
+        f"frames to {shortened}"
     )
 
 

@@ -94,7 +94,7 @@ class LanguageModelling(Task):
         if characters is None and data.target != "class":
             name = type(data).__name__
             raise DataError(
-                f"data {name} contains no tokens: choose a text, such as data=stdlib_source"
+                f"data {name} contains no tokens; choose a text, such as data=stdlib_source"
             )
         self.criterion.characters = None if characters is None else characters.float()
 
@@ -279,7 +279,7 @@ class TextSamples(Callback):
         """Generate a text and pass it to the loggers as a markdown code block."""
         split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError("text_samples: the data is no text for a language model")
+            raise SettingError("text_samples: expected the text data of a language model")
         tokenizer = split.facts["tokenizer"]
         prompt = tokenizer.encode(self.prompt)
         tokens = sample(trainer.model, prompt, split.length, **self.sampling)

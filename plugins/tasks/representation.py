@@ -157,9 +157,9 @@ class Distillation(Classification):
         classes = run.facts["classes"]
         if shape != tuple(data.in_shape) or list(classes) != list(data.classes):
             raise DataError(
-                f"task.teacher={self.path}: it takes {shape} and knows the classes "
-                f"{', '.join(classes)}; {type(data).__name__} has {tuple(data.in_shape)} and "
-                f"{', '.join(data.classes)}"
+                f"task.teacher={self.path}: expected inputs of shape {shape} and the classes "
+                f"{', '.join(classes)}, got {tuple(data.in_shape)} and {', '.join(data.classes)} "
+                f"({type(data).__name__})"
             )
         self.teacher = run.model.eval().requires_grad_(False)
 

@@ -44,7 +44,7 @@ def test_a_name_cannot_lead_out_of_the_root(tmp_path, name):
 
 def test_a_root_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/default.* cannot be made: .*run\.root=.*file"):
+    with pytest.raises(RunError, match=r"file/default.* cannot be created: .*run\.root=.*file"):
         RunFolder(tmp_path / "file", "mine")
 
 
@@ -65,7 +65,7 @@ def test_written_files_are_read_back(tmp_path):
     [
         (None, "it has no config.yaml"),
         ("a: [", "is not valid YAML"),
-        ("- a", "holds no config"),
+        ("- a", "does not contain a config"),
         (b"\xff", "is not valid YAML"),
     ],
 )

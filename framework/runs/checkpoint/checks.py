@@ -45,7 +45,7 @@ def check_size(file: BinaryIO, expected: int, path: Path) -> None:
             start = os.lseek(file.fileno(), end, os.SEEK_DATA)
         except OSError:  # no more data
             raise CheckpointError(
-                f"{path} has {size:,} bytes, but data for {data:,} bytes only"
+                f"{path} is a sparse file: {size:,} bytes, of which {data:,} are stored"
             ) from None
         end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
         data += end - start
@@ -105,7 +105,7 @@ def check_training_size(training: dict[str, Any]) -> None:
         count += len(level)
         if count > MOST_VALUES or depth > MOST_DEPTH:
             raise CheckpointError(
-                f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep"
+                f"its state has more than {MOST_VALUES:,} values, or more than {MOST_DEPTH} levels"
             )
         for value in level:
             if isinstance(value, Tensor):

@@ -95,7 +95,7 @@ def link_to(saved: Path, name: str) -> None:
         else:
             os.replace(temporary, link)
     except OSError as error:
-        raise save_error(error)(f"the link {link} cannot be made: {error.strerror}") from error
+        raise save_error(error)(f"the link {link} cannot be created: {error.strerror}") from error
 
 
 def set_aside(folder: Path, chosen: Path) -> None:

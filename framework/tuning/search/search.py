@@ -277,7 +277,7 @@ class OptunaSweeper(TrialSweeper):
             if not self.compose(number, texts):
                 del composed[number]
         for first, overrides in consecutive(composed):
-            cause = "its process ended without an error"
+            cause = "its process ended without a result"
             try:
                 for job in self.trial_launcher.launch(overrides, initial_job_idx=first):
                     result_of(job)  # raises the error of a launcher's process

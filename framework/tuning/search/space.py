@@ -94,8 +94,8 @@ class Space:
         if "fold" in swept:
             text = as_typed(str(swept["fold"].input_line))
             self.problems.append(
-                f"{text}: a search would choose the easiest fold: expected one fold, such as "
-                "fold=1/5; for all folds of some settings, sweep without optuna"
+                f"{text}: expected one fold, such as fold=1/5, since a search would select "
+                "the fold with the best values; for several folds, sweep without optuna"
             )
         if not swept:
             self.problems.append(
@@ -146,7 +146,7 @@ class Space:
         if axis.per is None or axis.per in self.fixed_values or self._find_axis(axis.per):
             return
         advice = did_you_mean(axis.per, [each.key for each in self.axes if each.per is None])
-        self.problems.append(f"{axis.key}: per {axis.per}: this setting has no value; {advice}")
+        self.problems.append(f"{axis.key}: per {axis.per}: {axis.per} is not set; {advice}")
 
     def _find_axis(self, key: str) -> Axis | None:
         for axis in self.axes:

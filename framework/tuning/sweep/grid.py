@@ -135,7 +135,7 @@ def axis_problems(overrides: Sequence[Override]) -> Iterator[str]:
     for override in overrides:
         text = as_typed(str(override.input_line))
         if override.is_interval_sweep():
-            advice = "interval(...) is for a sweeper that draws values: use a,b,c or range(...)"
+            advice = "interval(...) is for a sweeper that samples values: use a,b,c or range(...)"
             yield f"{text}: {advice}"
         elif override.is_sweep_override() and not sweep_values(override):
             yield f"{text}: there are no values"

@@ -68,7 +68,7 @@ def sweep(
         check_hydra(composing, choices["hydra/launcher"])
         if plan is not None and choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(
-                ["plan -m lists the trials of a grid; a search draws its trials while it runs"]
+                ["plan -m lists the trials of a grid; a search samples its trials while it runs"]
             )
         runner = prepare_sweep(composing, config, task, explain)
         runner.composer = Composer(hydra.config_loader, config, composing)
@@ -187,7 +187,7 @@ def open_sweep(
     folder.acquire()
     if found is not None:
         finished = sum(trial.is_finished for trial in folder.trials())
-        print_line(f"going on with {folder.path}, of which {finished} trials are done")
+        print_line(f"going on with {folder.path}, of which {finished} trials are finished")
     return folder
 
 
@@ -205,7 +205,9 @@ def find_sweep(parent: Path, name: str | None, request: Mapping[str, Any]) -> Sw
     if before.get("swept", []) != request["swept"]:
         keys = ", ".join(before.get("swept", []))
         other_keys = ", ".join(request["swept"])
-        raise RunError(f"{folder.path} sweeps {keys}, not {other_keys}: choose another sweep.name")
+        raise RunError(
+            f"{folder.path} is a sweep of {keys}, got {other_keys}: choose another sweep.name"
+        )
     shared = shared_settings(before)
     other_shared = shared_settings(request)
     differences = []

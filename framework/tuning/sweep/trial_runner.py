@@ -243,7 +243,7 @@ def check_task(task: Any) -> TrialRunner:
 def number_of(job: Job) -> int:
     """Return the number of a job. Raises FrameworkError for a job without one."""
     if job.number is None:
-        raise FrameworkError("a job of a sweep needs a number")
+        raise FrameworkError("the job of a sweep has no number (hydra.job.num)")
     return job.number
 
 

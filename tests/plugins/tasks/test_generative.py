@@ -332,8 +332,8 @@ def test_logged_images_come_from_the_evaluated_weights():
             "Reconstruction has value targets; available: .*mae",
         ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
-        ("+callbacks=pictures", "Classification has no pictures"),
-        ("+callbacks=sample_distance", "Stack makes no samples"),
+        ("+callbacks=pictures", "Classification generates no images"),
+        ("+callbacks=sample_distance", "Stack generates no samples"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_errors(command, overrides, message):
