@@ -41,19 +41,17 @@ class AreaUnderCurve(Metric):
     This is the area under the receiver operating characteristic (Hanley and McNeil 1982), with an
     error of about 0.001, averaged over classes or labels. The score of a class is its log odds,
     log p - log(1 - p), which does not saturate as p does; the score of a label is its logit.
+
+    Args:
+        bins: number of bins of each histogram of scores (with 4096 bins there are eight
+            histograms); reduced for more than 64 classes, down to 1,024 for 256 or more, to
+            save memory.
     """
 
     name = "auroc"
     targets: ClassVar[tuple[str, ...]] = ("class", "labels")
 
     def __init__(self, bins: Annotated[int, Range("[2, inf)")] = 4096):
-        """Store the number of bins.
-
-        Args:
-            bins: number of bins of each histogram of scores (with 4096 bins there are eight
-                histograms); reduced for more than 64 classes, down to 1,024 for 256 or more, to
-                save memory.
-        """
         self.bins = bins
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -136,8 +134,8 @@ def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
         split_histograms = []
         for kind in range(2):
             coarse = counts[kind, split]
-            finer = split_counts(coarse, histograms[kind, level], place % bins, background[kind])
-            split_histograms.append(finer.flatten())
+            inner = split_counts(coarse, histograms[kind, level], place % bins, background[kind])
+            split_histograms.append(inner.flatten())
         counts = torch.stack(split_histograms)
         place = place.flatten()
         coarser = shift

@@ -44,17 +44,15 @@ class Accumulation(Callback):
     arXiv:1711.00489). If trainer.max_epochs ends the run, the learning rate follows the position in
     the data: after half of the epochs it is the same as with constant trainer.accumulate. If
     trainer.max_steps ends the run, it follows the steps as usual.
+
+    Args:
+        schedule: batches per step by first epoch, counted from 0, e.g. {0: 1, 10: 4}; earlier
+            epochs use trainer.accumulate.
     """
 
     alone = True  # vectorized trials make their steps together
 
     def __init__(self, schedule: dict[str, PositiveInt]):
-        """Store the schedule.
-
-        Args:
-            schedule: batches per step by first epoch, counted from 0, e.g. {0: 1, 10: 4}; earlier
-                epochs use trainer.accumulate.
-        """
         if not schedule:
             raise SettingError(f"accumulation.schedule is empty; {EXAMPLE}")
         self.schedule: dict[int, int] = {}

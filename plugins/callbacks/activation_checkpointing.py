@@ -20,17 +20,15 @@ class ActivationCheckpointing(Callback):
     (Chen et al. 2016, arXiv:1604.06174, section 4.) Results are bitwise the same, including dropout
     and running statistics. Each block costs one more forward pass. Of nested blocks, the outermost
     is checkpointed.
+
+    Args:
+        patterns: of the names of modules, as `plan` shows them, e.g. [blocks.*].
     """
 
     changes_training = False
     alone = True  # vectorized trials do not call the forward methods of the modules
 
     def __init__(self, patterns: list[str]):
-        """Store the patterns.
-
-        Args:
-            patterns: of the names of modules, as `plan` shows them, e.g. [blocks.*].
-        """
         if not patterns:
             raise SettingError(
                 "activation_checkpointing.patterns=[] has no effect: name blocks to checkpoint"

@@ -226,19 +226,17 @@ class Ema(Averaging):
 
     (Polyak and Juditsky 1992.) Buffers, such as running statistics of batch norms, are not
     averaged: evaluation uses those of training.
+
+    Args:
+        decay: d, the weight of the old average; 0.999 averages about 1,000 updates.
+        warmup: begin with a shorter average: after n updates d is at most (1 + n) / (10 + n),
+            as in TensorFlow's ExponentialMovingAverage.
+        every: when to update the average.
     """
 
     alone = False
 
     def __init__(self, decay: Rate = 0.999, warmup: bool = True, every: Every = "1step"):
-        """Store the settings.
-
-        Args:
-            decay: d, the weight of the old average; 0.999 averages about 1,000 updates.
-            warmup: begin with a shorter average: after n updates d is at most (1 + n) / (10 + n),
-                as in TensorFlow's ExponentialMovingAverage.
-            every: when to update the average.
-        """
         super().__init__()
         self.decay = decay
         self.warmup = warmup
@@ -263,19 +261,17 @@ class Swa(Averaging):
     first averaged epoch, the weights themselves are evaluated. It needs a learning rate that stays
     high: scheduler=null, or a schedule that only warms up. The running statistics of batch norms
     are measured for the mean, with untransformed training batches (section 3.2).
+
+    Args:
+        start: epochs before the first averaged one; null: three quarters of the run, as in the
+            paper.
+        batches: training batches to measure the statistics of batch norms with after each
+            epoch; null: all, 0: none, which keeps the statistics of training.
     """
 
     alone = True  # vectorized trials have no models of their own to measure statistics with
 
     def __init__(self, start: NonNegativeInt | None = None, batches: NonNegativeInt | None = None):
-        """Store the settings.
-
-        Args:
-            start: epochs before the first averaged one; null: three quarters of the run, as in the
-                paper.
-            batches: training batches to measure the statistics of batch norms with after each
-                epoch; null: all, 0: none, which keeps the statistics of training.
-        """
         super().__init__()
         self.start = start
         self.batches = batches

@@ -15,6 +15,13 @@ class Freeze(Callback):
     after the other, the last one first. Layers with frozen parameters only, such as batch norms,
     run in eval mode, so their running statistics do not change either. Logs
     train/frozen_parameters, the count of frozen numbers, whenever it changes.
+
+    Args:
+        patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
+            pattern thaws first.
+        epochs: epochs until the last pattern thaws; null: never.
+        every: epochs between the thawing of one pattern and of the pattern before it; 0: all
+            thaw together.
     """
 
     alone = True  # in vectorized trials, one trial cannot freeze the parameters of all
@@ -22,15 +29,6 @@ class Freeze(Callback):
     def __init__(
         self, patterns: list[str], epochs: NonNegativeInt | None = None, every: NonNegativeInt = 0
     ):
-        """Store the settings.
-
-        Args:
-            patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
-                pattern thaws first.
-            epochs: epochs until the last pattern thaws; null: never.
-            every: epochs between the thawing of one pattern and of the pattern before it; 0: all
-                thaw together.
-        """
         if not patterns:
             raise SettingError("freeze.patterns=[] has no effect: name parameters to freeze")
         self.patterns = patterns

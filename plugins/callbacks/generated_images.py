@@ -25,17 +25,15 @@ class Pictures(Callback):
     The inputs are the first ones of the validation split, or of the training split without one. In
     a step with a validation, the images come from the validated weights: the average, if the
     callback that averages comes after this one.
+
+    Args:
+        count: images of each kind.
+        every: how often to log them.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            count: images of each kind.
-            every: how often to log them.
-        """
         self.count = count
         self.cadence = Cadence(every)
         self.checked_step = -1  # the cadence is checked once per step
@@ -92,17 +90,15 @@ class SampleDistance(Callback):
     and at most 2. It detects samples that are too similar to each other. It does not detect samples
     that are far from all inputs and from each other, such as white noise: their distance is at most
     the mean similarity of two inputs, 0.07 for images of clothes.
+
+    Args:
+        count: number of samples, and of inputs to compare them with; the time grows with its
+            square.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 1000):
-        """Store the settings.
-
-        Args:
-            count: number of samples, and of inputs to compare them with; the time grows with its
-                square.
-        """
         self.count = count
 
     def on_fit_start(self, trainer: Context) -> None:

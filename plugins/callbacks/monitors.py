@@ -92,16 +92,14 @@ class Histograms(Callback):
 
     Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
     A sparse gradient counts with its stored values, a complex number with both parts.
+
+    Args:
+        every: how often to log them; each time copies all parameters from the device.
     """
 
     changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
-        """Store the cadence.
-
-        Args:
-            every: how often to log them; each time copies all parameters from the device.
-        """
         self.cadence = Cadence(every)
 
     def needs_gradients(self, trainer: Context) -> bool:
@@ -144,17 +142,15 @@ class Augmented(Transform):
     """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
     It logs them after the first step, and then at its cadence.
+
+    Args:
+        count: number of images, at most a batch.
+        every: how often to log them.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            count: number of images, at most a batch.
-            every: how often to log them.
-        """
         self.count = count
         self.cadence = Cadence(every)
         self.inputs: Tensor | None = None

@@ -41,6 +41,12 @@ class NonFinite(Callback):
     optimizer, `raise` does not wait for the gradients: the device itself omits every update after
     the first value that is not finite, and the next log, validation or checkpoint raises the error.
     In all other cases each step waits for the result.
+
+    Args:
+        policy: raise ends the run; skip omits the update; rewind restores the weights and the
+            optimizer's state from the newest good checkpoint (Chowdhery et al. 2022,
+            arXiv:2204.02311, section 5.1).
+        most_skips: maximum number of skipped steps in a row; the next one ends the run.
     """
 
     follows_metrics = False
@@ -49,14 +55,6 @@ class NonFinite(Callback):
     def __init__(
         self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10
     ):
-        """Store the policy.
-
-        Args:
-            policy: raise ends the run; skip omits the update; rewind restores the weights and the
-                optimizer's state from the newest good checkpoint (Chowdhery et al. 2022,
-                arXiv:2204.02311, section 5.1).
-            most_skips: maximum number of skipped steps in a row; the next one ends the run.
-        """
         self.policy = policy
         self.most_skips = most_skips
         self.alone = policy != "raise"  # a skipped step is also removed from the sums of metrics

@@ -123,6 +123,12 @@ class NoiseScale(GradientsAgain):
     gradients of samples and the true gradient G, logged as train/gradient_noise_scale. Both are
     estimated from the squared norms of the gradients of a batch and of its parts (appendix A.1), as
     moving averages. A measurement costs one forward and backward pass. Training does not change.
+
+    Args:
+        every: how often to measure.
+        parts: parts of the first batch of the step, whose gradients are compared with the
+            gradient of the batch.
+        decay: weight of the old averages at each measurement.
     """
 
     changes_training = False
@@ -133,14 +139,6 @@ class NoiseScale(GradientsAgain):
         parts: Annotated[int, Range("[2, inf)")] = 4,
         decay: Rate = 0.9,
     ):
-        """Store the settings.
-
-        Args:
-            every: how often to measure.
-            parts: parts of the first batch of the step, whose gradients are compared with the
-                gradient of the batch.
-            decay: weight of the old averages at each measurement.
-        """
         super().__init__()
         self.cadence = Cadence(every)
         self.parts = parts

@@ -14,6 +14,13 @@ class Prune(Callback):
 
     It compares the metric of the search between trials at the same number of validations.
     `hydra.sweeper.pruner` adds this callback to each trial.
+
+    Args:
+        pruner: median: ends a trial that is worse than half of the others; halving: a third
+            continues after 1, 3, 9 ... validations (Li et al. 2020, arXiv:1810.05934);
+            hyperband: several halvings, some more patient (Li et al. 2018, arXiv:1603.06560).
+        startup: trials that median completes before it prunes any.
+        warmup: validations before the first decision.
     """
 
     changes_training = False
@@ -25,15 +32,6 @@ class Prune(Callback):
         startup: NonNegativeInt = 5,
         warmup: NonNegativeInt = 2,
     ):
-        """Store the settings.
-
-        Args:
-            pruner: median: ends a trial that is worse than half of the others; halving: a third
-                continues after 1, 3, 9 ... validations (Li et al. 2020, arXiv:1810.05934);
-                hyperband: several halvings, some more patient (Li et al. 2018, arXiv:1603.06560).
-            startup: trials that median completes before it prunes any.
-            warmup: validations before the first decision.
-        """
         self.pruner = pruner
         self.startup = startup
         self.warmup = warmup

@@ -107,7 +107,22 @@ class SoundData(Data):
 class AudioFolder(SoundData):
     """Sounds in ROOT/CLASS/*.wav, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/.
 
-    Other formats than wav, such as flac and ogg, need the package soundfile.
+    Other formats than wav, such as flac and ogg, need the package soundfile. A part without a
+    folder is drawn from train.
+
+    Args:
+        path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
+        sample_rate: samples per second; a file of another rate is an error without resample.
+        seconds: length of an input: a longer sound is cut to its middle, a shorter one is
+            padded with zeros.
+        resample: convert files of another rate to sample_rate, by a windowed sinc (see
+            `resampled`).
+        min_seconds: a shorter file is an error.
+        in_memory: true: read all files at the start; false: the loader's workers read them
+            when they are needed; null: true if they fit into 1 GiB.
+        val_fraction: share of the training sounds for validation, if it has no folder.
+        test_fraction: share of the training sounds for the test, if it has no folder.
+        split_seed: seed of the draw.
     """
 
     def __init__(
@@ -122,22 +137,6 @@ class AudioFolder(SoundData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """List the files. A part without a folder is drawn from train.
-
-        Args:
-            path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
-            sample_rate: samples per second; a file of another rate is an error without resample.
-            seconds: length of an input: a longer sound is cut to its middle, a shorter one is
-                padded with zeros.
-            resample: convert files of another rate to sample_rate, by a windowed sinc (see
-                `resampled`).
-            min_seconds: a shorter file is an error.
-            in_memory: true: read all files at the start; false: the loader's workers read them
-                when they are needed; null: true if they fit into 1 GiB.
-            val_fraction: share of the training sounds for validation, if it has no folder.
-            test_fraction: share of the training sounds for the test, if it has no folder.
-            split_seed: seed of the draw.
-        """
         folders = find_parts(path.expanduser())
         classes = find_classes(folders["train"], "sounds")
         super().__init__(classes, sample_rate, seconds, resample, min_seconds)
@@ -342,6 +341,15 @@ class Asterisk(SoundData):
     same: a model may recognise voices, not languages. The model of the experiment `languages` has a
     test accuracy of 0.976, but only 0.45 on the prompts of three other voices (Debian:
     asterisk-prompt-it-menardi-wav, -es-co, -fr-armelle), where always predicting Italian has 0.47.
+    `scripts/fetch_data asterisk` downloads the files; silence and files below 0.1 s are left out.
+
+    Args:
+        path: the folder of the five voices; null: where Debian or scripts/fetch_data puts them.
+        seconds: length of an input: a longer prompt is cut to its middle, a shorter one is
+            padded with zeros.
+        val_fraction: share of the prompts for validation.
+        test_fraction: share of the prompts for the test.
+        split_seed: seed of the draw.
     """
 
     def __init__(
@@ -352,16 +360,6 @@ class Asterisk(SoundData):
         test_fraction: Rate = 0.25,
         split_seed: int = 0,
     ):
-        """Read the files of `scripts/fetch_data asterisk`, without silence and files below 0.1 s.
-
-        Args:
-            path: the folder of the five voices; null: where Debian or scripts/fetch_data puts them.
-            seconds: length of an input: a longer prompt is cut to its middle, a shorter one is
-                padded with zeros.
-            val_fraction: share of the prompts for validation.
-            test_fraction: share of the prompts for the test.
-            split_seed: seed of the draw.
-        """
         super().__init__(list(VOICES), 8000, seconds)
         roots = [path.expanduser()] if path else [DEBIAN_FOLDER, cache_folder() / "asterisk"]
         root = find_voices(roots)
@@ -431,7 +429,20 @@ PITCH: dict[str, Callable[[Tensor], Tensor]] = {
 
 @datasets.register("tones")
 class Tones(SoundData):
-    """Synthetic tones; the class is the pitch: steady, rising, falling, bowed or trill."""
+    """Synthetic tones; the class is the pitch: steady, rising, falling, bowed or trill.
+
+    A tone has four harmonics. Its first pitch (200 to 500 Hz), length (0.3 to 1 of an input),
+    loudness and phase are drawn at random.
+
+    Args:
+        samples: number of tones, in classes of equal size.
+        seconds: length of an input, padded with zeros after the tone.
+        sample_rate: samples per second.
+        noise: standard deviation of the noise; the amplitudes of the tones are at most 0.5.
+        seed: seed of tones, noise and splits.
+        val_fraction: share of the tones for validation.
+        test_fraction: share of the tones for the test.
+    """
 
     def __init__(
         self,
@@ -443,19 +454,6 @@ class Tones(SoundData):
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
     ):
-        """Draw the first pitch (200 to 500 Hz), length (0.3 to 1 of an input), loudness and phase.
-
-        A tone has four harmonics.
-
-        Args:
-            samples: number of tones, in classes of equal size.
-            seconds: length of an input, padded with zeros after the tone.
-            sample_rate: samples per second.
-            noise: standard deviation of the noise; the amplitudes of the tones are at most 0.5.
-            seed: seed of tones, noise and splits.
-            val_fraction: share of the tones for validation.
-            test_fraction: share of the tones for the test.
-        """
         super().__init__(list(PITCH), sample_rate, seconds)
         memory.check_room(
             24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}"

@@ -38,7 +38,20 @@ class ImageFiles(LabelledFiles):
 
 @datasets.register("image_folder")
 class ImageFolder(Data):
-    """Images in ROOT/CLASS/*.png, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/."""
+    """Images in ROOT/CLASS/*.png, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/.
+
+    A part without a folder is drawn from train.
+
+    Args:
+        path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
+        size: height and width in pixels, to which the central square of an image is scaled.
+        color: three channels, or one.
+        val_fraction: share of the training images for validation, if it has no folder.
+        test_fraction: share of the training images for the test, if it has no folder.
+        split_seed: seed of the draw.
+        normalize: standardise each channel, by 256 images of the training split; otherwise
+            divide by 255.
+    """
 
     def __init__(
         self,
@@ -50,18 +63,6 @@ class ImageFolder(Data):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """List the files. A part without a folder is drawn from train.
-
-        Args:
-            path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
-            size: height and width in pixels, to which the central square of an image is scaled.
-            color: three channels, or one.
-            val_fraction: share of the training images for validation, if it has no folder.
-            test_fraction: share of the training images for the test, if it has no folder.
-            split_seed: seed of the draw.
-            normalize: standardise each channel, by 256 images of the training split; otherwise
-                divide by 255.
-        """
         check_pillow()
         folders = find_parts(path.expanduser())
         self.classes = find_classes(folders["train"], "images")

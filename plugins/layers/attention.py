@@ -40,15 +40,13 @@ class PatchEmbedding(nn.Module):
 
     (C, H, W) -> (T, width), with T = H / patch · W / patch, row by row (Dosovitskiy et al. 2021,
     arXiv:2010.11929).
+
+    Args:
+        patch: height and width of a patch.
+        width: features of a vector.
     """
 
     def __init__(self, in_shape: Shape, patch: PositiveInt = 4, width: PositiveInt = 64):
-        """Check that the patches tile the image and build the projection.
-
-        Args:
-            patch: height and width of a patch.
-            width: features of a vector.
-        """
         super().__init__()
         channels, high, wide = shapes.expect(in_shape, "images (C, H, W)", "patch_embedding")
         if high % patch or wide % patch:
@@ -82,6 +80,11 @@ class Position(nn.Module):
 
     sinusoidal: sin(t / 10000^(2i / D)) at feature 2i, cos of the same at 2i + 1 (Vaswani et al.
     2017, section 3.5).
+
+    Args:
+        position: learned vectors, or fixed sine waves.
+        dropout: probability of zeroing an output.
+        dropout_kind: how outputs are dropped.
     """
 
     def __init__(
@@ -91,13 +94,6 @@ class Position(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the table of vectors.
-
-        Args:
-            position: learned vectors, or fixed sine waves.
-            dropout: probability of zeroing an output.
-            dropout_kind: how outputs are dropped.
-        """
         super().__init__()
         steps, features = shapes.expect(in_shape, "(T, D)", "position")
         if position == "learned":
@@ -123,6 +119,13 @@ class Attention(nn.Module):
 
     forward(x, memory) takes keys and values from the memory (batch, any T, memory_width) (Vaswani
     et al. 2017, arXiv:1706.03762, section 3.2).
+
+    Args:
+        heads: number of attention heads; must divide D.
+        causal: each position attends only to itself and to earlier positions.
+        dropout: probability of zeroing an attention weight.
+        bias: add a learned bias in the projections.
+        memory_width: features of a memory to attend to; null: self-attention.
     """
 
     def __init__(
@@ -134,15 +137,6 @@ class Attention(nn.Module):
         bias: bool = True,
         memory_width: PositiveInt | None = None,
     ):
-        """Build the projections.
-
-        Args:
-            heads: number of attention heads; must divide D.
-            causal: each position attends only to itself and to earlier positions.
-            dropout: probability of zeroing an attention weight.
-            bias: add a learned bias in the projections.
-            memory_width: features of a memory to attend to; null: self-attention.
-        """
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "attention")
         if features % heads:
@@ -313,6 +307,14 @@ class MLPMixer(nn.Module):
     """Two linear layers across positions, then two across features: (T, D) -> (T, D).
 
     Each step is x + mlp(norm(x)) (Tolstikhin et al. 2021, arXiv:2105.01601, equation 1).
+
+    Args:
+        token_width: hidden features of the step across positions.
+        width: hidden features of the step across features.
+        activation: between two linear layers.
+        norm: normalization of each position before each step.
+        dropout: probability of zeroing after each linear layer.
+        dropout_kind: how features are dropped.
     """
 
     def __init__(
@@ -325,16 +327,6 @@ class MLPMixer(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the two mixing steps.
-
-        Args:
-            token_width: hidden features of the step across positions.
-            width: hidden features of the step across features.
-            activation: between two linear layers.
-            norm: normalization of each position before each step.
-            dropout: probability of zeroing after each linear layer.
-            dropout_kind: how features are dropped.
-        """
         super().__init__()
         steps, features = shapes.expect(in_shape, "(T, D)", "mlp_mixer")
         settings = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}

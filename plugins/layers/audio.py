@@ -256,6 +256,14 @@ class SpecAugment(nn.Module):
     Time and frequency masking of Park et al. 2019, arXiv:1904.08779, section 2 (without the time
     warping, which they found to matter least): a width drawn from 0 to its limit, then the place. 0
     is the mean after `masked_norm`.
+
+    Args:
+        frequency_masks: number of bands.
+        frequency_width: largest number of channels of a band (F in the paper).
+        time_masks: number of stretches.
+        time_width: largest number of frames of a stretch (T in the paper).
+        time_share: largest fraction of the real frames of the sample in a stretch (p in the
+            paper).
     """
 
     def __init__(
@@ -267,16 +275,6 @@ class SpecAugment(nn.Module):
         time_width: NonNegativeInt = 25,
         time_share: Fraction = 0.2,
     ):
-        """Store the settings.
-
-        Args:
-            frequency_masks: number of bands.
-            frequency_width: largest number of channels of a band (F in the paper).
-            time_masks: number of stretches.
-            time_width: largest number of frames of a stretch (T in the paper).
-            time_share: largest fraction of the real frames of the sample in a stretch (p in the
-                paper).
-        """
         super().__init__()
         shapes.expect(in_shape, "(C+1, L)", "spec_augment")
         self.frequency_masks = frequency_masks
@@ -324,17 +322,15 @@ class Spectrograms(Callback):
 
     A table lists their true and predicted classes. The features are the output of the log_mel or
     mfcc block of the model; without such a block, its inputs.
+
+    Args:
+        samples: number of samples, evenly spaced in the validation split.
+        every: how often they are logged.
     """
 
     changes_training = False
 
     def __init__(self, samples: PositiveInt = 8, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            samples: number of samples, evenly spaced in the validation split.
-            every: how often they are logged.
-        """
         self.samples = samples
         self.cadence = Cadence(every)
 

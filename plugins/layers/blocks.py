@@ -193,14 +193,13 @@ blocks.register("flatten", nn.Flatten, hide=["start_dim", "end_dim"])
 
 @blocks.register("reshape")
 class Reshape(nn.Module):
-    """Change the shape of a sample."""
+    """Change the shape of a sample.
+
+    Args:
+        shape: the new shape without the batch axis; one size may be -1, which is inferred.
+    """
 
     def __init__(self, in_shape: Shape, shape: Sequence[int] = (-1,)):
-        """Check that both shapes have the same number of elements.
-
-        Args:
-            shape: the new shape without the batch axis; one size may be -1, which is inferred.
-        """
         super().__init__()
         try:
             self.shape = torch.empty(in_shape, device="meta").reshape(tuple(shape)).shape
@@ -213,14 +212,13 @@ class Reshape(nn.Module):
 
 @blocks.register("permute")
 class Permute(nn.Module):
-    """Reorder the axes of a sample: by default (C, L) -> (L, C), from a signal to a sequence."""
+    """Reorder the axes of a sample: by default (C, L) -> (L, C), from a signal to a sequence.
+
+    Args:
+        axes: the axes of a sample, counted from 0 without the batch axis, in their new order.
+    """
 
     def __init__(self, in_shape: Shape, axes: Sequence[int] = (1, 0)):
-        """Check that `axes` names each axis once.
-
-        Args:
-            axes: the axes of a sample, counted from 0 without the batch axis, in their new order.
-        """
         super().__init__()
         if sorted(axes) != list(range(len(in_shape))):
             raise BuildError(

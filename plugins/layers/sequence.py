@@ -68,15 +68,13 @@ class Masked(nn.Module):
     """Apply blocks to the channels of a sequence or image with a mask: (C + 1, L) -> (C' + 1, L').
 
     If the blocks shorten an axis, the mask is subsampled with the same stride.
+
+    Args:
+        blocks: blocks for the channels (C, L) or (C, H, L); they must keep the number of axes,
+            and shorten an axis by an integer factor only.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
-        """Build the blocks and find their strides.
-
-        Args:
-            blocks: blocks for the channels (C, L) or (C, H, L); they must keep the number of axes,
-                and shorten an axis by an integer factor only.
-        """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked", f"{FORM} or {PICTURE}")
         modules, out_shape = shapes.build_chain(blocks, (channels, *axes))
@@ -233,14 +231,12 @@ class MaskedResidual(nn.Module):
     """Skip connection around masked blocks: skip(x) + blocks(x), with the mask of the blocks.
 
     If the blocks change the channels or an axis, the skip is a strided convolution of size 1.
+
+    Args:
+        blocks: the residual branch: blocks that keep the mask, such as masked_conv1d.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
-        """Build the branch.
-
-        Args:
-            blocks: the residual branch: blocks that keep the mask, such as masked_conv1d.
-        """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked_residual", f"{FORM} or {PICTURE}")
         modules, out_shape = shapes.build_chain(blocks, tuple(in_shape))
@@ -269,15 +265,13 @@ class MaskedNorm(nn.Module):
 
     For speech features this is cepstral mean and variance normalization per utterance (Viikki &
     Laurila 1998), which removes the effect of microphone and line.
+
+    Args:
+        scale: divide by the standard deviation; false: only subtract the mean.
+        eps: added to the variance.
     """
 
     def __init__(self, in_shape: Shape, scale: bool = True, eps: PositiveFloat = 1e-5):
-        """Store the settings.
-
-        Args:
-            scale: divide by the standard deviation; false: only subtract the mean.
-            eps: added to the variance.
-        """
         super().__init__()
         expect_masked(in_shape, "masked_norm")
         self.scale = scale
@@ -297,6 +291,12 @@ class MaskedBatchNorm(nn.Module):
     """Batch norm over the real frames; padding does not count.
 
     Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Args:
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running mean and variance, which are used
+            in evaluation.
+        affine: learn a scale and a shift for each channel.
     """
 
     def __init__(
@@ -306,14 +306,6 @@ class MaskedBatchNorm(nn.Module):
         momentum: Fraction = 0.1,
         affine: bool = True,
     ):
-        """Initialize with mean 0 and variance 1.
-
-        Args:
-            eps: added to the variance.
-            momentum: weight of the newest batch in the running mean and variance, which are used
-                in evaluation.
-            affine: learn a scale and a shift for each channel.
-        """
         super().__init__()
         channels, _ = expect_masked(in_shape, "masked_batch_norm")
         self.eps = eps
@@ -360,15 +352,13 @@ class MaskedPool(nn.Module):
     statistics: mean and standard deviation (Snyder et al. 2018, "X-vectors", section 2). attention:
     the mean weighted by softmax(vᵀ tanh(W x + b)) over time (Okabe et al. 2018, arXiv:1803.10963,
     section 2.3).
+
+    Args:
+        pool: the kind of pooling.
+        width: hidden features of the attention.
     """
 
     def __init__(self, in_shape: Shape, pool: Pooling = "mean", width: PositiveInt = 64):
-        """Build the attention for pool=attention.
-
-        Args:
-            pool: the kind of pooling.
-            width: hidden features of the attention.
-        """
         super().__init__()
         channels, _ = expect_masked(in_shape, "masked_pool")
         self.pool = pool
@@ -397,6 +387,15 @@ class MaskedTransformer(nn.Module):
 
     Self-attention, then two linear layers, each as x + branch(norm(x)) (Vaswani et al. 2017,
     arXiv:1706.03762; norms first: Xiong et al. 2020, arXiv:2002.04745). Padding is masked.
+
+    Args:
+        heads: number of attention heads; must divide C. null: the greatest common divisor of
+            C and 4.
+        expansion: hidden features of the two linear layers, per channel.
+        activation: between the two linear layers.
+        norm: normalization of each frame before each branch.
+        dropout: probability of zeroing attention weights, hidden features and each branch.
+        dropout_kind: how hidden features and branches are dropped.
     """
 
     def __init__(
@@ -409,17 +408,6 @@ class MaskedTransformer(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the two branches.
-
-        Args:
-            heads: number of attention heads; must divide C. null: the greatest common divisor of
-                C and 4.
-            expansion: hidden features of the two linear layers, per channel.
-            activation: between the two linear layers.
-            norm: normalization of each frame before each branch.
-            dropout: probability of zeroing attention weights, hidden features and each branch.
-            dropout_kind: how hidden features and branches are dropped.
-        """
         super().__init__()
         channels, length = expect_masked(in_shape, "masked_transformer")
         heads = heads or math.gcd(channels, 4)

@@ -29,15 +29,14 @@ SESSION_START = 1  # SessionLog.START
 
 @loggers.register("tensorboard", aliases=["tb"])
 class TensorBoard(Logger):
-    """Writes scalars, texts, histograms, images, graph and hyperparameters for TensorBoard."""
+    """Writes scalars, texts, histograms, images, graph and hyperparameters for TensorBoard.
+
+    Args:
+        graph: record the graph of the model.
+        bins: bars of a histogram.
+    """
 
     def __init__(self, graph: bool = True, bins: PositiveInt = 48):
-        """Store the settings; `open` creates the file.
-
-        Args:
-            graph: record the graph of the model.
-            bins: bars of a histogram.
-        """
         self.draw_graph = graph
         self.bins = bins
         self._file: EventFile | None = None

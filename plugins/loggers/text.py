@@ -111,14 +111,12 @@ class Console(Logger):
     """Prints a line for each logged step: `step 450  epoch 10  3.2 s  val/loss 0.08`.
 
     The lines go to the standard output without buffering.
+
+    Args:
+        digits: significant digits of a value.
     """
 
     def __init__(self, digits: PositiveInt = 4):
-        """Store the settings.
-
-        Args:
-            digits: significant digits of a value.
-        """
         self.digits = digits
 
     def scalars(

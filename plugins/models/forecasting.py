@@ -99,6 +99,16 @@ class NBeats(nn.Module):
     Oreshkin et al. 2020, arXiv:1905.10437, section 3. In addition, all blocks read the other
     channels of the last step (the calendar), the past is given as differences to its last value,
     and the forecast starts from that value, or with a `season` from the values one season before.
+    The last layers of the blocks start at zero, so the initial forecast is the naive one.
+
+    Args:
+        season: number of steps of the season that the forecast starts from; 0: start from the
+            last value.
+        depth: number of blocks.
+        layers: number of linear layers of a block.
+        width: features of each linear layer.
+        activation: after each linear layer.
+        dropout: probability of zeroing a feature.
     """
 
     def __init__(
@@ -112,17 +122,6 @@ class NBeats(nn.Module):
         activation: Activation = "relu",
         dropout: Rate = 0.0,
     ):
-        """Build the blocks. Their last layers are zero: the initial forecast is the naive one.
-
-        Args:
-            season: number of steps of the season that the forecast starts from; 0: start from the
-                last value.
-            depth: number of blocks.
-            layers: number of linear layers of a block.
-            width: features of each linear layer.
-            activation: after each linear layer.
-            dropout: probability of zeroing a feature.
-        """
         super().__init__()
         lookback, channels = shapes.expect(in_shape, "(T, D)", "nbeats")
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
@@ -168,6 +167,11 @@ class Predictions(Callback):
     With one value per sample: predicted (y axis) against true values (x axis), darker for more
     samples, with a red diagonal. With several values, such as a forecast: a few samples as curves,
     the true one black and the predicted one red.
+
+    Args:
+        every: how often images are logged.
+        curves: number of samples shown as curves, evenly spaced in the split.
+        samples: largest number of samples in a scatter plot.
     """
 
     changes_training = False
@@ -175,13 +179,6 @@ class Predictions(Callback):
     def __init__(
         self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096
     ):
-        """Store the settings.
-
-        Args:
-            every: how often images are logged.
-            curves: number of samples shown as curves, evenly spaced in the split.
-            samples: largest number of samples in a scatter plot.
-        """
         self.cadence = Cadence(every)
         self.curves = curves
         self.samples = samples

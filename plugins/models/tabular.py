@@ -70,18 +70,16 @@ class FeatureTokenizer(nn.Module):
 
     It is b + x w for a number x, and b + a learned vector for a category. The tokens of numbers
     come first (Gorishniy et al. 2021, arXiv:2106.11959, section 3.3).
+
+    Args:
+        width: features of a token.
+        sizes: for each column 0 for a number, or the number of categories; null: all columns
+            are numbers.
     """
 
     def __init__(
         self, in_shape: Shape, width: PositiveInt = 64, sizes: list[NonNegativeInt] | None = None
     ):
-        """Build the vectors.
-
-        Args:
-            width: features of a token.
-            sizes: for each column 0 for a number, or the number of categories; null: all columns
-                are numbers.
-        """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "feature_tokenizer")
         bound = width**-0.5
@@ -98,18 +96,17 @@ class FeatureTokenizer(nn.Module):
 
 @blocks.register("column_embedding")
 class ColumnEmbedding(nn.Module):
-    """The numbers unchanged, then a learned vector for each category: (columns,) -> (D,)."""
+    """The numbers unchanged, then a learned vector for each category: (columns,) -> (D,).
+
+    Args:
+        width: features of a category's vector.
+        sizes: for each column 0 for a number, or the number of categories; null: all columns
+            are numbers.
+    """
 
     def __init__(
         self, in_shape: Shape, width: PositiveInt = 16, sizes: list[NonNegativeInt] | None = None
     ):
-        """Build the vectors.
-
-        Args:
-            width: features of a category's vector.
-            sizes: for each column 0 for a number, or the number of categories; null: all columns
-                are numbers.
-        """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "column_embedding")
 
