@@ -32,6 +32,7 @@ from framework import (
     blocks,
     shapes,
 )
+from framework_plugins.modules import check_heads, dropout_or_identity
 
 FORM = "(C+1, L)"
 PICTURE = "(C+1, H, L)"
@@ -411,17 +412,13 @@ class MaskedTransformer(nn.Module):
         super().__init__()
         channels, length = expect_masked(in_shape, "masked_transformer")
         heads = heads or math.gcd(channels, 4)
-        if channels % heads:
-            raise BuildError(
-                f"masked_transformer: {channels} channels cannot be split into {heads} heads of"
-                " equal size"
-            )
+        check_heads(channels, heads, "masked_transformer")
         self.heads = heads
         self.p = dropout
         self.norm = norm((channels,))
         self.query_key_value = nn.Linear(channels, 3 * channels)
         self.output = nn.Linear(channels, channels)
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.feed_forward = blocks.build(
             "residual_mlp",
             (length, channels),

@@ -19,6 +19,7 @@ from framework import (
     models,
     shapes,
 )
+from framework_plugins.modules import check_heads, dropout_or_identity
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
@@ -86,11 +87,7 @@ class RotaryAttention(nn.Module):
     ):
         super().__init__()
         context, features = shapes.expect(in_shape, "(T, D)", "rotary_attention")
-        if features % heads:
-            raise BuildError(
-                f"rotary_attention: {features} features cannot be split into {heads} heads of"
-                " equal size"
-            )
+        check_heads(features, heads, "rotary_attention")
         self.heads = heads
         self.causal = causal
         self.p = dropout
@@ -161,7 +158,7 @@ class GatedTransformer(nn.Module):
         )
         self.input = nn.Linear(features, 2 * hidden, bias=False)
         self.output = nn.Linear(hidden, features, bias=False)
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         for last in (self.attention.output, self.output):
             nn.init.zeros_(last.weight)
 
@@ -265,7 +262,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(layer((self.context, width)) for _ in range(depth))
         self.norm = norm((width,))
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.embedding = nn.Embedding(out_shape[-1], width)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         self.output = nn.Linear(width, out_shape[-1], bias=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models, shapes
+from framework_plugins.modules import dropout_or_identity
 
 UNKNOWN = 1
 Vocabulary = Annotated[int, Range("[2, inf)")]
@@ -74,7 +75,7 @@ class EmbeddingBag(nn.Module):
         shapes.expect(in_shape, "token ids (T,)", "embedding_bag")
         self.words = Words(vocabulary, width)
         self.pairs = nn.Embedding(buckets, width) if pairs else None
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class TextLSTM(nn.Module):
         shape = (in_shape[0], embedding)
         self.forwards = blocks.build(cell, shape, width=width)
         self.backwards = blocks.build(cell, shape, width=width) if bidirectional else None
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width * (1 + bidirectional), out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class TextTransformer(nn.Module):
             dropout_kind=dropout_kind,
         )
         self.layers = nn.ModuleList(layer((in_shape[0], width)) for _ in range(depth))
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
