@@ -14,7 +14,6 @@ from framework import (
     Activation,
     BuildError,
     Dropout,
-    Maker,
     NonNegativeInt,
     Norm,
     PositiveFloat,
@@ -22,7 +21,6 @@ from framework import (
     Rate,
     Shape,
     blocks,
-    heads,
     models,
     shapes,
 )
@@ -154,7 +152,7 @@ def tabular_resnet(
     layers += [block] * depth
     layers.append(blocks.maker("norm", norm=norm))
     layers.append(blocks.maker("activation", activation=activation))
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=heads.maker("class"))
+    return models.build("stack", in_shape, out_shape, blocks=layers, head="class")
 
 
 @models.register("ft_transformer")
@@ -203,9 +201,5 @@ def ft_transformer(
     layers += [layer] * depth
     layers.append(blocks.maker("norm", norm=norm, features="last"))
     layers.append(blocks.maker("activation", activation="relu"))
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=class_token_head())
-
-
-def class_token_head() -> Maker:
-    """Return the head that reads the class token (`heads` in ft_transformer is a setting)."""
-    return heads.maker("class", pool="first")
+    head = {"name": "class", "pool": "first"}  # reads the class token
+    return models.build("stack", in_shape, out_shape, blocks=layers, head=head)
