@@ -63,7 +63,11 @@ class Accumulation(Callback):
         self.before: tuple[int, Any] | None = None  # `accumulate` and `schedule` of the trainer
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Count the steps of the run. Raises SettingError if the data has no length."""
+        """Count the steps of the run.
+
+        Raises:
+            SettingError: the training data has no length.
+        """
         state = trainer.state
         if not state.steps_per_epoch:
             raise SettingError("accumulation needs training data that knows its length")

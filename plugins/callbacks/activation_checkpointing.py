@@ -40,7 +40,7 @@ class ActivationCheckpointing(Callback):
         """Wrap the blocks.
 
         Raises:
-            SettingError: for a pattern that matches no module, and for compiled or replayed steps.
+            SettingError: a pattern matches no module, or steps are compiled or replayed.
         """
         for name, value in {"compile": trainer.compile, "cuda_graph": trainer.cuda_graph}.items():
             if value != "off":
@@ -60,7 +60,7 @@ class ActivationCheckpointing(Callback):
         """Return the outermost modules whose names match a pattern.
 
         Raises:
-            SettingError: for a pattern that matches no module.
+            SettingError: a pattern matches no module.
         """
         named_modules = model.named_modules()
         modules = {name: module for name, module in named_modules if name and has_forward(module)}
@@ -85,12 +85,12 @@ class ActivationCheckpointing(Callback):
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether a module can be called; a ModuleList, for example, cannot."""
+    """Return whether a module can be called; a ModuleList, for example, cannot."""
     return type(module).forward is not nn.Module.forward
 
 
 def is_outermost(name: str, chosen: Collection[str]) -> bool:
-    """Whether a module is chosen, and no module that contains it is."""
+    """Return whether a module is chosen, and no module that contains it is."""
     return name in chosen and not any(name.startswith(f"{other}.") for other in chosen)
 
 

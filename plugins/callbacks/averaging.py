@@ -110,18 +110,18 @@ class Averaging(Callback):
             return
         averages = own_state.pop("average")
         own_state["weights"] = {}
-        average_by_id: dict[int, Tensor] = {}
+        average_of: dict[Tensor, Tensor] = {}  # tensors are compared by identity
         for name, parameter in zip(self.names, self.parameters, strict=True):
             own_state["weights"][name] = parameter.detach()
-            average_by_id[id(parameter)] = averages[name]
+            average_of[parameter] = averages[name]
         model = self.trainer.model
         tensors = chain(
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
         )
         for name, tensor in tensors:
-            if id(tensor) in average_by_id:
-                model_state[name] = average_by_id[id(tensor)]
+            if tensor in average_of:
+                model_state[name] = average_of[tensor]
 
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Restore weights and average from a checkpoint; the model contains the average."""
@@ -198,7 +198,7 @@ class Averaging(Callback):
 
 
 def is_averageable(tensor: Tensor) -> bool:
-    """Whether a tensor has real or complex numbers, which can be averaged, and not integers."""
+    """Return whether a tensor can be averaged: its numbers are real or complex, not integers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -212,10 +212,10 @@ def match_tensors(
         before: its previous parameters.
         kept: a tensor for each of the previous parameters.
     """
-    kept_by_id = dict(zip(map(id, before), kept, strict=True))  # ids are unique: `before` is alive
+    kept_of = dict(zip(before, kept, strict=True))
     matches = []
     for parameter in parameters:
-        tensor = kept_by_id.get(id(parameter))
+        tensor = kept_of.get(parameter)
         matches.append(parameter.detach().clone() if tensor is None else tensor)
     return matches
 
@@ -320,13 +320,12 @@ class Swa(Averaging):
 
     def averaged_norms(self, trainer: Context) -> list[nn.Module]:
         """Return the modules with averaged running statistics."""
-        averaged = set(map(id, self.parameters))
+        averaged = set(self.parameters)
         norms = []
         for module in trainer.model.modules():
-            if module.training and hasattr(module, "momentum"):
-                buffers = set(map(id, module.buffers(recurse=False)))
-                if buffers & averaged:
-                    norms.append(module)
+            is_averaged = not averaged.isdisjoint(module.buffers(recurse=False))
+            if is_averaged and module.training and hasattr(module, "momentum"):
+                norms.append(module)
         return norms
 
     def measure_statistics(self, trainer: Context) -> None:
@@ -335,8 +334,8 @@ class Swa(Averaging):
         if not norms:
             return
         self._swap()
-        averaged = set(map(id, self.parameters))
-        other_buffers = [b for b in trainer.model.buffers() if id(b) not in averaged]
+        averaged = set(self.parameters)
+        other_buffers = [b for b in trainer.model.buffers() if b not in averaged]
         values = [buffer.clone() for buffer in other_buffers]
         momenta = [norm.momentum for norm in norms]
         try:

@@ -91,9 +91,9 @@ class Checkpoint(SavingCallback):
         checkpoints.clean(self.folder)
         step = trainer.state.step
         if step == 0 and not claimed and checkpoints.listed(self.folder):
-            advice = "give the Trainer another folder, or resume with `fit(resume=...)`"
             raise SettingError(
-                f"checkpoint: {self.folder} already has checkpoints of another fit: {advice}"
+                f"checkpoint: {self.folder} already has checkpoints of another fit: give the"
+                " Trainer another folder, or resume with `fit(resume=...)`"
             )
         snapshot.check_model(trainer.model.state_dict())
         snapshot.check_training(self._state_of_parts(trainer))
@@ -161,9 +161,9 @@ class Checkpoint(SavingCallback):
             checkpoints.link_to(checkpoint, "best")
 
     def _can_save_after(self, cause: BaseException | None, trainer: Context) -> bool:
-        """Whether the state after an error is complete and new, and there is time to save it.
+        """Return whether the state after an error is complete and new, and can be saved in time.
 
-        There is none after a KeyboardInterrupt or SystemExit.
+        There is no time after a KeyboardInterrupt or SystemExit.
         """
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             return False

@@ -59,7 +59,7 @@ def count_pairs(trainer: Context) -> Tensor:
         The counts, shape (classes, classes), float64 on the CPU.
 
     Raises:
-        SettingError: if the targets are no classes.
+        SettingError: the targets are no classes.
     """
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None

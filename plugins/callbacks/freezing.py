@@ -39,7 +39,11 @@ class Freeze(Callback):
         self.frozen_modules: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Freeze the parameters of this epoch. Raises SettingError for an unmatched pattern."""
+        """Freeze the parameters of this epoch.
+
+        Raises:
+            SettingError: a pattern matches no parameter, or the patterns match all parameters.
+        """
         names: list[str] = []
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad or name in self.frozen:
@@ -104,7 +108,7 @@ class Freeze(Callback):
                 self.frozen_modules.append(module)
 
     def _replaced(self, model: nn.Module) -> bool:
-        """Whether another callback has replaced a frozen parameter by a new one."""
+        """Return whether another callback has replaced a frozen parameter by a new one."""
         for name, parameter in self.frozen_parameters.items():
             if model.get_parameter(name) is not parameter:
                 return True

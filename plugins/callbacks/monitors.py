@@ -72,7 +72,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def will_log(trainer: Context) -> bool:
-    """Whether the current step is or may be logged.
+    """Return whether the current step is or may be logged.
 
     A cadence in minutes, or an epoch of unknown length, may end with any step.
     """
@@ -174,7 +174,7 @@ def normalized_images(inputs: Tensor) -> Tensor:
     """Return images (N, 1 or 3, H, W) between 0 and 1.
 
     Raises:
-        SettingError: if the inputs are no images.
+        SettingError: the inputs are no images.
     """
     if inputs.ndim != 4 or not inputs.is_floating_point():
         shape = tuple(inputs.shape[1:])

@@ -82,7 +82,7 @@ def dense_gradient(parameter: Tensor) -> Tensor:
 
 @callbacks.register("sam", aliases=["sharpness_aware"])
 class Sam(GradientsAgain):
-    """Sharpness-aware minimisation: updates w by the gradient at w + rho · g / ‖g‖₂.
+    """Sharpness-aware minimization: updates w by the gradient at w + rho · g / ‖g‖₂.
 
     (Foret et al. 2021, arXiv:2010.01412.) A step costs two forward and backward passes. The second
     pass draws its own dropout masks and does not change the running statistics of batch norms. The

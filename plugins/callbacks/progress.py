@@ -180,7 +180,7 @@ def data_loader_advice(trainer: Context) -> str | None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can show a live bar."""
+    """Return whether a stream is a terminal that can show a live bar."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

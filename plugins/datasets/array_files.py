@@ -14,7 +14,7 @@ from .array_data import ArrayData
 from .readers.arrays import Arrays, as_batch_of, numbers
 from .readers.data_files import read_bytes
 from .readers.fetched import cache_folder, fetch_command
-from .readers.scaling import AutoScaling, standardise
+from .readers.scaling import AutoScaling, standardize
 
 
 @datasets.register("npz")
@@ -33,10 +33,10 @@ class Npz(ArrayData):
         val_fraction: share of the rows for validation, if the file has no x_val.
         test_fraction: share of the rows for the test, if the file has no x_test.
         split_seed: seed of the draw.
-        normalize: standardise each feature (of images, each channel) by the training split.
-        scale_target: train on values that are standardised, with log after their logarithm;
-            metrics and predictions are in the target's own unit. auto: only centre values that
-            are more than 1,000 standard deviations from 0, and standardise values with a
+        normalize: standardize each feature (of images, each channel) by the training split.
+        scale_target: train on values that are standardized, with log after their logarithm;
+            metrics and predictions are in the target's own unit. auto: only center values that
+            are more than 1,000 standard deviations from 0, and standardize values with a
             deviation below 1e-6 or above 1e6.
     """
 
@@ -82,14 +82,22 @@ class Npz(ArrayData):
 
 
 def find_array(arrays: Mapping[str, Any], name: str, path: Path) -> Any:
-    """Return an array of a .npz file. Raises DataError if the file does not have it."""
+    """Return an array of a .npz file.
+
+    Raises:
+        DataError: the file does not have the array.
+    """
     if name not in arrays:
         raise DataError(f"{path} has no array {name!r}; {did_you_mean(name, arrays)}")
     return arrays[name]
 
 
 def reshape(array: Any, shape: Sequence[int], path: Path) -> Any:
-    """Return an array as (rows, *shape). Raises DataError if its rows have another size."""
+    """Return an array as (rows, *shape).
+
+    Raises:
+        DataError: its rows have another size.
+    """
     if array.ndim == 0 or math.prod(array.shape[1:]) != math.prod(shape):
         raise DataError(
             f"data.shape={list(shape)}: rows of shape {array.shape[1:]} cannot be reshaped ({path})"
@@ -109,7 +117,7 @@ class Idx(ArrayData):
         classes: names of the labels 0, 1, ...; null: the labels themselves.
         val_fraction: share of train- for validation, with the same share of each class.
         split_seed: seed of the draw.
-        normalize: standardise by the training pixels; otherwise divide them by 255.
+        normalize: standardize by the training pixels; otherwise divide them by 255.
     """
 
     def __init__(
@@ -141,7 +149,7 @@ class Idx(ArrayData):
         if path.suffix in (".npy", ".npz"):
             return super().read_inputs(path, facts)
         images = numbers(with_channel_axis(read_idx(path)), str(path))
-        return standardise(as_batch_of(images, facts["in_shape"], path), facts)
+        return standardize(as_batch_of(images, facts["in_shape"], path), facts)
 
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -161,7 +169,7 @@ FASHION_CLASSES = [
 
 @datasets.register("fashion_mnist")
 class FashionMnist(Idx):
-    """60,000 + 10,000 grey images of clothes, 28x28, in 10 classes.
+    """60,000 + 10,000 gray images of clothes, 28x28, in 10 classes.
 
     (Xiao, Rasul and Vollgraf, arXiv:1708.07747.) `scripts/fetch_data fashion_mnist` downloads the
     files.
@@ -170,7 +178,7 @@ class FashionMnist(Idx):
         path: the folder of the four files; null: where Debian or scripts/fetch_data puts them.
         val_fraction: share of the training images for validation.
         split_seed: seed of the draw.
-        normalize: standardise by the training pixels; otherwise divide them by 255.
+        normalize: standardize by the training pixels; otherwise divide them by 255.
     """
 
     def __init__(
@@ -203,7 +211,11 @@ def read_idx_pair(folder: Path, part: str) -> tuple[Any, Any]:
 
 
 def idx_file(folder: Path, part: str) -> Path:
-    """Return the file of a part such as "train-images", gzipped or not. Raises DataError."""
+    """Return the file of a part such as "train-images", gzipped or not.
+
+    Raises:
+        DataError: there is no such file.
+    """
     axes = 3 if part.endswith("images") else 1
     name = f"{part}-idx{axes}-ubyte"
     for file in (folder / name, folder / f"{name}.gz"):
@@ -245,5 +257,5 @@ def read_idx(path: Path) -> Any:
 
 
 def with_channel_axis(images: Any) -> Any:
-    """Return grey images (rows, height, width) as (rows, 1, height, width)."""
+    """Return gray images (rows, height, width) as (rows, 1, height, width)."""
     return images[:, None] if images.ndim == 3 else images

@@ -51,7 +51,11 @@ class SoundFiles(LabelledFiles):
         return read_sound(file, self.facts)
 
     def in_memory(self) -> TensorSplit:
-        """Read all files. Raises DataError for a file that cannot be read, and for too many."""
+        """Read all files.
+
+        Raises:
+            DataError: a file cannot be read, or the sounds need more memory than is available.
+        """
         channels, samples = self.facts["in_shape"]
         memory.check_room(len(self) * channels * samples * 4, f"{len(self)} sounds")
         inputs = torch.zeros(len(self), channels, samples)
@@ -158,7 +162,11 @@ class AudioFolder(SoundData):
 
 
 def find_sounds(folder: Path) -> list[Path]:
-    """Return the sound files in a folder, at any depth, sorted. Raises DataError for none."""
+    """Return the sound files in a folder, at any depth, sorted.
+
+    Raises:
+        DataError: there is no sound file.
+    """
     return find_files(folder, SUFFIXES, "sounds")
 
 
@@ -338,7 +346,7 @@ class Asterisk(SoundData):
 
     (Asterisk core sounds 1.6.1, 8 kHz.) A prompt, the same words in each language, is in one split
     with all of its languages. But each language has one voice, and English and Spanish have the
-    same: a model may recognise voices, not languages. The model of the experiment `languages` has a
+    same: a model may recognize voices, not languages. The model of the experiment `languages` has a
     test accuracy of 0.976, but only 0.45 on the prompts of three other voices (Debian:
     asterisk-prompt-it-menardi-wav, -es-co, -fr-armelle), where always predicting Italian has 0.47.
     `scripts/fetch_data asterisk` downloads the files; silence and files below 0.1 s are left out.
@@ -396,7 +404,11 @@ class Asterisk(SoundData):
 
 
 def find_voices(roots: Sequence[Path]) -> Path:
-    """Return the first folder that has all voices. Raises DataError."""
+    """Return the first folder that has all voices.
+
+    Raises:
+        DataError: no folder has all voices.
+    """
     for root in roots:
         if all((root / folder).is_dir() for folder in VOICES.values()):
             return root

@@ -22,7 +22,7 @@ from framework import (
 
 from .array_data import ArrayData
 from .readers.arrays import as_batch_of, read_array
-from .readers.scaling import standardise
+from .readers.scaling import standardize
 
 
 @datasets.register("digits")
@@ -38,7 +38,7 @@ class Digits(ArrayData):
         val_fraction: share of the rows for validation, with the same share of each class.
         test_fraction: share of the rows for the test.
         split_seed: seed of the draw of the splits.
-        normalize: standardise by one mean and deviation of all pixels; otherwise divide by 16.
+        normalize: standardize by one mean and deviation of all pixels; otherwise divide by 16.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Digits(ArrayData):
         in_shape = facts["in_shape"]
         if math.prod(images.shape[1:]) == 64 and math.prod(in_shape) != 64:
             images = resize(images, in_shape[-1])
-        return standardise(as_batch_of(images, in_shape, path), facts)
+        return standardize(as_batch_of(images, in_shape, path), facts)
 
 
 def resize(pixels: Any, size: int) -> Tensor:
@@ -104,17 +104,17 @@ def load_digits() -> tuple[Any, Any]:
 class Blobs(ArrayData):
     """Normally distributed points, a cloud for each class.
 
-    The centres are drawn uniformly from [-10, 10] in each feature.
+    The centers are drawn uniformly from [-10, 10] in each feature.
 
     Args:
         samples: number of points, in classes of equal size.
         classes: number of clouds.
         features: dimensions of the space.
         noise: standard deviation of a cloud in each feature.
-        seed: seed of centres, points and splits.
+        seed: seed of centers, points and splits.
         val_fraction: share of the points for validation.
         test_fraction: share of the points for the test.
-        normalize: standardise each feature.
+        normalize: standardize each feature.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Blobs(ArrayData):
             f"blobs with samples={samples}, features={features}",
         )
         generator = seeds.generator(seed, "blobs")
-        centres = torch.rand(classes, features, generator=generator) * 20 - 10
+        centers = torch.rand(classes, features, generator=generator) * 20 - 10
         labels = torch.arange(samples) % classes
-        points = centres[labels] + noise * torch.randn(samples, features, generator=generator)
+        points = centers[labels] + noise * torch.randn(samples, features, generator=generator)
         super().__init__(
             points,
             labels,
@@ -158,12 +158,12 @@ class Spirals(ArrayData):
     Args:
         samples: number of points, in classes of equal size.
         classes: number of arms.
-        turns: turns of an arm about the centre.
+        turns: turns of an arm about the center.
         noise: standard deviation of the points from their arm; the arms have radius 1.
         seed: seed of points and splits.
         val_fraction: share of the points for validation.
         test_fraction: share of the points for the test.
-        normalize: standardise each feature.
+        normalize: standardize each feature.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Spirals(ArrayData):
         memory.check_room(48 * samples, f"spirals with samples={samples}")
         generator = seeds.generator(seed, "spirals")
         labels = torch.arange(samples) % classes
-        # The square root makes points near the rim as dense as points near the centre.
+        # The square root makes points near the rim as dense as points near the center.
         radius = torch.rand(samples, generator=generator).sqrt()
         angle = 2 * math.pi * (turns * radius + labels / classes)
         arms = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
@@ -209,7 +209,7 @@ class Friedman1(ArrayData):
         seed: seed of inputs, noise and splits.
         val_fraction: share of the rows for validation.
         test_fraction: share of the rows for the test.
-        normalize: standardise each feature; the target is not scaled.
+        normalize: standardize each feature; the target is not scaled.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from .readers.class_folders import (
     find_parts,
 )
 from .readers.data_files import READ_ERRORS, check_memory, one_line, open_data
-from .readers.scaling import moments, standard_facts, standardise
+from .readers.scaling import moments, standard_facts, standardize
 from .readers.splits import split_parts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -33,7 +33,7 @@ class ImageFiles(LabelledFiles):
     """Image files with the index of their class; an image is decoded when its sample is read."""
 
     def read(self, file: Path) -> Tensor:
-        return standardise(read_image(file, self.facts), self.facts)
+        return standardize(read_image(file, self.facts), self.facts)
 
 
 @datasets.register("image_folder")
@@ -49,7 +49,7 @@ class ImageFolder(Data):
         val_fraction: share of the training images for validation, if it has no folder.
         test_fraction: share of the training images for the test, if it has no folder.
         split_seed: seed of the draw.
-        normalize: standardise each channel, by 256 images of the training split; otherwise
+        normalize: standardize each channel, by 256 images of the training split; otherwise
             divide by 255.
     """
 
@@ -85,7 +85,7 @@ class ImageFolder(Data):
 
         Args:
             files: all images.
-            normalize: standardise by the training images.
+            normalize: standardize by the training images.
             rows: the numbers of the images of each split.
         """
         self.rows = rows
@@ -110,11 +110,15 @@ class ImageFolder(Data):
             raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
         check_pillow()
         files = find_images(path) if path.is_dir() else [path]
-        return torch.stack([standardise(read_image(file, facts), facts) for file in files])
+        return torch.stack([standardize(read_image(file, facts), facts) for file in files])
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, at any depth, sorted. Raises DataError."""
+    """Return the image files in a folder, at any depth, sorted.
+
+    Raises:
+        DataError: there is no image, or one is empty or a broken link.
+    """
     files = find_files(folder, SUFFIXES, "images")
     for file in files:
         if not file.exists():
@@ -175,7 +179,7 @@ def check_pixels(image: Any, file: Path) -> None:
 
 
 def in_8_bits(image: Any) -> Any:
-    """Return a 16-bit grey image as 8-bit; Pillow would turn all of its pixels white."""
+    """Return a 16-bit gray image as 8-bit; Pillow would turn all of its pixels white."""
     import numpy
     from PIL import Image
 

@@ -31,7 +31,7 @@ class TsFiles(Data):
         val_fraction: share of the sequences for validation, with the same share of each class.
         test_fraction: share of the sequences for the test.
         split_seed: seed of the draw.
-        normalize: standardise each channel by the frames of the training split.
+        normalize: standardize each channel by the frames of the training split.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TsFiles(Data):
         Args:
             parts: the files and their sequences, which are numbered through all files.
             targets: the class of each sequence.
-            normalize: standardise by the training frames.
+            normalize: standardize by the training frames.
             path: the file to name in an error.
             rows: the numbers of the sequences of each split.
         """
@@ -186,7 +186,7 @@ def read_channel(text: str, where: str) -> list[float]:
 
 
 def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
-    """Return standardised sequences with their mask, shape (sequences, channels + 1, length).
+    """Return standardized sequences with their mask, shape (sequences, channels + 1, length).
 
     Raises:
         DataError: a sequence has other channels than the facts, or is too long; it names `path`.
@@ -229,7 +229,7 @@ class Vowels(TsFiles):
         val_fraction: share of the training utterances for validation, with the same share of
             each speaker.
         split_seed: seed of the draw.
-        normalize: standardise each coefficient by the frames of the training split.
+        normalize: standardize each coefficient by the frames of the training split.
     """
 
     def __init__(

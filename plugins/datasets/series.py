@@ -175,7 +175,7 @@ def read_amounts(table: Table, settings: dict[str, Any], skipped: int = 0) -> Te
 
 
 def as_channels(amounts: Tensor, times: list[datetime] | None, facts: dict[str, Any]) -> Tensor:
-    """Return standardised amounts and the calendar, shape (rows, channels), float32."""
+    """Return standardized amounts and the calendar, shape (rows, channels), float32."""
     mean = torch.tensor(facts["mean"], dtype=torch.float64)
     std = torch.tensor(facts["std"], dtype=torch.float64)
     channels = [(amounts - mean) / std]

@@ -28,7 +28,7 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 class TableData(Data):
     """Rows of named columns, in memory.
 
-    A column of numbers becomes one input, standardised. An empty cell becomes the mean; if the
+    A column of numbers becomes one input, standardized. An empty cell becomes the mean; if the
     training split has empty cells, a second input is 1 for empty cells. A column of texts becomes
     an input of 0 or 1 for each of its texts, and for empty cells if the training split has some; a
     text that training does not have is 0 in all of them. Or it becomes one input, the index of its
@@ -125,14 +125,14 @@ class TableFile(TableData):
         val_fraction: share of the rows for validation, with the same share of each class.
         test_fraction: share of the rows for the test.
         split_seed: seed of the draw.
-        normalize: standardise columns of numbers by the training split.
+        normalize: standardize columns of numbers by the training split.
         quantile: convert numbers to normal scores by the quantiles of the training split, which
-            reduces outliers, instead of standardising them.
+            reduces outliers, instead of standardizing them.
         categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
             embed categories.
         mark_missing: give empty cells an input, or a category, of their own in columns that
             have some in training.
-        scale_target: train on values that are standardised, with log after their logarithm;
+        scale_target: train on values that are standardized, with log after their logarithm;
             metrics and predictions are in the target's own unit.
     """
 
@@ -202,7 +202,7 @@ class ScikitTable(TableData):
         val_fraction: share of the rows for validation, with the same share of each class.
         test_fraction: share of the rows for the test.
         split_seed: seed of the draw.
-        normalize: standardise each column by the training split.
+        normalize: standardize each column by the training split.
     """
 
     source: ClassVar[str]
@@ -244,7 +244,7 @@ class Wine(ScikitTable):
 
 @datasets.register("breast_cancer")
 class BreastCancer(ScikitTable):
-    """569 tumours, malignant or benign, by 30 measures of their cells (Wolberg 1993, UCI)."""
+    """569 tumors, malignant or benign, by 30 measures of their cells (Wolberg 1993, UCI)."""
 
     source = "breast_cancer"
 
@@ -263,7 +263,7 @@ class Diabetes(ScikitTable):
 class Diamonds(TableFile):
     """53,940 diamonds; the target is the price, 326 to 18,823 dollars.
 
-    The columns are weight, cut, colour, clarity and size (Wickham, ggplot2; here from plotnine).
+    The columns are weight, cut, color, clarity and size (Wickham, ggplot2; here from plotnine).
     146 rows are duplicates. `scripts/fetch_data diamonds` downloads the file.
 
     Args:
@@ -272,10 +272,10 @@ class Diamonds(TableFile):
         test_fraction: share of the rows for the test.
         split_seed: seed of the draw.
         quantile: convert numbers to normal scores by the quantiles of the training split;
-            false: standardise them.
+            false: standardize them.
         categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
             embed categories.
-        scale_target: train on prices that are standardised, with log after their logarithm;
+        scale_target: train on prices that are standardized, with log after their logarithm;
             metrics are in dollars.
     """
 
@@ -343,7 +343,7 @@ class Flights(TableFile):
         test_fraction: share of the rows for the test.
         split_seed: seed of the draw.
         quantile: convert numbers to normal scores by the quantiles of the training split;
-            false: standardise them.
+            false: standardize them.
         categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
             embed categories.
     """
@@ -456,7 +456,11 @@ def feature_columns(
 def choose_features(
     table: Table, target: str, features: Sequence[str] | None, ignore: Sequence[str], path: Path
 ) -> list[str]:
-    """Return the names of the feature columns. Raises DataError for an unknown column."""
+    """Return the names of the feature columns.
+
+    Raises:
+        DataError: the table does not have a column.
+    """
     for label in (target, *(features or ()), *ignore):
         require_column(table, label, path)
     if features and target in features:

@@ -443,7 +443,11 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def cell(row: Mapping[str, Any], column: str, where: str) -> str:
-    """Return a cell as a text. Raises DataError if it is missing, empty or not a text."""
+    """Return a cell as a text.
+
+    Raises:
+        DataError: the cell is missing, empty or not a text.
+    """
     if column not in row:
         raise DataError(f"{where} has no {column!r}; {did_you_mean(column, row)}")
     if not isinstance(row[column], str | int) or not str(row[column]).strip():

@@ -403,8 +403,8 @@ def framed_image(features: Tensor, correct: bool) -> Tensor:
     real = features[-1] > 0
     shown = values[:, real] if real.any() else values
     low, high = shown.aminmax()
-    grey = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
-    rgb = grey.repeat_interleave(2, 0).expand(3, -1, -1)
+    gray = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
+    rgb = gray.repeat_interleave(2, 0).expand(3, -1, -1)
     color = torch.tensor([0.2, 0.7, 0.2] if correct else [0.9, 0.1, 0.1])
     frame = 3
     _, height, width = rgb.shape

@@ -43,7 +43,7 @@ def linear(
         dropout_kind: how outputs are dropped.
         bias: add a learned bias.
     """
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "linear", "put `flatten` before it")[-1]
+    features = expect_features(in_shape, "linear")
     layers = nn.Sequential()
     layers.add_module("linear", nn.Linear(features, width, bias=bias))
     if norm is not None:
@@ -53,6 +53,15 @@ def linear(
     if dropout > 0:
         layers.add_module("dropout", dropout_kind(dropout))
     return layers
+
+
+def expect_features(in_shape: Shape, name: str) -> int:
+    """Return the features D of a shape (D,) or (T, D).
+
+    Raises:
+        BuildError: the shape is another one.
+    """
+    return shapes.expect(in_shape, "(D,) or (T, D)", name, "put `flatten` before it")[-1]
 
 
 class Residual(nn.Module):
@@ -143,8 +152,7 @@ def residual_mlp(
         dropout: probability of zeroing after each linear layer.
         dropout_kind: how outputs are dropped.
     """
-    advice = "put `flatten` before it"
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", advice)[-1]
+    features = expect_features(in_shape, "residual_mlp")
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
     branch = []
     if norm is not None:
@@ -159,7 +167,7 @@ def activation(activation: Activation = "relu") -> nn.Module:
     """An activation as a block.
 
     Args:
-        activation: the activation.
+        activation: the activation to apply.
     """
     return activation()
 
@@ -171,7 +179,7 @@ def norm(
     """A norm as a block.
 
     Args:
-        norm: the norm.
+        norm: the norm to apply.
         features: the axis of the features: first for (C, L) and (C, H, W), last for (T, D).
     """
     return norm(in_shape[-1:] if features == "last" else in_shape)

@@ -293,7 +293,7 @@ class Reconstruction(OfInputs):
 
 @tasks.register("variational")
 class Variational(OfInputs):
-    """Minimises the negative evidence lower bound, in nats per sample.
+    """Minimizes the negative evidence lower bound, in nats per sample.
 
     (Kingma and Welling 2014, equation 10, with one draw of the code.) Evaluation draws the same
     codes each time, from its own generator. The two terms of the loss, `reconstruction` and
@@ -392,8 +392,8 @@ class Adversarial(Task):
         return Step(loss, logits, torch.ones_like(logits), {"generator_loss": loss})
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        penalised = self.penalty > 0 and model.training
-        inputs = batch[0].detach().requires_grad_(penalised)
+        penalized = self.penalty > 0 and model.training
+        inputs = batch[0].detach().requires_grad_(penalized)
         with torch.no_grad():
             samples = model.sample(len(inputs)).to(inputs.dtype)  # type: ignore[operator]
         real = model.discriminator(inputs)  # type: ignore[operator]
@@ -409,7 +409,7 @@ class Adversarial(Task):
             "real": real.sigmoid().mean(),
             "fake": fake.sigmoid().mean(),
         }
-        if penalised:
+        if penalized:
             (gradient,) = torch.autograd.grad(real.sum(), inputs, create_graph=True)
             values["slope"] = gradient.flatten(1).square().sum(1).mean()
             loss = loss + self.penalty / 2 * values["slope"]

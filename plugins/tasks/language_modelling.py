@@ -171,7 +171,7 @@ def sample(
         cached: cache keys and values of earlier tokens, if the model can; the tokens are the same.
 
     Raises:
-        SettingError: for a temperature, top_k or top_p out of range.
+        SettingError: temperature, top_k or top_p is out of range.
     """
     check_sampling(temperature, top_k, top_p)
     text = list(tokens) or [1]

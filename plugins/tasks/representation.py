@@ -160,7 +160,11 @@ class Distillation(Classification):
         self.teacher = run.model.eval().requires_grad_(False)
 
     def open_teacher_run(self) -> Any:
-        """Return the run of the teacher. Raises SettingError without one."""
+        """Return the run of the teacher.
+
+        Raises:
+            SettingError: there is no teacher, or its run cannot be opened.
+        """
         from framework import open_run  # a slow import that only this task needs
 
         if self.path is None:
@@ -255,7 +259,7 @@ RIDGES = tuple(10.0**power for power in range(-1, 5))
 class LinearProbe(Callback):
     """Logs val/probe_accuracy, the accuracy of a linear classifier on the model's features.
 
-    The classifier is a ridge regression on standardised features, fitted to samples of the training
+    The classifier is a ridge regression on standardized features, fitted to samples of the training
     split and measured on the validation split. The model itself does not learn the classes.
 
     Args:

@@ -79,7 +79,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    r"""Return the content of a UTF-8 file, with all line ends replaced by \n. Raises DataError."""
+    r"""Return the content of a UTF-8 file, with all line ends replaced by \n.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
     with file_errors(path):
         text = read_bytes(path).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -123,7 +127,11 @@ def check_member(member: zipfile.ZipInfo, path: Path) -> None:
 
 
 def read_packed(packed: IO[bytes] | gzip.GzipFile, path: Path) -> bytes:
-    """Return the unpacked content. Raises DataError as soon as it exceeds the available memory."""
+    """Return the unpacked content.
+
+    Raises:
+        DataError: the content exceeds the available memory; raised as soon as it does.
+    """
     unpacked = bytearray()
     available = memory.available_bytes()
     while chunk := packed.read(CHUNK):

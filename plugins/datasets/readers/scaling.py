@@ -14,10 +14,10 @@ Per = Literal["feature", "all"]
 FAR = 1000
 """At so many deviations from 0, float32 still holds 1e-4 of a deviation, which is enough."""
 MAX_LOSS = 0.01
-"""Share of a deviation that rounding to float32 may cost if nothing is standardised."""
+"""Share of a deviation that rounding to float32 may cost if nothing is standardized."""
 
 
-def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
+def standardize(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
     """Return (inputs - mean) / std as new float32.
 
     Args:
@@ -83,8 +83,8 @@ def fit_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) ->
         amounts: the targets, shape (rows, values).
         rows: the numbers of the training rows, by which the scale is fitted.
         scaling: standard: mean 0 and deviation 1; log: the same of their logarithms; none: as they
-            are; auto: centred if they are too far from 0 for float32 (see `needs_float64`),
-            standardised if their deviation is below 1e-6 or above 1e6, which few optimizers handle.
+            are; auto: centered if they are too far from 0 for float32 (see `needs_float64`),
+            standardized if their deviation is below 1e-6 or above 1e6, which few optimizers handle.
         name: the name of the data set, for errors.
 
     Raises:

@@ -228,7 +228,11 @@ class BytePairs(Tokenizer):
 
 
 def import_tokenizers() -> Any:
-    """Import the package `tokenizers`. Raises DataError if it is not installed."""
+    """Import the package `tokenizers`.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     try:
         import tokenizers as package
         import tokenizers.decoders
