@@ -16,6 +16,8 @@ from framework import (
 )
 from framework.contracts.state import Cadence
 
+from .gradients import gradients_of
+
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
@@ -33,10 +35,7 @@ class GradientNorm(Callback):
         self.measured = None
         if not will_log(trainer):
             return
-        gradients: list[Tensor] = []
-        for group in trainer.optimizer.param_groups:
-            gradients += [p.grad for p in group["params"] if p.grad is not None]
-        self.measured = total_norm(gradients)
+        self.measured = total_norm(gradients_of(trainer.optimizer))
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:

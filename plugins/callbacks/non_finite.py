@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from framework import (
     Callback,
     Context,
@@ -20,6 +18,8 @@ from framework import (
     restore_optimizer,
 )
 from framework.contracts.callback import keyed
+
+from .gradients import gradients_of
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -101,7 +101,10 @@ class NonFinite(Callback):
 
     def on_gradients(self, trainer: Context) -> None:
         assert self.flag is not None
-        self.flag.check([trainer.loss, *gradients(trainer)])
+        checked = [trainer.loss]
+        if trainer.precision.scaler is None:  # a scaler checks the gradients itself
+            checked += gradients_of(trainer.optimizer)
+        self.flag.check(checked)
         if self.deferred:
             trainer.optimizer.found_inf = self.flag.value  # type: ignore[attr-defined]
         elif self.flag.value.item():
@@ -193,16 +196,6 @@ class NonFinite(Callback):
                 f"{self._report(trainer)} There is no good checkpoint to rewind to yet{reason}."
             )
         return checkpoint
-
-
-def gradients(trainer: Context) -> list[Tensor]:
-    """Return the gradients of the optimizer's parameters; none if a scaler checks them."""
-    if trainer.precision.scaler is not None:
-        return []
-    gradients: list[Tensor] = []
-    for group in trainer.optimizer.param_groups:
-        gradients += [p.grad for p in group["params"] if p.grad is not None]
-    return gradients
 
 
 def parameter_with_bad_gradient(trainer: Context) -> str | None:

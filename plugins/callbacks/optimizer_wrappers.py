@@ -26,6 +26,7 @@ from framework.contracts.pure_optimizer import as_real
 from framework.contracts.state import Cadence
 
 from .averaging import Averaging, match_tensors
+from .gradients import parameters_with_gradient
 
 
 class GradientsAgain(Transform):
@@ -55,7 +56,7 @@ class GradientsAgain(Transform):
         buffers = [buffer.clone() for buffer in trainer.model.buffers()]
         counts = [trainer.task.count(part) for part in parts]
         total = sum(counts)
-        for parameter in parameters_with_gradient(trainer):
+        for parameter in parameters_with_gradient(trainer.optimizer):
             parameter.grad = None
         for part, count in zip(parts, counts, strict=True):
             with trainer.precision.autocast():
@@ -63,14 +64,6 @@ class GradientsAgain(Transform):
             (loss * share_of(count, total)).backward()
         for buffer, value in zip(trainer.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
-
-
-def parameters_with_gradient(trainer: Context) -> list[Tensor]:
-    """Return the parameters of the optimizer that have a gradient."""
-    parameters: list[Tensor] = []
-    for group in trainer.optimizer.param_groups:
-        parameters += [p for p in group["params"] if p.grad is not None]
-    return parameters
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -97,7 +90,7 @@ class Sam(GradientsAgain):
         self.rho = rho
 
     def on_gradients(self, trainer: Context) -> None:
-        parameters = parameters_with_gradient(trainer)
+        parameters = parameters_with_gradient(trainer.optimizer)
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
@@ -157,7 +150,7 @@ class NoiseScale(GradientsAgain):
         size = len(batch[0]) // self.parts
         if size == 0:
             return
-        parameters = parameters_with_gradient(trainer)
+        parameters = parameters_with_gradient(trainer.optimizer)
         step_gradients = [p.grad for p in parameters]
         gradients: list[Tensor] = []
         with seeds.undisturbed():

@@ -34,7 +34,17 @@ WAVEFORM = "a waveform with its mask (channels+1, samples)"
 
 
 class LogMel(nn.Module):
-    """Log energies of mel bands: (batch, channels + 1, samples) -> (batch, mels + 1, frames)."""
+    """Log energies of mel bands: (batch, channels + 1, samples) -> (batch, mels + 1, frames).
+
+    Args:
+        window: window function, (samples of a frame,).
+        filters: weights of the frequency bins in each band, (mels, n_fft / 2 + 1).
+        hop: samples between frames.
+        floor: lower bound of the energy.
+    """
+
+    window: Tensor
+    filters: Tensor
 
     def __init__(self, window: Tensor, filters: Tensor, hop: int, floor: float):
         super().__init__()
@@ -184,6 +194,8 @@ def mel_to_hz(mel: Tensor, scale: Scale) -> Tensor:
 
 class Cepstrum(nn.Module):
     """The first coefficients of the cosine transform (DCT-II) of log energies, for each frame."""
+
+    basis: Tensor
 
     def __init__(self, mels: int, coefficients: int):
         super().__init__()

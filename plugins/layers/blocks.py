@@ -20,6 +20,9 @@ from framework import (
     shapes,
 )
 
+CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv1d, 3: nn.Conv2d}
+"""By the number of axes of a sample."""
+
 
 @blocks.register("linear", aliases=["dense"])
 def linear(
@@ -121,7 +124,7 @@ def projection(in_shape: Shape, out_shape: Shape) -> list[nn.Module]:
         stride = math.ceil(size / out_size)
         strides.append(stride)
         strided_sizes.append(math.ceil(size / stride))
-    convolution = {2: nn.Conv1d, 3: nn.Conv2d}.get(len(in_shape))
+    convolution = CONVOLUTIONS.get(len(in_shape))
     same_rank = len(in_shape) == len(out_shape)
     if convolution is None or not same_rank or tuple(strided_sizes) != out_shape[1:]:
         raise BuildError(

@@ -49,8 +49,8 @@ def conv1d(
     """
     in_channels, _ = shapes.expect(in_shape, "(C, L)", "conv1d")
     check_groups("conv1d", in_channels, channels, groups)
-    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
-    layer = nn.Conv1d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    zeros = same_padding(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv1d(in_channels, channels, kernel_size, stride, zeros, dilation, groups, bias)
     return convolution(layer, in_shape, activation, norm)
 
 
@@ -82,8 +82,8 @@ def conv2d(
     """
     in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "conv2d")
     check_groups("conv2d", in_channels, channels, groups)
-    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
-    layer = nn.Conv2d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    zeros = same_padding(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv2d(in_channels, channels, kernel_size, stride, zeros, dilation, groups, bias)
     return convolution(layer, in_shape, activation, norm)
 
 
@@ -96,7 +96,7 @@ def check_groups(name: str, in_channels: int, channels: int, groups: int) -> Non
         )
 
 
-def same(kernel_size: int, stride: int, dilation: int) -> int | str:
+def same_padding(kernel_size: int, stride: int, dilation: int) -> int | str:
     """Return the padding for torch such that the output has size / stride.
 
     An even effective kernel needs uneven padding, which torch offers as "same" for stride 1 only.

@@ -247,10 +247,9 @@ class MaskedResidual(nn.Module):
             out_shape, "masked_residual around its blocks", form
         )
         strides = find_strides(axes, shortened)
-        layer = nn.Conv2d if len(axes) == 2 else nn.Conv1d
-        if out_channels == channels and set(strides) == {1}:
-            self.skip = nn.Identity()
-        else:
+        self.skip: nn.Module = nn.Identity()
+        if out_channels != channels or set(strides) != {1}:
+            layer: type[nn.Module] = nn.Conv2d if len(axes) == 2 else nn.Conv1d
             self.skip = layer(channels, out_channels, 1, strides, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,6 +299,9 @@ class MaskedBatchNorm(nn.Module):
         affine: learn a scale and a shift for each channel.
     """
 
+    running_mean: Tensor
+    running_variance: Tensor
+
     def __init__(
         self,
         in_shape: Shape,
@@ -326,7 +328,7 @@ class MaskedBatchNorm(nn.Module):
             variance = ((values - mean).square() * mask).sum((0, 2)).unsqueeze(1) / frames
             self.update_running(mean, variance, frames)
         values = (values - mean) * (variance + self.eps).rsqrt()
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             values = values * self.scale + self.shift
         return join_mask(values, mask)
 

@@ -36,6 +36,9 @@ class Rotary(nn.Module):
     differs by a fixed permutation.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, features: int, context: int, base: float):
         super().__init__()
         if features % 2:

@@ -37,6 +37,8 @@ from framework.contracts.state import Cadence
 class SeasonalNaive(nn.Module):
     """Repeat the last season of the first channel for the next `horizon` values."""
 
+    rows: Tensor
+
     def __init__(self, in_shape: Shape, out_shape: Shape, season: int, name: str):
         super().__init__()
         lookback, _ = shapes.expect(in_shape, "(T, D)", name)
@@ -67,7 +69,7 @@ class LinearForecast(nn.Module):
 
 
 class NBeatsBlock(nn.Module):
-    """Linear layers, then one linear layer for the backcast and one for the forecast."""
+    """Linear layers, then one linear layer for the backcast and one, zero at first, to forecast."""
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class NBeatsBlock(nn.Module):
             self.body.append(layer((width,)))
         self.backcast = nn.Linear(width, lookback)
         self.forecast = nn.Linear(width, horizon)
+        nn.init.zeros_(self.forecast.weight)
+        nn.init.zeros_(self.forecast.bias)
 
     def forward(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.body(torch.cat([past, now], dim=1))
@@ -127,9 +131,6 @@ class NBeats(nn.Module):
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
         self.naive = SeasonalNaive(in_shape, out_shape, season or 1, "nbeats")
         self.blocks = nn.ModuleList(NBeatsBlock(*sizes, activation, dropout) for _ in range(depth))
-        for block in self.blocks:
-            nn.init.zeros_(block.forecast.weight)
-            nn.init.zeros_(block.forecast.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         past = x[:, :, 0] - x[:, -1:, 0]
@@ -204,7 +205,9 @@ class Predictions(Callback):
 
     @torch.no_grad()
     def _log_images(self, trainer: Context) -> None:
-        split = trainer.val_batches.split  # type: ignore[union-attr]
+        assert trainer.val_batches is not None
+        split = trainer.val_batches.split
+        assert isinstance(split, TensorSplit)
         several = split.tensors[-1][0].numel() > 1
         count = min(self.curves if several else self.samples, len(split))
         inputs, targets = split[torch.linspace(0, len(split) - 1, count).long()]

@@ -31,25 +31,37 @@ class Columns(nn.Module):
 
     The vector of index 0 (a category that does not occur in training) is always zero. All vectors
     are in one table, so that a batch needs one lookup. Without categories, the vectors are None.
+
+    Args:
+        in_shape: (columns,).
+        sizes: for each column 0 for a number, or the number of categories; None: all numbers.
+        width: features of a vector.
+        name: the name of the part, for messages.
     """
+
+    number_at: Tensor
+    index_at: Tensor
+    starts: Tensor
 
     def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, name: str):
         super().__init__()
         (inputs,) = shapes.expect(in_shape, "columns (D,)", name)
-        sizes = torch.tensor(sizes or [0] * inputs)
+        sizes = sizes or [0] * inputs
         if len(sizes) != inputs:
             raise BuildError(f"{name}: expected sizes of {inputs} columns, got {len(sizes)}")
-        numbers = (sizes == 0).nonzero()[:, 0]
-        indices = sizes.nonzero()[:, 0]
+        column_sizes = torch.tensor(sizes)
+        numbers = (column_sizes == 0).nonzero()[:, 0]
+        indices = column_sizes.nonzero()[:, 0]
         self.numbers = len(numbers)
         self.categories = len(indices)
         if not self.categories:
             return
-        starts = sizes[indices].cumsum(0) - sizes[indices]
+        table_sizes = column_sizes[indices]
+        starts = table_sizes.cumsum(0) - table_sizes
         self.register_buffer("number_at", numbers, persistent=False)
         self.register_buffer("index_at", indices, persistent=False)
         self.register_buffer("starts", starts, persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), width)
+        self.table = nn.Embedding(int(table_sizes.sum()), width)
         bound = width**-0.5  # as in the code of the authors, Gorishniy et al. 2021
         with torch.no_grad():
             self.table.weight.uniform_(-bound, bound)

@@ -34,7 +34,7 @@ Network = Literal["mlp", "conv"]
 
 def encoder(
     kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation
-) -> nn.Module:
+) -> nn.Sequential:
     """Return a network from an input to a number of outputs.
 
     Args:
