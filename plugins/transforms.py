@@ -233,7 +233,14 @@ class BrightnessContrast(Transform):
 
 
 class Mixing(Transform):
-    """Base of transforms that mix each sample with another one of the batch, and their targets."""
+    """Base of transforms that mix each sample with another one of the batch, and their targets.
+
+    Args:
+        name: the name of the transform, for messages.
+        out_shape: (classes,) for class targets.
+        alpha: both parameters of the Beta distribution of the share that a sample keeps.
+        p: probability of mixing a sample.
+    """
 
     def __init__(self, name: str, out_shape: Shape, alpha: float, p: float):
         self.name = name

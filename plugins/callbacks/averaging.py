@@ -35,7 +35,7 @@ class Averaging(Callback):
 
     Attributes:
         updates: number of updates of the average.
-        seen: the last step that the average takes into account.
+        last_step: the last step that the average takes into account.
         averaged: whether the model contains the average, and `others` the trained weights.
         others: one tensor for each of `parameters`: the average, or the weights if `averaged`.
         saved: the restored state, until `restore` applies it.
@@ -45,7 +45,7 @@ class Averaging(Callback):
 
     def __init__(self) -> None:
         self.updates = 0
-        self.seen = -1
+        self.last_step = -1
         self.averaged = False
         self.others: list[Tensor] = []
         self.trainer: Context | None = None
@@ -54,7 +54,7 @@ class Averaging(Callback):
     def reset(self) -> None:
         super().reset()
         self.updates = 0
-        self.seen = -1
+        self.last_step = -1
         self.averaged = False
         self.others = []
         self.trainer = None
@@ -68,7 +68,7 @@ class Averaging(Callback):
         self._check_single(trainer)
         check_initialized(trainer.model, type(self).__name__)
         self.trainer = trainer
-        self.seen = trainer.state.step
+        self.last_step = trainer.state.step
         self.contents = ModelContents(trainer.model, buffers=self.averages_buffers)
         self._collect_parameters()
         self.restore()
@@ -160,9 +160,9 @@ class Averaging(Callback):
     @torch.no_grad()
     def _update_once(self) -> None:
         """Update the average for the last step, unless an earlier event has done so."""
-        if self.trainer is None or self.averaged or self.seen == self.trainer.state.step:
+        if self.trainer is None or self.averaged or self.last_step == self.trainer.state.step:
             return
-        self.seen = self.trainer.state.step
+        self.last_step = self.trainer.state.step
         self._follow_replacements()
         self.update(self.trainer)
 

@@ -65,7 +65,15 @@ class SoundFiles(LabelledFiles):
 
 
 class SoundData(Data):
-    """A data set of sounds with one sample rate and one length, in classes."""
+    """A data set of sounds with one sample rate and one length, in classes.
+
+    Args:
+        classes: the names of the classes.
+        sample_rate: samples per second.
+        seconds: length of an input.
+        resample: convert files of another rate; false: such a file is an error.
+        min_seconds: a shorter file is an error.
+    """
 
     measures_training = False
 
@@ -310,9 +318,9 @@ def resampled(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
     low_pass = sinc_filter(half, 1 / max(up, down)) * up
     reach = -(-half // up)  # input samples before and after an output that it depends on
     taps = torch.arange(-reach, reach + down + 1)
-    place = torch.arange(up)[:, None] * down - taps * up + half
-    is_inside = (place >= 0) & (place <= 2 * half)
-    phases = torch.where(is_inside, low_pass[place.clamp(0, 2 * half)], 0.0)
+    index = torch.arange(up)[:, None] * down - taps * up + half
+    is_inside = (index >= 0) & (index <= 2 * half)
+    phases = torch.where(is_inside, low_pass[index.clamp(0, 2 * half)], 0.0)
     length = -(-len(waveform) * up // down)
     inputs = torch.nn.functional.pad(waveform.double(), [reach, reach + 2 * down])
     outputs = torch.nn.functional.conv1d(inputs[None, None], phases[:, None], stride=down)

@@ -136,8 +136,8 @@ class StandardLibrarySource(LanguageData):
 
 def is_source(file: Path) -> bool:
     """Return whether a file of the library is neither a test nor an installed package."""
-    others = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return not others & set(file.parts)
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return not excluded & set(file.parts)
 
 
 def read_source(file: Path) -> str:

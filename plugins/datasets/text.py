@@ -133,10 +133,11 @@ def split_texts(
     """Return the rows of three splits, each with the same share of each class."""
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for label in sorted(set(labels)):
-        own = [row for row, other in enumerate(labels) if other == label]
-        shuffled = [own[place] for place in seeds.order(seed, label, len(own)).tolist()]
-        val = round(val_fraction * len(own))
-        test = round(test_fraction * len(own))
+        members = [row for row, other in enumerate(labels) if other == label]
+        order = seeds.order(seed, label, len(members)).tolist()
+        shuffled = [members[index] for index in order]
+        val = round(val_fraction * len(members))
+        test = round(test_fraction * len(members))
         rows["val"] += shuffled[:val]
         rows["test"] += shuffled[val : val + test]
         rows["train"] += shuffled[val + test :]

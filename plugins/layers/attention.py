@@ -190,6 +190,18 @@ class TransformerLayer(nn.Module):
         x = x + dropout(attention(norm(x)))
         x = x + dropout(cross_attention(norm(x), memory))  # with memory_width
         x = x + dropout(feed_forward(norm(x)))
+
+    Args:
+        in_shape: (T, D).
+        heads: number of attention heads; must divide D.
+        expansion: hidden features of the two linear layers, per feature of the sequence.
+        activation: between the two linear layers.
+        norm: normalization of each position.
+        norm_first: normalize the input of each branch; false: each sum.
+        dropout: probability of zeroing attention weights, hidden features and each branch.
+        dropout_kind: how hidden features and branches are dropped.
+        causal: each position attends only to itself and to earlier positions.
+        memory_width: features of the memory; None: no attention to a memory.
     """
 
     def __init__(

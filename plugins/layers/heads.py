@@ -16,6 +16,13 @@ class Pool(nn.Module):
 
     flatten keeps all numbers; mean, max, first and last reduce the positions. Positions are the
     first axis of (T, D), and the axes after the channels of (C, H, W).
+
+    Args:
+        in_shape: (D,), (T, D) or (C, H, W); any shape for flatten.
+        pool: flatten, mean, max, first or last.
+
+    Raises:
+        BuildError: the shape does not fit the kind of pooling.
     """
 
     def __init__(self, in_shape: Shape, pool: str):

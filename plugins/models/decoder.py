@@ -34,6 +34,14 @@ class Rotary(nn.Module):
 
     Su et al. 2021, arXiv:2104.09864, equation 34; the paper pairs neighboring features, which
     differs by a fixed permutation.
+
+    Args:
+        features: D, an even number.
+        context: maximum number of positions.
+        base: wavelengths go from 2π to 2π · base.
+
+    Raises:
+        BuildError: D is odd.
     """
 
     cos: Tensor
@@ -178,6 +186,11 @@ class NGrams(nn.Module):
 
     The lengths are 2 to `longest`. Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, equations
     2 to 5, with one table for all lengths. Zeros precede the first token.
+
+    Args:
+        longest: the largest length, at least 2.
+        buckets: size of the table.
+        width: features of a vector.
     """
 
     PRIME = 1_000_003

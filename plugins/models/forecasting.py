@@ -35,7 +35,17 @@ from framework.contracts.state import Cadence
 
 
 class SeasonalNaive(nn.Module):
-    """Repeat the last season of the first channel for the next `horizon` values."""
+    """Repeat the last season of the first channel for the next `horizon` values.
+
+    Args:
+        in_shape: (lookback, channels).
+        out_shape: (horizon,).
+        season: steps of the season, at most lookback.
+        name: the name of the model, for messages.
+
+    Raises:
+        BuildError: the season is longer than the lookback.
+    """
 
     rows: Tensor
 
@@ -69,7 +79,17 @@ class LinearForecast(nn.Module):
 
 
 class NBeatsBlock(nn.Module):
-    """Linear layers, then one linear layer for the backcast and one, zero at first, to forecast."""
+    """Linear layers, then a linear layer for the backcast and one for the forecast, which is zero.
+
+    Args:
+        inputs: number of inputs: the past, and the other channels of the last step.
+        lookback: number of values of the backcast.
+        horizon: number of values of the forecast.
+        width: features of each linear layer.
+        layers: number of linear layers before the last ones.
+        activation: after each of these layers.
+        dropout: probability of zeroing a feature of these layers.
+    """
 
     def __init__(
         self,

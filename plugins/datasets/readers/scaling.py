@@ -186,9 +186,9 @@ def check_digits(inputs: Tensor, where: str, advice: str) -> None:
     std = known.std(axes, correction=0)
     is_lost = (known.amin(axes) != known.amax(axes)) & (error > MAX_LOSS * std)
     if is_lost.any():
-        place = int(is_lost.flatten().nonzero()[0, 0])
-        largest = float(known.abs().amax(axes).flatten()[place])
-        spread = float(std.flatten()[place])
+        index = int(is_lost.flatten().nonzero()[0, 0])
+        largest = float(known.abs().amax(axes).flatten()[index])
+        spread = float(std.flatten()[index])
         raise DataError(
             f"{where}: float32 cannot hold numbers up to {largest:.6g} with a deviation of "
             f"{spread:.3g}; use {advice}"
