@@ -162,7 +162,9 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except READ_ERRORS as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except RuntimeError as error:  # zipfile has no own class for a missing password
@@ -171,11 +173,6 @@ def file_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is encrypted; unpack it") from error
     except MemoryError as error:
         raise DataError(f"{path} cannot be read: it needs more memory than is available") from error
-
-
-def not_utf8(path: Path, byte: int) -> DataError:
-    """Return the error of a file that is not UTF-8."""
-    return DataError(f"{path} is not UTF-8 text (byte {byte}); save it as UTF-8")
 
 
 def one_line(error: BaseException, max_length: int = 200) -> str:
