@@ -38,7 +38,7 @@ class Best:
             Whether the restored values were kept.
 
         Raises:
-            SettingError: if `mode` is auto and the metric is unknown.
+            SettingError: `mode` is auto and the metric is unknown.
         """
         if self.mode == "auto":
             self.sign = self._sign(trainer)
@@ -67,7 +67,7 @@ class Best:
         """Rank the newest value; return whether it is among the best, by more than `min_delta`.
 
         Raises:
-            SettingError: if the metric is not logged.
+            SettingError: the metric is not logged.
         """
         metrics = trainer.state.metrics
         if self.monitor not in metrics:

@@ -252,7 +252,7 @@ def test_wrong_shapes_and_settings_are_refused():
         build("blocks", "masked_conv2d", (2, 4, 8), kernel_size=4)
     with pytest.raises(BuildError, match=r"expects blocks that give \(C, H, L\), got \(256,\)"):
         build("blocks", "masked", (2, 16, 16), blocks=[fw.blocks.maker("flatten")])
-    with pytest.raises(BuildError, match=r"6 channels .* 4 heads"):
+    with pytest.raises(BuildError, match=r"6 features .* 4 heads"):
         build("blocks", "masked_transformer", (7, 8), heads=4)
     with pytest.raises(BuildError, match="8 frames to 6"):
         unpadded = fw.blocks.maker("conv1d", kernel_size=3, padding=0)
