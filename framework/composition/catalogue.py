@@ -111,7 +111,7 @@ def find_index(
     folders = [real_path(folder) for folder in map(expanded, folders) if folder.is_dir()]
     trusted_folders = trusted_among(folders, trusted)
     without = sorted(set(without))
-    build_now = partial(build, plugins, folders, trusted_folders, without)
+    build_now = partial(build_index, plugins, folders, trusted_folders, without)
     if any(Registry.every.values()):  # a program with its own parts
         return build_now()[0]
     return cached_index(cache_file(plugins, folders, trusted_folders, without), build_now)
@@ -160,7 +160,7 @@ def cached_index(file: Path, build: Callable[[], tuple[Index, Dependencies]]) ->
     index, dependencies = build()
     if not index.broken:  # a broken plugin may load next time although no file has changed
         content = {"of": dependencies, "stamps": stamps(**dependencies), "index": asdict(index)}
-        keep(file, begun, content)
+        write_cache(file, begun, content)
     return index
 
 
@@ -185,7 +185,7 @@ def text_digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
+def write_cache(file: Path, begun: int, content: dict[str, Any]) -> None:
     """Write the cache file atomically, unless a dependency changed while it was read.
 
     Args:
@@ -249,7 +249,7 @@ def entry_point_files() -> Iterator[str]:
 # building the index
 
 
-def build(
+def build_index(
     plugins: list[str],
     folders: list[Path],
     trusted: Sequence[Path] = (),
@@ -393,13 +393,13 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
     for mark in marks(setting.annotation):
         if isinstance(mark, Range):
             found.setdefault("range", str(mark))
-    values = list(words(setting))
+    values = list(word_values(setting))
     if values:
         found["values"] = values
     return found
 
 
-def words(setting: Setting) -> Iterator[str]:
+def word_values(setting: Setting) -> Iterator[str]:
     """Yield the values of a setting that are words: choices, truth values, null."""
     for member in map(strip, members(setting.annotation)):
         if get_origin(member) is Literal:

@@ -27,7 +27,7 @@ from .config_files import checked_files
 from .hydra_groups import filled_store
 from .override_syntax import dotted, groups
 from .overrides import Overrides, as_typed, own_settings, rewrite
-from .sources import COMMAND_LINE, File, Sources, line_with, read_yaml
+from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
 from .spec import Spec, followed_kind, read_spec
 
 
@@ -194,7 +194,7 @@ def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
         PluginError: for a plugin that does not load.
     """
     job = None
-    with opened(line) as (composing, hydra):
+    with opened_composition(line) as (composing, hydra):
         if line.shows:
             show_composed(composing, hydra)
         else:
@@ -205,7 +205,7 @@ def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
 
 
 @contextmanager
-def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
+def opened_composition(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
     """Load the plugins, rewrite the overrides and open Hydra on the folders with config files.
 
     Raises:
@@ -394,7 +394,7 @@ def project_plugins(
         if folder is None:
             continue
         file = folder / f"{name}.yaml"
-        content = read_yaml(file)
+        content = read_config_file(file)
         if name != "config":
             names += [base for base in base_experiments(content) if base not in names]
         plugins = content.get("plugins") or []

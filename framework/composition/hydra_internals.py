@@ -310,7 +310,7 @@ class Failure:
     in_file: bool = False
 
 
-ADVICE = (
+HYDRA_ADVICE = (
     "To append",
     "Set the env",
     "Did you mean to override",
@@ -342,7 +342,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure("interval")
     lines: dict[str, None] = {}
     for line in text.removeprefix(place[0] if place else "").splitlines():
-        if line.strip() and not line.strip().startswith(ADVICE):
+        if line.strip() and not line.strip().startswith(HYDRA_ADVICE):
             lines[line.strip()] = None
     return Failure("other", text="; ".join(lines))
 

@@ -13,13 +13,13 @@ from framework.registry.older_defaults import is_old_text, means_default
 from framework.registry.plain_values import NotPlain, plain_key, plain_value
 from framework.registry.registry import Entry, Kind, Maker, Registry
 from framework.registry.schema import Setting, names_parts
-from framework.registry.signatures import parameters_of
+from framework.registry.signatures import signature_parameters
 from framework.training.validation import settings_refused
 
 from .sections import SECTIONS, section_settings
 from .sources import COMMAND_LINE, Sources
 
-Settings = Mapping[str, Setting]
+Schema = Mapping[str, Setting]
 DIRECT = (
     "model",
     "data",
@@ -56,7 +56,7 @@ PLAIN = {
     ),
 }
 
-REQUIRED = "???"
+MISSING = "???"
 """The value of a required setting that has none, as in OmegaConf."""
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 NO_IMPORTS = "is refused: a config names registered parts (`name: ...`) and cannot import code"
@@ -202,7 +202,7 @@ class Reader:
     # settings
 
     def settings(
-        self, path: str, settings: Settings, given: Any, owner: Entry | str
+        self, path: str, settings: Schema, given: Any, owner: Entry | str
     ) -> dict[str, Any]:
         """Return the checked settings of a part or section.
 
@@ -225,7 +225,7 @@ class Reader:
                 value = given.get(key, default_choice(setting, path, owner))
                 checked = self.nested_part(setting_path, setting, value)
             else:
-                checked = self.setting(setting_path, setting, given.get(key, REQUIRED), owner)
+                checked = self.setting(setting_path, setting, given.get(key, MISSING), owner)
             if checked is not UNSET:
                 found[key] = checked
         return found
@@ -233,9 +233,9 @@ class Reader:
     def setting(self, path: str, setting: Setting, value: Any, owner: Entry | str) -> Any:
         """Return the checked value of a setting that names no part; UNSET to use the default."""
         if not setting.is_typeable and means_default(value, setting):
-            value = REQUIRED
+            value = MISSING
         of_section = isinstance(owner, str)
-        if value != REQUIRED:
+        if value != MISSING:
             checked = self.value(setting, value, path)
             return self.expand_home(checked, path) if of_section else checked
         if setting.required:
@@ -259,7 +259,7 @@ class Reader:
         if setting.many:
             return self.nested_parts(path, setting, value)
         kind = Registry.every[setting.part].kind
-        if value == REQUIRED:
+        if value == MISSING:
             noun = with_article(setting.part)
             self.problem(path, None, f"needs {noun}; choose one with {path}=NAME")
             return None
@@ -431,14 +431,14 @@ class Reader:
         return isinstance(name, str) and name in registry and key in registry.get(name).settings
 
     def unknown_setting(
-        self, path: str, key: Any, value: Any, settings: Settings, owner: Entry | str
+        self, path: str, key: Any, value: Any, settings: Schema, owner: Entry | str
     ) -> None:
         """Report a setting that a part or section does not have."""
         name = owner if isinstance(owner, str) else owner.name
         others = parts_with(key, owner)
         if key in IMPORTS:
             message = NO_IMPORTS
-        elif isinstance(owner, Entry) and key in parameters_of(owner.part):
+        elif isinstance(owner, Entry) and key in signature_parameters(owner.part):
             reason = "has a type that no config can hold"
             if key in owner.kind.given:
                 reason = "is passed by the framework"
@@ -468,7 +468,7 @@ def default_choice(setting: Setting, path: str, owner: Entry | str) -> Any:
     optimizer that wraps an optimizer has its own default.
     """
     if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
-        return REQUIRED if setting.required else setting.default
+        return MISSING if setting.required else setting.default
     return followed_kind(str(setting.part))
 
 
@@ -529,7 +529,7 @@ def config_value(value: Any) -> Any:
         raise SettingError(f"{short(value, quote=False)} cannot be written to a config") from None
 
 
-def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def plain_settings(given: Mapping[str, Any], settings: Schema) -> dict[str, Any]:
     """Return the given settings, and the defaults that a config can hold, in plain values."""
     found = {}
     for key, setting in settings.items():

@@ -11,8 +11,8 @@ from . import DataError, short
 from .user_code import frames, text_of, user_place
 
 FUNCTIONAL = "torch/nn/functional.py"
-CLASS_LOSSES = ("cross_entropy", "nll_loss")
-LOSSES = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
+CLASS_LOSS_NAMES = ("cross_entropy", "nll_loss")
+LOSS_SUFFIXES = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
 BATCH_SIZE = "_verify_batch_size"
 
 
@@ -38,9 +38,9 @@ def explain(error: BaseException) -> str | None:
     name = innermost.f_code.co_name
     if name == BATCH_SIZE:
         return f"a batch of one sample in training: {batch_norm_reason(error)}"
-    if name in CLASS_LOSSES and isinstance(error, IndexError):
+    if name in CLASS_LOSS_NAMES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
-    if name.endswith(LOSSES) and isinstance(error, TypeError) and user_place(error) is None:
+    if name.endswith(LOSS_SUFFIXES) and isinstance(error, TypeError) and user_place(error) is None:
         return no_outputs(innermost.f_locals)
     return None
 

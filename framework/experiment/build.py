@@ -32,7 +32,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
             the original training split.
     """
     data: Data = spec.parts["data"]()
-    check_contract(data)
+    check_data_contract(data)
     with user_errors(f"reading the length of a split of {type(data).__name__}", DataError):
         check_data(data)
     if spec.fold is not None:
@@ -41,7 +41,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
     return data
 
 
-def check_contract(data: Data) -> None:
+def check_data_contract(data: Data) -> None:
     """Raise DataError if a data set has no shapes, or a split that is not a sequence of samples."""
     owner = type(data).__name__
     for name in ("in_shape", "out_shape"):

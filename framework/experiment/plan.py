@@ -19,7 +19,7 @@ from framework.training.layer_table import (
     size_in_bytes,
 )
 
-Schedule = Callable[[int], float]  # step to factor on the learning rate
+ScheduleFunction = Callable[[int], float]  # step to factor on the learning rate
 CURVE_POINTS = 120
 MOST_POINTS = 10_000  # steps at which the schedule is evaluated
 
@@ -116,7 +116,7 @@ class Plan:
     batches_per_step: float = 1
     pace: str | None = None
 
-    def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
+    def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: ScheduleFunction | None) -> None:
         """Use the steps and learning rates of a callback that changes the batches per step."""
         self.total_steps = pace.total_steps
         self.batches_per_step = pace.batches_per_step
@@ -140,7 +140,7 @@ def make_plan(
     total_steps: int,
     task: Task | None = None,
     optimizer: Optimizer | None = None,
-    schedule: Schedule | None = None,
+    schedule: ScheduleFunction | None = None,
     data: Data | None = None,
 ) -> Plan:
     """Return the plan of a run.
@@ -185,7 +185,9 @@ def make_plan(
     return plan
 
 
-def read_curve(optimizer: Optimizer, schedule: Schedule | None, total_steps: int) -> Curve | None:
+def read_curve(
+    optimizer: Optimizer, schedule: ScheduleFunction | None, total_steps: int
+) -> Curve | None:
     """Return the optimizer's own learning rate over the run, without the factors of its groups."""
     base = base_rate(optimizer)
     if base is None or total_steps < 1:

@@ -388,7 +388,7 @@ def load_file(file: Path, folder: Path | None = None) -> None:
     top = real.parent if folder is None else real_path(folder)
     if not real.is_relative_to(top):  # a link to another folder
         top = real.parent
-    package = package_of(top)
+    package = plugin_package(top)
     for inner in real.parent.relative_to(top).parts:
         package = f"{package}.{module_name(Path(inner))}"
     name = f"{package}.{module_name(real)}"
@@ -411,7 +411,7 @@ def load_file(file: Path, folder: Path | None = None) -> None:
             raise
 
 
-def package_of(folder: Path) -> str:
+def plugin_package(folder: Path) -> str:
     """Return the name of the package of a folder's plugin files; the first call creates it."""
     name = f"framework_plugin_{digest(folder)}"
     if name not in sys.modules:

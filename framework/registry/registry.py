@@ -41,7 +41,7 @@ from framework.errors.user_code import reason_of
 
 from .plain_values import identical_values
 from .schema import Names, Setting, Types, read_settings
-from .signatures import call_arguments, first_sentence, parameters_of, unwrapped
+from .signatures import call_arguments, first_sentence, signature_parameters, unwrapped
 
 P = TypeVar("P", bound=Callable[..., Any])
 RESERVED = {
@@ -247,7 +247,7 @@ class Entry:
     @cached_property
     def asks_for(self) -> tuple[str, ...]:
         """The kind's given parameters that this part has."""
-        parameters = parameters_of(self.part)
+        parameters = signature_parameters(self.part)
         return tuple(name for name in self.kind.given if name in parameters)
 
     @property

@@ -50,7 +50,7 @@ from .plain_values import (
     readable,
     restore_tuples,
 )
-from .signatures import Part, parameter_docs, parameters_of, qualified_name, signature
+from .signatures import Part, parameter_docs, qualified_name, signature, signature_parameters
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a setting without a default
 Names = Iterable[str]
@@ -181,7 +181,7 @@ def read_settings(
             contradicts its annotation.
     """
     types = types or {}
-    parameters = parameters_of(part)
+    parameters = signature_parameters(part)
     for name in types:
         if name not in parameters:
             raise ContractError(

@@ -31,7 +31,7 @@ def signature(part: Part) -> inspect.Signature:
         raise ContractError(f"{name} has no signature that Python can read: {error}") from error
 
 
-def parameters_of(part: Part) -> dict[str, inspect.Parameter]:
+def signature_parameters(part: Part) -> dict[str, inspect.Parameter]:
     """Return the named parameters of a part.
 
     For a class these include parameters that it forwards to its base class as **kwargs.

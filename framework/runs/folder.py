@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
-from weakref import ref
+from typing import Any
 
 from framework.errors import RunError, short
 from framework.errors.paths import expanded, real_path
@@ -34,11 +33,9 @@ from framework.system.files import (
     write_file,
 )
 from framework.system.git import commit_and_diff
-from framework.system.locks import HeldLock, are_off, has_ended, lock, this_process
+from framework.system.locks import WriterLock, lock
 
-MOST_HOLDER = 300  # bytes of the text in a lock
-PATIENCE = 2.0  # seconds that the workers of a killed run have to end
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LARGEST_SIZE = 2**48  # elements of a sample; more do not fit into any memory
 MOST_DIMENSIONS = 64  # torch's limit
 OLDER_TEMPORARY = re.compile(
@@ -71,7 +68,7 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # no other process sees the folder before it is locked
                 self.path = claim(parent, name)
-                self.lock = only_writer(self.path)
+                self.lock = WriterLock(self.path)
         except OSError as error:
             path = parent / (name or "...")
             reason = failure_reason(path, error)
@@ -90,7 +87,7 @@ class RunFolder:
         folder.path = path
         try:
             with locked(path.parent):
-                folder.lock = only_writer(path)
+                folder.lock = WriterLock(path)
             remove_temporary_files(path)
         except OSError as error:
             reason = failure_reason(path, error)
@@ -104,7 +101,7 @@ class RunFolder:
 
 def check_name(setting: str, name: str) -> None:
     """Raise RunError if a name is not allowed for a folder."""
-    if not re.fullmatch(NAME, name) or ".." in name:
+    if not re.fullmatch(FOLDER_NAME, name) or ".." in name:
         raise RunError(f"{setting}={name}: expected at most 128 letters, digits, '.', '_' or '-'")
 
 
@@ -166,51 +163,6 @@ def locked(folder: Path) -> Iterator[None]:
     with open_file(folder, ".lock", "a") as file:
         lock(file, folder / ".lock", wait=True)
         yield
-
-
-def only_writer(run: Path, name: str = ".lock") -> HeldLock:
-    """Lock a folder until the returned object is closed; a kill releases the lock.
-
-    Where locks do not work (see `locks.py`), the process that the file names holds the lock unless
-    it has ended.
-
-    Raises:
-        RunError: another process holds the lock.
-    """
-    file = open_file(run, name, "a")
-    until = time.monotonic() + PATIENCE
-    try:
-        while not lock(file, run / name, wait=False):
-            holder = holder_in(file)
-            if not has_ended(holder) or time.monotonic() > until:
-                advice = "wait for it, or choose another run.name"
-                raise RunError(f"{run} is being written by {holder or 'another process'}: {advice}")
-            time.sleep(0.01)
-        holder = holder_in(file)
-        if are_off() and holder and not has_ended(holder):
-            advice = f"wait for it; if it has ended, delete {run / name}"
-            raise RunError(f"{run} is being written by {holder}: {advice}")
-        file.truncate(0)
-        file.write(this_process().encode())
-        file.flush()
-    except BaseException:
-        file.close()
-        raise
-    reference = ref(file)  # a forked data worker would keep the lock
-    os.register_at_fork(after_in_child=lambda: close(reference()))
-    return HeldLock(file)
-
-
-def holder_in(file: BinaryIO) -> str:
-    """Return the text in a lock, which names the process that holds it."""
-    file.seek(0)
-    return file.read(MOST_HOLDER).decode("utf-8", errors="replace").strip()
-
-
-def close(file: BinaryIO | None) -> None:
-    """Close a file if it still exists."""
-    if file is not None:
-        file.close()
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -337,7 +289,7 @@ def resolve_run(folder: Path) -> Path:
     if link != folder:
         name = target.removeprefix("../").removesuffix("/config.yaml")
     run = folder.parent / name
-    is_name = re.fullmatch(NAME, name) is not None and ".." not in name
+    is_name = re.fullmatch(FOLDER_NAME, name) is not None and ".." not in name
     is_expected = target == (name if link == folder else f"../{name}/config.yaml")
     if not is_name or not is_expected or run.is_symlink() or not run.is_dir():
         raise RunError(
@@ -376,7 +328,7 @@ def provenance(parts: dict[str, str]) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **machine(),
-        **code(Path.cwd()),
+        **git_state(Path.cwd()),
         "parts": parts,
     }
 
@@ -394,7 +346,7 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def code(folder: Path) -> dict[str, str | None]:
+def git_state(folder: Path) -> dict[str, str | None]:
     """Return commit and diff of a folder at the first call, as loaded code does not change."""
     commit, diff = commit_and_diff(folder)
     return {"git_commit": commit, "git_diff": diff}

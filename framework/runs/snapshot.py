@@ -16,7 +16,7 @@ from framework.errors import CheckpointError
 Weights = Mapping[str, Tensor]  # by name, buffers included
 Facts = Mapping[str, Any] | None  # of the run, in plain JSON types
 ToCPU = Callable[[Tensor], Tensor]
-PLAIN = (str, int, float, bool, type(None), bytes)
+PLAIN_TYPES = (str, int, float, bool, type(None), bytes)
 
 
 class Snapshot(NamedTuple):
@@ -184,7 +184,7 @@ def plain_copy(value: Any, to_cpu: ToCPU, path: str = "") -> Any:
         CheckpointError: a value is of another type; the message has its path.
     """
     kind = type(value)
-    if kind in PLAIN:
+    if kind in PLAIN_TYPES:
         return value
     if kind in (Tensor, torch.nn.Parameter):
         return to_cpu(value)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 from framework.errors import DiskFull, RunError
 from framework.errors.user_code import text_of
 
-Mode = Literal["r", "r+", "a", "x"]
+OpenMode = Literal["r", "r+", "a", "x"]
 FLAGS = {
     "r": os.O_RDONLY,
     "r+": os.O_RDWR,
@@ -28,7 +28,7 @@ FLAGS = {
 }
 # Non-blocking: opening a FIFO does not wait for a writer.
 NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -41,7 +41,7 @@ MOST_YAML_NODES = 100_000  # each use of an alias counts; libyaml takes 20 µs f
 MOST_DEPTH = 64
 
 
-def open_file(folder: Path, name: str, mode: Mode = "r", most: int | None = None) -> BinaryIO:
+def open_file(folder: Path, name: str, mode: OpenMode = "r", most: int | None = None) -> BinaryIO:
     """Open a file below a folder, unbuffered if it is opened for writing.
 
     Args:
@@ -348,7 +348,7 @@ def parse_yaml(text: bytes | str, path: Path) -> Any:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
     encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if SURROGATE.search(encoded):
+    if ESCAPED_SURROGATE.search(encoded):
         # libyaml refuses escaped bytes of file names that are not UTF-8
         loader = yaml.SafeLoader
     try:

@@ -19,8 +19,8 @@ from pathlib import Path
 from framework.errors.paths import real_path
 
 TIMEOUT = 10.0  # seconds
-MOST_BYTES = 2**20  # of a diff
-CUT = f"\n[cut after {MOST_BYTES:,} bytes]"
+MOST_DIFF_BYTES = 2**20  # of a diff
+CUT = f"\n[cut after {MOST_DIFF_BYTES:,} bytes]"
 NOT_RECORDED = (
     "[not recorded: the configuration of the repository names a filter {name!r}, which git would "
     "run]"
@@ -151,7 +151,9 @@ def filters_of(listed: bytes) -> list[str]:
 
 
 def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> bytes | None:
-    """Return at most MOST_BYTES + 1 bytes of a command's output; None if it fails or times out.
+    """Return the output of a command, cut after MOST_DIFF_BYTES + 1 bytes; None if it fails.
+
+    A command that takes longer than TIMEOUT fails.
 
     All processes of the command are killed at the end.
     """
@@ -171,7 +173,7 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
     assert process.stdout is not None
     try:
         content = read_until(deadline, process.stdout.fileno())
-        if len(content) > MOST_BYTES:
+        if len(content) > MOST_DIFF_BYTES:
             return content
         status = process.wait(max(deadline - time.monotonic(), 0.1))
         return content if status == 0 else None
@@ -185,7 +187,7 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
 
 
 def read_until(deadline: float, pipe: int) -> bytes:
-    """Read a pipe until it is closed, or for MOST_BYTES + 1 bytes.
+    """Read a pipe until it is closed, or for MOST_DIFF_BYTES + 1 bytes.
 
     Args:
         deadline: a time of `time.monotonic`.
@@ -197,7 +199,7 @@ def read_until(deadline: float, pipe: int) -> bytes:
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     content = bytearray()
-    while len(content) <= MOST_BYTES:
+    while len(content) <= MOST_DIFF_BYTES:
         seconds = deadline - time.monotonic()
         if seconds <= 0 or not poll.poll(seconds * 1000):
             raise TimeoutError
@@ -205,10 +207,10 @@ def read_until(deadline: float, pipe: int) -> bytes:
         if not piece:
             break
         content += piece
-    return bytes(content[: MOST_BYTES + 1])
+    return bytes(content[: MOST_DIFF_BYTES + 1])
 
 
 def decoded(content: bytes) -> str:
     """Return git's output as text. A diff may contain files of any encoding."""
-    text = content[:MOST_BYTES].decode("utf-8", errors="replace").strip()
-    return text + CUT if len(content) > MOST_BYTES else text
+    text = content[:MOST_DIFF_BYTES].decode("utf-8", errors="replace").strip()
+    return text + CUT if len(content) > MOST_DIFF_BYTES else text

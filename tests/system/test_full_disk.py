@@ -442,9 +442,9 @@ def undisturbed(tmp_path_factory):
 
 FULL_AT = {
     "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
-    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "WriterLock"), 1),
     "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
-    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "WriterLock"), 1),
 }
 
 

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial as OptunaTrial, TrialState
 
 from framework.composition.cached_composer import Composer
 from framework.composition.hydra_internals import result_of
-from framework.composition.overrides import own_settings, rewrite
+from framework.composition.overrides import own_settings
 from framework.contracts.direction import Direction
 from framework.contracts.duration import duration_seconds
 from framework.contracts.logger import Logger
@@ -35,10 +35,10 @@ from framework.runs.folder import read_config
 from framework.runtime.seeds import derive
 from framework.system.signals import received
 from framework.tuning.sweep.folder import SweepFolder, Trial
-from framework.tuning.sweep.sweeper import TrialSweeper
+from framework.tuning.sweep.sweeper import TrialSweeper, rewrite_params
 
 from .importance import charts, completed_trials, importance_table, objective_sign, ranked_trials
-from .settings import SECTION, Search, read_search
+from .settings import Search, read_search
 from .space import Space
 from .study import OptunaDirection, create_study, make_sampler
 
@@ -201,10 +201,13 @@ class SearchLoop:
 
 
 class OptunaSweeper(TrialSweeper):
-    """The sweeper `hydra/sweeper=optuna`."""
+    """The sweeper `hydra/sweeper=optuna`.
+
+    Args:
+        settings: those of `Search`; they are checked when the metrics are known.
+    """
 
     def __init__(self, **settings: Any):
-        """Keep the settings; they are checked when the metrics are known."""
         self.settings = settings
 
     def sweep(self, arguments: list[str]) -> None:
@@ -242,11 +245,7 @@ class OptunaSweeper(TrialSweeper):
         """Return the overrides for the settings `params` and `pruner`."""
         composing = self.runner.composing
         params = [f"{key}={text}" for key, text in (search.params or {}).items()]
-        space = rewrite(params, composing.folders, True)
-        if space.problems:
-            place = f"({SECTION}.params)"
-            raise ConfigError([text.replace("(command line)", place) for text in space.problems])
-        arguments = [*space.arguments]
+        arguments = [*rewrite_params(params, composing).arguments]
         if search.pruner == "none":
             return arguments
         prune = {"callbacks.prune.pruner": search.pruner, "callbacks.prune.warmup": search.warmup}

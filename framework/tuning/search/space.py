@@ -170,7 +170,7 @@ class Space:
         overrides = [*self.fixed]
         for axis in self.axes:
             if axis.key in chosen:
-                overrides += expand_job(f"{axis.written}={value_text(chosen[axis.key], axis)}")
+                overrides += expand_job(f"{axis.written}={override_value(chosen[axis.key], axis)}")
         return overrides
 
 
@@ -277,10 +277,10 @@ def has_setting(path: str, name: str, setting: str) -> bool:
     return False
 
 
-def value_text(value: Any, axis: Axis) -> str:
+def override_value(value: Any, axis: Axis) -> str:
     """Return the text of a value in an override, a real number with its significant digits."""
     if isinstance(value, list):
-        texts = [value_text(each, axis) for each in value]
+        texts = [override_value(each, axis) for each in value]
         return f"[{','.join(texts)}]"
     distribution = axis.distribution
     if not isinstance(value, float) or not isinstance(distribution, FloatDistribution):

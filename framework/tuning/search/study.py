@@ -42,8 +42,8 @@ from optuna.trial import FrozenTrial, Trial
 
 Sampler = Literal["tpe", "cma_es", "random", "nsga2"]
 OptunaDirection = Literal["minimize", "maximize"]
-FILE = "study.journal"
-NAME = "search"
+JOURNAL_FILE = "study.journal"
+STUDY_NAME = "search"
 BLOCK_BYTES = 4096
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the table of the sweep shows the results
@@ -135,7 +135,7 @@ def end_of_last_line(file: BinaryIO) -> int:
 @lru_cache(maxsize=4)
 def cached_storage(folder: Path) -> JournalStorage:
     """Return the storage of a sweep folder, one for a process, so that it reads each line once."""
-    return JournalStorage(Journal(folder / FILE))
+    return JournalStorage(Journal(folder / JOURNAL_FILE))
 
 
 def open_storage(folder: Path) -> JournalStorage:
@@ -146,7 +146,7 @@ def open_storage(folder: Path) -> JournalStorage:
         # Optuna does not check the types in a journal
         cause = f"{type(error).__name__}: {error}"
         raise RunError(
-            f"{folder / FILE} is damaged, the search cannot be resumed: {cause}"
+            f"{folder / JOURNAL_FILE} is damaged, the search cannot be resumed: {cause}"
         ) from error
 
 
@@ -163,7 +163,10 @@ def create_study(
     Raises RunError when the existing study was created for another request.
     """
     study = optuna.create_study(
-        storage=open_storage(folder), study_name=NAME, directions=directions, load_if_exists=True
+        storage=open_storage(folder),
+        study_name=STUDY_NAME,
+        directions=directions,
+        load_if_exists=True,
     )
     for name, value in request.items():
         before = study.user_attrs.get(name)
@@ -219,10 +222,13 @@ class Judge:
 
     def __init__(self, sweep: Path, number: int, pruner: BasePruner):
         """Load the study. Raises RunError for a folder without one, and for an unknown trial."""
-        if not (sweep / FILE).is_file():
-            raise RunError(f"{sweep} is not the folder of a search: it contains no {FILE}")
+        if not (sweep / JOURNAL_FILE).is_file():
+            raise RunError(f"{sweep} is not the folder of a search: it contains no {JOURNAL_FILE}")
         study = optuna.load_study(
-            study_name=NAME, storage=open_storage(sweep), sampler=RandomSampler(), pruner=pruner
+            study_name=STUDY_NAME,
+            storage=open_storage(sweep),
+            sampler=RandomSampler(),
+            pruner=pruner,
         )
         trials = study.get_trials(deepcopy=False)
         if number >= len(trials):
