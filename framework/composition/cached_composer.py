@@ -43,7 +43,15 @@ class Composer:
         self.swept = tuple(f"++{key}=" for key in composing.overrides.swept)
 
     def job(self, overrides: Sequence[str], number: int) -> Job:
-        """Return a checked job. Raises ConfigError."""
+        """Return a checked job.
+
+        Args:
+            overrides: the overrides of the job.
+            number: the number of the job.
+
+        Raises:
+            ConfigError: with all problems.
+        """
         base, values = self._split(overrides)
         if values is None:
             base = self._compose(tuple(overrides), number)

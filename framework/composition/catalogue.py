@@ -278,7 +278,8 @@ def build_index(
     loadable = [each for each in all_folders if each in trusted or each not in need_trust]
     listed = list(project_plugins(loadable, (), here))
     if here is None:
-        listed = [plugin for plugin in listed if not is_in_reach(plugin)]
+        # without relative paths to something in the working folder
+        listed = [each for each in listed if os.path.isabs(each) or not os.path.exists(each)]
     not_trusted = []
     if loadable != all_folders:
         not_trusted = list(project_plugins(all_folders, (), Path.cwd()))
@@ -297,11 +298,6 @@ def build_index(
         "folders": [str(folder) for folder in all_folders],
     }
     return index, dependencies
-
-
-def is_in_reach(plugin: str) -> bool:
-    """Return whether a plugin is a relative path to something in the working folder."""
-    return not os.path.isabs(plugin) and os.path.exists(plugin)
 
 
 def loaded_files() -> list[str]:
@@ -383,7 +379,8 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
         "doc": setting.doc,
         "required": setting.required,
     }
-    if not setting.required and shows_default(setting):
+    is_typeable = setting.is_typeable if setting.part is None else names_parts(setting.default)
+    if not setting.required and is_typeable:
         found["default"] = json_default(setting.default)
     elif not setting.required:
         found["default_text"] = f"{readable(setting.default)} (set in the code)"
@@ -411,11 +408,6 @@ def word_values(setting: Setting) -> Iterator[str]:
             yield from ("false", "true")
         elif member in (None, type(None)):
             yield "null"
-
-
-def shows_default(setting: Setting) -> bool:
-    """Return whether the default of a setting is one that a user can type."""
-    return names_parts(setting.default) if setting.part is not None else setting.is_typeable
 
 
 def json_default(value: Any) -> Any:

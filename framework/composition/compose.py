@@ -93,7 +93,7 @@ class CommandLine:
 
     @property
     def shows(self) -> bool:
-        """Whether the config is only printed; it is not checked then."""
+        """Return whether the config is only printed; it is not checked then."""
         return bool(self.cfg or self.info)
 
 
@@ -250,7 +250,11 @@ def notes(lines: Iterable[str]) -> None:
 
 
 def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
-    """Compose the experiment with Hydra and check it. Raises ConfigError."""
+    """Compose the experiment with Hydra and check it.
+
+    Raises:
+        ConfigError: with all problems.
+    """
     config = hydra_internals.compose_config(hydra, composing.arguments, multirun=False)
     hydra_node = config.hydra
     with hydra_internals.current_config(config):
@@ -258,8 +262,9 @@ def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
     job = composing.checked(tree, hydra_node.runtime.choices.get("experiment"), None)
     params = hydra_node.sweeper.get("params")
     if params:
-        note = f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"
-        composing.overrides.notes.append(note)
+        composing.overrides.notes.append(
+            f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"
+        )
     return job
 
 
@@ -308,16 +313,17 @@ def to_tree(config: Any, sources: Sources) -> dict[str, Any]:
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
     try:
-        tree: Any = OmegaConf.to_container(config, resolve=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         reason = hydra_internals.unresolved_reference(error)
         raise ConfigError([f"{key}={value_at(raw, key)}: {reason} ({sources(key)})"]) from None
-    keep_following(raw, tree, {followed_kind(kind) for kind in Registry.every})
+    keep_following(raw, resolved, {followed_kind(kind) for kind in Registry.every})
+    tree: dict[str, Any] = resolved
     for key, names in sources.unused_settings(tree).items():
         for name in names & tree[key].keys():
             del tree[key][name]
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 def value_at(tree: Any, path: str) -> Any:
@@ -399,8 +405,9 @@ def project_plugins(
             names += [base for base in base_experiments(content) if base not in names]
         plugins = content.get("plugins") or []
         if not isinstance(plugins, list) or not all(isinstance(each, str) for each in plugins):
-            expected = "plugins: expected a list of paths or module names"
-            raise PluginError(f"{file}: {expected}, got {plugins!r}")
+            raise PluginError(
+                f"{file}: plugins: expected a list of paths or module names, got {plugins!r}"
+            )
         for plugin in plugins:
             yield locate(plugin, folder, here)
 
@@ -467,8 +474,10 @@ def no_such(path: str, options: Iterable[str]) -> str:
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
         close = nearest(name, options)
         if close is not None:
-            advice = f"did you mean {close!r}? (or is {package} not installed?)"
-            return f"{group}={name}: not available; {advice}"
+            return (
+                f"{group}={name}: not available; did you mean {close!r}? "
+                f"(or is {package} not installed?)"
+            )
         return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"

@@ -158,8 +158,10 @@ def check_lists(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
         if registry.kind.many and isinstance(parts, list):
             items = without_name(parts)
             if items:
-                place = f"{shorter(file)}:{line_of(file, (key,))}"
-                yield f"{place}: {key}: expected a name or {{name: ..., ...}}, got {items[0]}"
+                yield (
+                    f"{shorter(file)}:{line_of(file, (key,))}: {key}: "
+                    f"expected a name or {{name: ..., ...}}, got {items[0]}"
+                )
 
 
 def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:

@@ -79,17 +79,17 @@ def option(entry: Entry) -> dict[str, Any]:
     return {entry.name: settings} if entry.kind.many else settings
 
 
-def defaults(settings: Schema, kind: str | None = None) -> dict[str, Any]:
+def defaults(schema: Schema, kind: str | None = None) -> dict[str, Any]:
     """Return the defaults of settings, as a config holds them.
 
     A setting that names a part follows the experiment's choice of its kind: "${activation}".
 
     Args:
-        settings: the settings of a part or section.
+        schema: the settings of a part or section.
         kind: the kind of the part. It does not follow the choice of this kind, which is the part.
     """
     found: dict[str, Any] = {}
-    for name, setting in settings.items():
+    for name, setting in schema.items():
         if setting.part not in (None, kind) and not setting.many:
             found[name] = followed_kind(str(setting.part))
         elif setting.required:

@@ -62,7 +62,11 @@ HYDRA_PLUGINS: dict[tuple[str, str], HydraPlugin] = {}  # by group and name
 
 
 def register(*entries: Section | HydraPlugin) -> None:
-    """Register sections, sweepers and launchers. Raises ContractError for a name that is taken."""
+    """Register sections, sweepers and launchers.
+
+    Raises:
+        ContractError: a name is taken.
+    """
     for entry in entries:
         before: Section | HydraPlugin
         if isinstance(entry, Section):
@@ -70,8 +74,9 @@ def register(*entries: Section | HydraPlugin) -> None:
         else:
             before = HYDRA_PLUGINS.setdefault((entry.group, entry.name), entry)
         if before != entry:
-            owners = f"{before.owner} and {entry.owner}"
-            raise ContractError(f"{entry.name!r} is registered twice: by {owners}")
+            raise ContractError(
+                f"{entry.name!r} is registered twice: by {before.owner} and {entry.owner}"
+            )
 
 
 def import_owner(owner: str) -> Callable[..., Any]:

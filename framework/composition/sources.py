@@ -159,7 +159,11 @@ def line_with(file: Path, text: str) -> int:
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file. Raises ConfigError with the line of a syntax error."""
+    """Return the content of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a mapping; with the line of a syntax error.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)

@@ -129,8 +129,8 @@ class Reader:
             else:
                 spec.parts[kind_name] = self.part(kind, kind.key, self.tree.get(kind.key))
         for name in SECTIONS:
-            given = self.tree.get(name) or {}
-            spec.sections[name] = self.settings(name, section_settings(name), given, name)
+            values = self.tree.get(name) or {}
+            spec.sections[name] = self.settings(name, section_settings(name), values, name)
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
         self.check_choices_have_effect(spec.parts)
@@ -161,22 +161,28 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            noun = with_article(kind.name)
-            expected = f"expected the name of {noun}, or a mapping with its `name` and settings"
-            self.problem(path, value, expected)
+            self.problem(
+                path,
+                value,
+                f"expected the name of {with_article(kind.name)}, "
+                "or a mapping with its `name` and settings",
+            )
             return None
         registry = Registry.every[kind.name]
         name = value.get("name", default)
         if name is None:
-            missing = f"has settings, but no {kind.name} is chosen"
-            self.problem(path, None, f"{missing}; choose one with {path}=NAME")
+            self.problem(
+                path,
+                None,
+                f"has settings, but no {kind.name} is chosen; choose one with {path}=NAME",
+            )
             return None
         if not isinstance(name, str) or name not in registry:
             self.problem(path, name, registry.unknown(str(name)))
             return None
         entry = registry.get(name)
-        given = {key: item for key, item in value.items() if key != "name"}
-        return Maker(entry, self.settings(path, entry.settings, given, entry))
+        values = {key: item for key, item in value.items() if key != "name"}
+        return Maker(entry, self.settings(path, entry.settings, values, entry))
 
     def many(self, kind: Kind) -> list[Maker]:
         """Return the makers of several parts: `callbacks: {early_stop: {patience: 3}}`."""
@@ -184,9 +190,11 @@ class Reader:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             value = {name: {} for name in value}
         if not isinstance(value, Mapping):
-            names = f"a list of names of {kind.key}"
-            expected = f"expected {names}, or a mapping from name to settings"
-            self.problem(kind.key, value, expected)
+            self.problem(
+                kind.key,
+                value,
+                f"expected a list of names of {kind.key}, or a mapping from name to settings",
+            )
             return []
         makers = []
         for name, settings in value.items():
@@ -202,30 +210,30 @@ class Reader:
     # settings
 
     def settings(
-        self, path: str, settings: Schema, given: Any, owner: Entry | str
+        self, path: str, schema: Schema, values: Any, owner: Entry | str
     ) -> dict[str, Any]:
         """Return the checked settings of a part or section.
 
         Args:
             path: where the part or section lies in the experiment.
-            settings: the settings that it has.
-            given: the values in the tree.
+            schema: the settings that it has.
+            values: the values in the tree.
             owner: the part, or the name of the section.
         """
-        if not isinstance(given, Mapping):
-            self.problem(path, given, "expected a mapping of settings")
+        if not isinstance(values, Mapping):
+            self.problem(path, values, "expected a mapping of settings")
             return {}
-        for key, value in given.items():
-            if key not in settings:
-                self.unknown_setting(f"{path}.{key}", key, value, settings, owner)
+        for key, value in values.items():
+            if key not in schema:
+                self.unknown_setting(f"{path}.{key}", key, value, schema, owner)
         found = {}
-        for key, setting in settings.items():
+        for key, setting in schema.items():
             setting_path = f"{path}.{key}"
             if setting.part is not None:
-                value = given.get(key, default_choice(setting, path, owner))
+                value = values.get(key, default_choice(setting, path, owner))
                 checked = self.nested_part(setting_path, setting, value)
             else:
-                checked = self.setting(setting_path, setting, given.get(key, MISSING), owner)
+                checked = self.setting(setting_path, setting, values.get(key, MISSING), owner)
             if checked is not UNSET:
                 found[key] = checked
         return found
@@ -254,21 +262,21 @@ class Reader:
         | `{alpha: 0.5}`              | the same as `"${activation}"`, with this setting    |
         | `null`                      | none, if the setting allows it                      |
         """
-        assert setting.part is not None
-        own_choices = self.own_choices.setdefault(setting.part, [])
+        kind_name = str(setting.part)
+        own_choices = self.own_choices.setdefault(kind_name, [])
         if setting.many:
             return self.nested_parts(path, setting, value)
-        kind = Registry.every[setting.part].kind
+        kind = Registry.every[kind_name].kind
         if value == MISSING:
-            noun = with_article(setting.part)
+            noun = with_article(kind_name)
             self.problem(path, None, f"needs {noun}; choose one with {path}=NAME")
             return None
-        if value == followed_kind(setting.part):
-            self.followed.add(setting.part)
+        if value == followed_kind(kind_name):
+            self.followed.add(kind_name)
             return self.followed_part(path, setting)
         default = None
         if isinstance(value, Mapping) and "name" not in value:
-            self.followed.add(setting.part)
+            self.followed.add(kind_name)
             default = self.name_at(kind.key)
             if not default and isinstance(setting.default, str):
                 default = setting.default
@@ -303,8 +311,12 @@ class Reader:
         default = setting.default
         chosen = self.tree.get(kind.key)
         if chosen is None and setting.required:
-            choices = f"{path}=NAME or {setting.part}=NAME"
-            self.problem(path, None, f"needs {with_article(kind.name)}; choose one with {choices}")
+            self.problem(
+                path,
+                None,
+                f"needs {with_article(kind.name)}; "
+                f"choose one with {path}=NAME or {setting.part}=NAME",
+            )
             return None
         if chosen is None:
             return self.part(kind, path, default) if names_parts(default) else UNSET
@@ -373,8 +385,11 @@ class Reader:
             chosen = self.name_at(key)
             own_choices = self.own_choices.get(name)
             if own_choices is None:
-                reason = f"neither {' nor '.join(users)} uses {with_article(name)}"
-                self.problem(key, chosen, f"has no effect: {reason}")
+                self.problem(
+                    key,
+                    chosen,
+                    f"has no effect: neither {' nor '.join(users)} uses {with_article(name)}",
+                )
             elif self.source(key) == COMMAND_LINE:
                 self.check_same_choice(key, chosen, own_choices)
 
@@ -431,7 +446,7 @@ class Reader:
         return isinstance(name, str) and name in registry and key in registry.get(name).settings
 
     def unknown_setting(
-        self, path: str, key: Any, value: Any, settings: Schema, owner: Entry | str
+        self, path: str, key: Any, value: Any, schema: Schema, owner: Entry | str
     ) -> None:
         """Report a setting that a part or section does not have."""
         name = owner if isinstance(owner, str) else owner.name
@@ -446,9 +461,8 @@ class Reader:
         elif others:
             more = " ..." if len(others) > 4 else ""
             message = f"{key} is a setting of {', '.join(others[:4])}{more}, not of {name}"
-        elif settings:
-            suggestion = did_you_mean(str(key), settings, most=20)
-            message = f"{name} has no setting {key!r}; {suggestion}"
+        elif schema:
+            message = f"{name} has no setting {key!r}; {did_you_mean(str(key), schema, most=20)}"
         else:
             message = f"{name} has no settings"
         self.problem(path, value, message)
@@ -529,12 +543,12 @@ def config_value(value: Any) -> Any:
         raise SettingError(f"{short(value, quote=False)} cannot be written to a config") from None
 
 
-def plain_settings(given: Mapping[str, Any], settings: Schema) -> dict[str, Any]:
-    """Return the given settings, and the defaults that a config can hold, in plain values."""
+def plain_settings(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """Return the values of settings, and the defaults that a config can hold, in plain values."""
     found = {}
-    for key, setting in settings.items():
-        if key in given:
-            found[key] = config_value(given[key])
+    for key, setting in schema.items():
+        if key in values:
+            found[key] = config_value(values[key])
         elif setting.in_config:
             found[key] = config_value(setting.default)
     return found

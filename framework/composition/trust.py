@@ -88,19 +88,30 @@ def problem_of_file() -> str | None:
 
 
 def trust(folder: Path) -> None:
-    """Trust a folder. Raises RunError if the file of trusted folders cannot be written."""
+    """Trust a folder.
+
+    Raises:
+        RunError: the file of trusted folders cannot be written.
+    """
     folders = known_folders()
     folders[os.path.realpath(folder)] = os.stat(folder).st_uid
     write_trusted(folders)
 
 
 def untrust(folder: Path) -> None:
-    """Stop trusting a folder. Raises FrameworkError if it is not trusted."""
+    """Stop trusting a folder.
+
+    Raises:
+        FrameworkError: the folder is not trusted.
+        RunError: the file of trusted folders cannot be written.
+    """
     path = os.path.realpath(folder)
     folders = known_folders()
     if path not in folders:
-        advice = "`framework trust --list` prints the trusted folders"
-        raise FrameworkError(f"{escaped_path(path)} is not trusted ({advice})")
+        raise FrameworkError(
+            f"{escaped_path(path)} is not trusted "
+            "(`framework trust --list` prints the trusted folders)"
+        )
     del folders[path]
     write_trusted(folders)
 

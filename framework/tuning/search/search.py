@@ -11,12 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as OptunaTrial, TrialState
@@ -39,7 +34,7 @@ from framework.tuning.sweep.sweeper import TrialSweeper, rewrite_params
 
 from .importance import charts, completed_trials, importance_table, objective_sign, ranked_trials
 from .settings import Search, read_search
-from .space import Space
+from .space import Distribution, Space
 from .study import OptunaDirection, create_study, make_sampler
 
 ENDED = ("done", "pruned", "failed")
@@ -80,15 +75,13 @@ class TrialProposer:
     def _draw(self, trial: OptunaTrial) -> list[str]:
         _ = trial.relative_params  # Optuna draws them on the first access: now, with this seed
 
-        def choose(name: str, distribution: BaseDistribution) -> Any:
+        def choose(name: str, distribution: Distribution) -> Any:
             self._reseed(trial.number, name)
             if isinstance(distribution, CategoricalDistribution):
                 return trial.suggest_categorical(name, distribution.choices)
             suggest: Any = trial.suggest_float
             if isinstance(distribution, IntDistribution):
                 suggest = trial.suggest_int
-            elif not isinstance(distribution, FloatDistribution):
-                raise TypeError(f"{name}: expected a number or choices, got {distribution}")
             return suggest(
                 name,
                 distribution.low,
@@ -211,7 +204,12 @@ class OptunaSweeper(TrialSweeper):
         self.settings = settings
 
     def sweep(self, arguments: list[str]) -> None:
-        """Search with the overrides of the command line. Raises ConfigError with their problems."""
+        """Search with the overrides of the command line.
+
+        Raises:
+            ConfigError: an override or a setting of the search is invalid.
+            RunError: the folder is that of another search, or cannot be written.
+        """
         runner = self.runner
         metrics = list(runner.objectives)
         search = read_search(self.settings, metrics)
@@ -301,25 +299,30 @@ class OptunaSweeper(TrialSweeper):
             job = self.composer.job(overrides, number)
             runner.composed_jobs[number] = runner.assign_folder(job)
         except ConfigError as error:
-            settings = own_settings(overrides, runner.composing.overrides)
-            cause = "; ".join(error.problems)
-            runner.finish(Trial(number, settings, state="failed", error=cause, exit_status=2))
+            trial = Trial(
+                number,
+                own_settings(overrides, runner.composing.overrides),
+                state="failed",
+                error="; ".join(error.problems),
+                exit_status=2,
+            )
+            runner.finish(trial)
             return False
         return True
 
 
-def lowest(name: str, distribution: BaseDistribution) -> Any:
+def lowest(name: str, distribution: Distribution) -> Any:
     """Return the first choice, or the lowest number."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
-    return distribution.low  # type: ignore[attr-defined]
+    return distribution.low
 
 
-def highest(name: str, distribution: BaseDistribution) -> Any:
+def highest(name: str, distribution: Distribution) -> Any:
     """Return the last choice, or the highest number."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[-1]
-    return distribution.high  # type: ignore[attr-defined]
+    return distribution.high
 
 
 def report_search(study: Study, metrics: Sequence[str], folder: SweepFolder) -> None:

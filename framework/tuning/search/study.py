@@ -89,16 +89,20 @@ class Journal(BaseJournalBackend):
                         logs.append(log)
                     number += 1
         except OSError as error:
-            reason = failure_reason(self.path, error)
-            raise RunError(f"{self.path} cannot be read: {reason}") from error
+            raise RunError(
+                f"{self.path} cannot be read: {failure_reason(self.path, error)}"
+            ) from error
         self.logs_read = number
         self.bytes_read = offset
         return logs
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append lines in one write. Raises RunError when they cannot be written.
+        """Append lines in one write.
 
         Part of a line at the end of the file, left by a kill, is removed.
+
+        Raises:
+            RunError: the lines cannot be written.
         """
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
         journal = AppendFile(self.folder, self.path.name)
@@ -139,14 +143,18 @@ def cached_storage(folder: Path) -> JournalStorage:
 
 
 def open_storage(folder: Path) -> JournalStorage:
-    """Return the storage of a sweep folder. Raises RunError when its journal is damaged."""
+    """Return the storage of a sweep folder.
+
+    Raises:
+        RunError: the journal is damaged.
+    """
     try:
         return cached_storage(folder.resolve())
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        # Optuna does not check the types in a journal
-        cause = f"{type(error).__name__}: {error}"
+        # Optuna does not check the types in a journal.
         raise RunError(
-            f"{folder / JOURNAL_FILE} is damaged, the search cannot be resumed: {cause}"
+            f"{folder / JOURNAL_FILE} is damaged, the search cannot be resumed: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -160,7 +168,8 @@ def create_study(
         directions: the direction of each objective.
         request: settings that must stay the same when a search goes on, by name.
 
-    Raises RunError when the existing study was created for another request.
+    Raises:
+        RunError: the existing study was created for another request.
     """
     study = optuna.create_study(
         storage=open_storage(folder),
@@ -221,7 +230,16 @@ class Judge:
     """
 
     def __init__(self, sweep: Path, number: int, pruner: BasePruner):
-        """Load the study. Raises RunError for a folder without one, and for an unknown trial."""
+        """Load the study.
+
+        Args:
+            sweep: the sweep folder.
+            number: the number of the trial.
+            pruner: decides by the reported values.
+
+        Raises:
+            RunError: the folder has no study, or the study no such trial.
+        """
         if not (sweep / JOURNAL_FILE).is_file():
             raise RunError(f"{sweep} is not the folder of a search: it contains no {JOURNAL_FILE}")
         study = optuna.load_study(
