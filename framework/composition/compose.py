@@ -432,7 +432,6 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
     """Return a message for an error of Hydra: the file and line, the problem, and a suggestion.
 
     Args:
-        error: the error.
         files: the config files that Hydra has read.
     """
     failure = hydra_internals.failure_of(error)

@@ -101,7 +101,6 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
     """Yield the problems of a config file, each with its line.
 
     Args:
-        file: the file.
         config_path: its name for Hydra, such as "experiment/spam".
         package: the key at which its content lies in the experiment.
         content: the parsed content.

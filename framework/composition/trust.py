@@ -212,7 +212,6 @@ def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> 
     package or an installed one stay.
 
     Args:
-        folder: the folder.
         needed: modules that the user has named; entries that contain one of them stay.
 
     Yields:

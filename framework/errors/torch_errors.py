@@ -73,8 +73,9 @@ def wrong_class(arguments: dict[str, Any]) -> str | None:
     wrong = counted[(counted < 0) | (counted >= classes)]
     if not len(wrong):
         return None
-    expected = f"expected 0 to {classes - 1} ({classes} classes)"
-    return f"a batch has the target {int(wrong[0])}, {expected}"
+    return (
+        f"a batch has the target {int(wrong[0])}, expected 0 to {classes - 1} ({classes} classes)"
+    )
 
 
 def is_batch_norm(error: BaseException) -> bool:

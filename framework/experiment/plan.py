@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -181,7 +180,8 @@ def make_plan(
         plan.curve = read_curve(optimizer, schedule, total_steps)
     if data is not None:
         for name, split in splits_of(data).items():
-            plan.splits.append(SplitSize(name, len(split), split_bytes(split)))
+            size = size_in_bytes(split.tensors) if isinstance(split, TensorSplit) else None
+            plan.splits.append(SplitSize(name, len(split), size))
     return plan
 
 
@@ -224,8 +224,3 @@ def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
         size = sum(parameter.numel() for parameter in group["params"])
         groups.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
     return groups
-
-
-def split_bytes(split: Any) -> int | None:
-    """Return the bytes of a split; None if it is not in memory."""
-    return size_in_bytes(split.tensors) if isinstance(split, TensorSplit) else None

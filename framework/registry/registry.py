@@ -158,7 +158,12 @@ class Registry:
         return Maker(self.get(name))(*given, **arguments)
 
     def maker(self, name: str, **settings: Any) -> "Maker":
-        """Return a maker of the part with a name. Raises UnknownName or SettingError."""
+        """Return a maker of the part with a name.
+
+        Raises:
+            UnknownName: there is no such part.
+            SettingError: a setting does not exist, or has a value of another type.
+        """
         entry = self.get(name)
         return Maker(entry, entry.checked(settings))
 
@@ -283,8 +288,9 @@ class Entry:
         """
         for name in settings:
             if name not in self.settings:
-                suggestion = did_you_mean(name, self.settings)
-                raise SettingError(f"{self} has no setting {name!r}; {suggestion}")
+                raise SettingError(
+                    f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}"
+                )
         result = {}
         for name, setting in self.settings.items():
             if name not in settings:
@@ -351,8 +357,9 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            reason = reason_of(error)
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
+            raise BuildError(
+                f"{self} ({self.registered}) cannot be built: {reason_of(error)}"
+            ) from error
         name = type(built).__qualname__
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {name}, which")
         return built

@@ -55,6 +55,7 @@ class RunFolder:
         Args:
             root: the folder of all runs.
             name: of the folder (letters, digits, '.', '_', '-'); by default the date and time.
+            experiment: the name of the experiment.
 
         Raises:
             RunError: the name is not allowed or taken, or the folder cannot be written.
@@ -71,9 +72,9 @@ class RunFolder:
                 self.lock = WriterLock(self.path)
         except OSError as error:
             path = parent / (name or "...")
-            reason = failure_reason(path, error)
             raise write_error(error)(
-                f"the run folder {path} cannot be made: {reason} (run.root={root})"
+                f"the run folder {path} cannot be made: {failure_reason(path, error)} "
+                f"(run.root={root})"
             ) from None
 
     @classmethod
@@ -90,8 +91,9 @@ class RunFolder:
                 folder.lock = WriterLock(path)
             remove_temporary_files(path)
         except OSError as error:
-            reason = failure_reason(path, error)
-            raise write_error(error)(f"the run folder {path} cannot be written: {reason}") from None
+            raise write_error(error)(
+                f"the run folder {path} cannot be written: {failure_reason(path, error)}"
+            ) from None
         return folder
 
     def write(self, file: str, content: Any) -> None:
@@ -128,8 +130,9 @@ def claim(parent: Path, name: str | None) -> Path:
             if name is None:
                 continue
             if not path.is_dir() or (path / "config.yaml").exists():
-                advice = "choose another run.name, or resume it with resume=auto"
-                raise RunError(f"{path} exists already: {advice}") from None
+                raise RunError(
+                    f"{path} exists already: choose another run.name, or resume it with resume=auto"
+                ) from None
         return path
     raise RunError(f"{parent} has too many runs named {base}")
 
@@ -148,6 +151,7 @@ def plugins_of(run: Path, key: str = "plugins") -> list[str]:
     The file may come from an untrusted source: a name with control characters is left out.
 
     Args:
+        run: the folder of the run.
         key: "plugins", or "without_plugins" for those that were excluded.
     """
     try:
@@ -190,26 +194,26 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a value is a list of sizes, with a possible number of dimensions and elements."""
+    """Return whether a value is a list of sizes that a tensor can have."""
     return is_sizes(value) and len(value) <= MOST_DIMENSIONS and math.prod(value) <= LARGEST_SIZE
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether a value is a list of sizes."""
+    """Return whether a value is a list of sizes."""
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in value)
 
 
 def is_classes(value: Any) -> bool:
-    """Whether a value is a list of class names."""
+    """Return whether a value is a list of class names."""
     if not isinstance(value, list):
         return False
     return all(isinstance(name, str | int | float | None) for name in value)
 
 
 def is_scale(value: Any) -> bool:
-    """Whether a value is (mean, std) or (mean, std, log), of numbers or lists of numbers."""
+    """Return whether a value is (mean, std) or (mean, std, log), of numbers or lists of them."""
     if not isinstance(value, list) or len(value) not in (2, 3):
         return False
     for moment in value[:2]:

@@ -148,7 +148,7 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 @cache
 def storable(dtype: torch.dtype) -> bool:
-    """Whether safetensors supports a dtype."""
+    """Return whether safetensors supports a dtype."""
     try:
         save({"empty": torch.empty(0, dtype=dtype)})
     except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError):
@@ -157,9 +157,11 @@ def storable(dtype: torch.dtype) -> bool:
 
 
 def memory_key(tensor: Tensor) -> Any:
-    """Return a key that two tensors share only if they are the same values in the same memory."""
-    if tensor.layout is not torch.strided:
-        return id(tensor)
+    """Return a key that two tensors share only if they are the same values in the same memory.
+
+    Args:
+        tensor: a strided one.
+    """
     storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     lazy = (tensor.is_conj(), tensor.is_neg())  # these change the values, and not the memory
     return (*storage, *lazy, tensor.dtype, tensor.shape, tensor.stride())

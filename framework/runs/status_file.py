@@ -112,8 +112,7 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
 
 def padded(content: dict[str, Any]) -> bytes:
     """Return a state as JSON in ASCII, padded to at least `SIZE` bytes."""
-    text = json.dumps(content)
-    return text.ljust(SIZE - 1).encode() + b"\n"
+    return json.dumps(content).ljust(SIZE - 1).encode() + b"\n"
 
 
 def overwrite(folder: Path, content: dict[str, Any]) -> None:

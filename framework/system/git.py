@@ -52,7 +52,7 @@ def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
     Both are None outside of a repository, without git, or if git fails or takes more than 10 s.
     """
     top = repository_of(folder)
-    program = git_program(folder)
+    program = shutil.which("git", path=search_path(folder))
     if top is None or program is None:
         return None, None
     environment = environment_of(top)
@@ -70,15 +70,9 @@ def repository_of(folder: Path) -> Path | None:
     for candidate in (folder, *folder.parents):
         if (candidate / ".git").is_file() or (candidate / ".git" / "HEAD").exists():
             return candidate
-        is_bare = (candidate / "HEAD").exists() and (candidate / "objects").exists()
-        if is_bare:
+        if (candidate / "HEAD").exists() and (candidate / "objects").exists():  # it is bare
             return None
     return None
-
-
-def git_program(folder: Path) -> str | None:
-    """Return git from the PATH, without entries in the folder itself such as "."."""
-    return shutil.which("git", path=search_path(folder))
 
 
 def search_path(folder: Path) -> str:
@@ -153,9 +147,7 @@ def filters_of(listed: bytes) -> list[str]:
 def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> bytes | None:
     """Return the output of a command, cut after MOST_DIFF_BYTES + 1 bytes; None if it fails.
 
-    A command that takes longer than TIMEOUT fails.
-
-    All processes of the command are killed at the end.
+    A command that takes longer than TIMEOUT fails. All its processes are killed at the end.
     """
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -191,7 +183,6 @@ def read_until(deadline: float, pipe: int) -> bytes:
 
     Args:
         deadline: a time of `time.monotonic`.
-        pipe: the descriptor.
 
     Raises:
         TimeoutError: the deadline has passed.

@@ -89,7 +89,6 @@ def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
     With FRAMEWORK_LOCKS=off nothing is locked.
 
     Args:
-        file: the open file.
         path: its path, for the message.
         wait: wait for the lock instead of returning False.
 

@@ -208,9 +208,6 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
     closed terminal. SIGUSR1 and SIGUSR2, if they have a handler, stop the runs too; their handler
     is called after the block.
 
-    Args:
-        trainers: the runs.
-
     Yields:
         The signals received so far.
     """

@@ -101,7 +101,7 @@ def verify(checkpoint: Path, to_load: bool = False) -> dict[str, Any]:
         check_memory(checkpoint, sum(expected["bytes"] for expected in files.values()))
     for name, expected in files.items():
         with open_checkpoint_file(checkpoint, name) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = sha256_of(file)
         if digest != expected["sha256"]:
             raise CheckpointError(
                 f"{checkpoint / name} is damaged: its sha256 is not the one in {MANIFEST}"
@@ -194,6 +194,12 @@ def open_checkpoint_file(checkpoint: Path, name: str) -> BinaryIO:
         raise CheckpointError(f"{missing} is missing") from None
     except (OSError, RunError) as error:
         raise CheckpointError(first_line(error)) from error
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the sha256 of the rest of a file."""
+    reader: Any = file  # typeshed wants a raw or buffered file, which a BinaryIO need not be
+    return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def path_of(file: BinaryIO) -> str:

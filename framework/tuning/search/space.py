@@ -77,7 +77,6 @@ class Space:
         """Read Hydra's overrides; the last one of a key counts.
 
         Args:
-            arguments: the overrides.
             loader: matches glob(...) with the options of a group.
 
         Raises:
@@ -196,7 +195,6 @@ def read_distribution(key: str, override: Override, log: bool) -> Distribution:
 
     Args:
         key: the key as typed.
-        override: the override.
         log: draw numbers on a logarithmic scale.
 
     Raises:

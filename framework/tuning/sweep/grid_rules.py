@@ -119,7 +119,6 @@ class Rule:
         """Parse a rule.
 
         Args:
-            text: the rule.
             known: the keys that it may contain.
 
         Raises:
