@@ -199,7 +199,7 @@ def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
             show_composed(composing, hydra)
         else:
             job = compose(composing, hydra)
-    notes(composing.overrides.notes)
+    print_override_notes(composing.overrides.notes)
     if job is not None:
         task(job)
 
@@ -243,7 +243,7 @@ def hydra_errors(files: list[File]) -> Iterator[None]:
         raise ConfigError([hydra_error_text(error, files)]) from error
 
 
-def notes(lines: Iterable[str]) -> None:
+def print_override_notes(lines: Iterable[str]) -> None:
     """Print notes on overrides that have no effect."""
     for line in lines:
         note(line)

@@ -136,8 +136,11 @@ class Reader:
         self.check_choices_have_effect(spec.parts)
         for name in ("model", "data", "task", "optimizer"):
             if spec.parts[name] is None and not self.problems:
-                noun = with_article(name)
-                self.problem(name, None, f"an experiment needs {noun}; choose one with {name}=NAME")
+                self.problem(
+                    name,
+                    None,
+                    f"an experiment needs {with_article(name)}; choose one with {name}=NAME",
+                )
         if spec.sections["trainer"]:
             self.check_trainer(spec.sections["trainer"])
         if self.problems:
@@ -268,8 +271,9 @@ class Reader:
             return self.nested_parts(path, setting, value)
         kind = Registry.every[kind_name].kind
         if value == MISSING:
-            noun = with_article(kind_name)
-            self.problem(path, None, f"needs {noun}; choose one with {path}=NAME")
+            self.problem(
+                path, None, f"needs {with_article(kind_name)}; choose one with {path}=NAME"
+            )
             return None
         if value == followed_kind(kind_name):
             self.followed.add(kind_name)
@@ -340,8 +344,11 @@ class Reader:
             return setting.default
         is_text = isinstance(converted, str | Path)
         if type(value) is int and is_text and self.is_altered(value, path):
-            message = f"is read as the number {value}{self.quoting(setting, value, path)}"
-            self.problem(path, self.typed_value(path), message)
+            self.problem(
+                path,
+                self.typed_value(path),
+                f"is read as the number {value}{self.quoting(setting, value, path)}",
+            )
         return converted
 
     def typed_value(self, path: str) -> str:

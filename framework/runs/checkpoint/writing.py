@@ -120,7 +120,7 @@ def write_model(path: Path, state: Snapshot) -> None:
         raise CheckpointError(
             f"step {state.step} cannot be saved: the model's state: {first_line(error)}"
         ) from error
-    # safetensors makes a private file, whatever the umask
+    # safetensors makes a private file, whatever the umask.
     os.chmod(path, path.parent.stat().st_mode & 0o666)
 
 

@@ -214,7 +214,7 @@ class OptunaSweeper(TrialSweeper):
         metrics = list(runner.objectives)
         search = read_search(self.settings, metrics)
         search.parallel = search.parallel or getattr(self.trial_launcher, "default_parallel", 1)
-        space = Space([*self.written(search), *arguments], self.loader)
+        space = Space([*self.settings_overrides(search), *arguments], self.loader)
         self.declare_swept(space)
         for choose in (lowest, highest):  # finds most mistakes before a folder is created
             self.composer.job(space.sample(choose), 0)
@@ -239,7 +239,7 @@ class OptunaSweeper(TrialSweeper):
     def composer(self) -> Composer:
         return self.runner.required_composer
 
-    def written(self, search: Search) -> list[str]:
+    def settings_overrides(self, search: Search) -> list[str]:
         """Return the overrides for the settings `params` and `pruner`."""
         composing = self.runner.composing
         params = [f"{key}={text}" for key, text in (search.params or {}).items()]

@@ -17,8 +17,8 @@ from framework.composition.compose import (
     CommandLine,
     Composing,
     Job,
-    notes,
     opened_composition,
+    print_override_notes,
     to_tree,
 )
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
@@ -72,7 +72,7 @@ def sweep(
         FrameworkError: trials failed, or none measured the metric.
     """
     with opened_composition(line) as (composing, hydra):
-        notes(composing.overrides.notes)
+        print_override_notes(composing.overrides.notes)
         config = compose_config(hydra, composing.arguments, multirun=True)
         typed = composing.overrides.typed
         sweeper = build_plugin(config, "sweeper", "hydra.sweeper" in typed)
