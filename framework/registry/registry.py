@@ -435,7 +435,7 @@ def no_part(kind: str, name: str, names: Mapping[str, Sequence[str]]) -> str:
     """Return the message for an unknown name, with a suggestion.
 
     Args:
-        kind: the kind in which the name was looked up.
+        kind: the kind that was searched.
         name: the unknown name.
         names: all names and aliases by kind.
     """

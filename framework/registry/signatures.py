@@ -83,7 +83,7 @@ def forwarded_parameters(ancestors: Sequence[type]) -> dict[str, inspect.Paramet
 
 
 def super_init_arguments(init: Part) -> tuple[int, set[str]] | None:
-    """Return the arguments that an `__init__` passes to `super().__init__` beside its **kwargs.
+    """Return the arguments that an `__init__` passes to `super().__init__` besides its **kwargs.
 
     Returns:
         The number of positional arguments and the names of the others; None if there is no such
