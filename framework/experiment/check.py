@@ -21,8 +21,8 @@ from framework.training.trainer import Trainer
 from .experiment import Experiment
 from .log_start import first_batch
 
-STEPS = 100  # at most, of overfitting one batch
-SECONDS = 10.0  # at most, of overfitting one batch
+OVERFIT_STEPS = 100  # at most, of overfitting one batch
+OVERFIT_SECONDS = 10.0  # at most, of overfitting one batch
 LARGEST_SHARE = 0.9  # of its loss that may be left afterwards
 
 
@@ -147,8 +147,8 @@ def check_same_weights(reference: nn.Module, resumed: nn.Module) -> None:
 
 def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
     """Return the losses of training on the first batch only."""
-    stop = StopAfter(STEPS, SECONDS)
+    stop = StopAfter(OVERFIT_STEPS, OVERFIT_SECONDS)
     batch = first_batch(built.train_batches)
     batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
-    fit(built, folder, stop, steps=STEPS, data=batches, val=None, schedule=None)
+    fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses

@@ -83,11 +83,13 @@ class Experiment:
         """Build the objects.
 
         Args:
+            spec: the checked experiment.
             data: of the spec, if it is built already.
             saved: the shapes of the tensors of a checkpoint; a much larger model is refused.
 
         Raises:
-            DataError, BuildError: parts do not fit each other.
+            DataError: the data does not fit the task or the model.
+            BuildError: a part cannot be built, or parts do not fit each other.
         """
         self.spec = spec
         self.data = build_data(spec) if data is None else data
@@ -132,7 +134,11 @@ class Experiment:
         return schedule
 
     def batches(self, split: str) -> Loader:
-        """Return the loader of a split. Raises DataError if the data does not have it."""
+        """Return the loader of a split.
+
+        Raises:
+            DataError: the data has no such split.
+        """
         return build_loader(self.spec, self.model, self.data, split, shuffle=split == "train")
 
     def trainer(self) -> Trainer:

@@ -118,9 +118,9 @@ def check_settings(value: Any, numbers: int) -> None:
     most = max(numbers, LARGEST_SETTING if is_own else LARGEST_OTHER_SETTING)
     largest = max(integers(value.settings), default=0)
     if largest > most:
-        name = f"{value.entry.kind.name}={value.entry.name}"
         raise BuildError(
-            f"{name}: a setting is {largest:,}, but its checkpoint has only {numbers:,} numbers"
+            f"{value.entry.kind.name}={value.entry.name}: a setting is {largest:,}, "
+            f"but its checkpoint has only {numbers:,} numbers"
         )
     check_settings(value.settings, numbers)
 

@@ -94,7 +94,7 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = []
     if plan.splits:
         lines.append(("data", ", ".join(map(split_text, plan.splits))))
-    lines.append(("steps", steps_text(plan)))
+    lines.append(("steps", plan_steps_text(plan)))
     lines.append(("cost", cost_text(plan)))
     lines.append(("memory", memory_text(plan)))
     heading = "trained"
@@ -125,7 +125,7 @@ def split_text(split: SplitSize) -> str:
     return f"{split.name} {split.samples:,}{size}"
 
 
-def steps_text(plan: Plan) -> str:
+def plan_steps_text(plan: Plan) -> str:
     """Return the steps, such as "40 = 10 epochs of 4, batches of 32"."""
     pace = plan.pace
     if not pace:

@@ -41,7 +41,7 @@ from framework.errors.user_code import reason_of
 
 from .plain_values import identical_values
 from .schema import Names, Setting, Types, read_settings
-from .signatures import call_arguments, first_sentence, parameters_of, unwrapped
+from .signatures import call_arguments, first_sentence, signature_parameters, unwrapped
 
 P = TypeVar("P", bound=Callable[..., Any])
 RESERVED = {
@@ -158,7 +158,12 @@ class Registry:
         return Maker(self.get(name))(*given, **arguments)
 
     def maker(self, name: str, **settings: Any) -> "Maker":
-        """Return a maker of the part with a name. Raises UnknownName or SettingError."""
+        """Return a maker of the part with a name.
+
+        Raises:
+            UnknownName: there is no such part.
+            SettingError: a setting does not exist, or has a value of another type.
+        """
         entry = self.get(name)
         return Maker(entry, entry.checked(settings))
 
@@ -247,7 +252,7 @@ class Entry:
     @cached_property
     def asks_for(self) -> tuple[str, ...]:
         """The kind's given parameters that this part has."""
-        parameters = parameters_of(self.part)
+        parameters = signature_parameters(self.part)
         return tuple(name for name in self.kind.given if name in parameters)
 
     @property
@@ -283,8 +288,9 @@ class Entry:
         """
         for name in settings:
             if name not in self.settings:
-                suggestion = did_you_mean(name, self.settings)
-                raise SettingError(f"{self} has no setting {name!r}; {suggestion}")
+                raise SettingError(
+                    f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}"
+                )
         result = {}
         for name, setting in self.settings.items():
             if name not in settings:
@@ -351,8 +357,9 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            reason = reason_of(error)
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
+            raise BuildError(
+                f"{self} ({self.registered}) cannot be built: {reason_of(error)}"
+            ) from error
         name = type(built).__qualname__
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {name}, which")
         return built
@@ -428,7 +435,7 @@ def no_part(kind: str, name: str, names: Mapping[str, Sequence[str]]) -> str:
     """Return the message for an unknown name, with a suggestion.
 
     Args:
-        kind: the kind in which the name was looked up.
+        kind: the kind that was searched.
         name: the unknown name.
         names: all names and aliases by kind.
     """

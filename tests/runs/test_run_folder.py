@@ -11,7 +11,7 @@ import yaml
 from framework.composition.spec import read_spec
 from framework.errors import RunError
 from framework.experiment.experiment import train
-from framework.runs.folder import RunFolder, code, package_version, provenance, read_config
+from framework.runs.folder import RunFolder, git_state, package_version, provenance, read_config
 
 
 def test_a_folder_is_named_by_the_user_or_by_the_time(tmp_path):
@@ -156,13 +156,13 @@ def test_provenance_contains_the_uncommitted_changes(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-qm", "first")
     (tmp_path / "part.py").write_text("two\n")
-    code.cache_clear()  # another process
+    git_state.cache_clear()  # another process
     inside = provenance({})
     (tmp_path / "part.py").write_text("three\n")
     assert (
         provenance({})["git_diff"] == inside["git_diff"]
     )  # what is loaded is still what was read first
-    code.cache_clear()
+    git_state.cache_clear()
     assert inside["git_commit"] == git("rev-parse", "HEAD")
     assert "-one\n+two" in inside["git_diff"]
     json.dumps(inside)

@@ -442,9 +442,9 @@ def undisturbed(tmp_path_factory):
 
 FULL_AT = {
     "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
-    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "WriterLock"), 1),
     "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
-    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "WriterLock"), 1),
 }
 
 
@@ -533,13 +533,13 @@ def test_errors_before_and_after_the_training_are_in_the_status(command, monkeyp
 
 
 def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
-    from framework.composition.catalogue import keep
+    from framework.composition.catalogue import write_cache
 
     content = {"stamps": {}, "index": "x" * 1000}
     with largest_file(100):
-        keep(tmp_path / "cache" / "index.json", 2**62, content)
+        write_cache(tmp_path / "cache" / "index.json", 2**62, content)
     assert not list((tmp_path / "cache").iterdir())
-    keep(tmp_path / "cache" / "index.json", 2**62, content)
+    write_cache(tmp_path / "cache" / "index.json", 2**62, content)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
 
 

@@ -16,7 +16,7 @@ from framework.system.files import MOST_DEPTH, levels
 
 MOST_PICKLE = 64 * 2**20  # bytes of the pickle in a torch file
 MOST_VALUES = 10_000_000  # in a training state; a shared value counts each time
-GLOBALS = re.compile(
+ALLOWED_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)"
     r"|torch \w+Storage|torch\.storage UntypedStorage"
     r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*"
@@ -91,7 +91,7 @@ def check_pickle(content: bytes) -> None:
             raise CheckpointError(
                 f"it has the instruction {code.name}, which is not allowed in a checkpoint"
             )
-        if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
+        if code.name == "GLOBAL" and ALLOWED_GLOBALS.fullmatch(str(argument)) is None:
             raise CheckpointError(
                 f"it names {short(argument, most=100, quote=False)}, "
                 "which is neither a tensor nor a plain type"

@@ -10,7 +10,7 @@ from framework.system.files import TEMPORARY
 
 from .layout import (
     FILES,
-    HIDDEN,
+    HIDDEN_FOLDER,
     MANIFEST,
     TEMPORARY_LINK,
     discard,
@@ -53,7 +53,7 @@ def clean(folder: Path) -> None:
     if link.is_symlink() or link.is_file():
         link.unlink()
     for path in sorted(folder.iterdir()):
-        match = HIDDEN.fullmatch(path.name)
+        match = HIDDEN_FOLDER.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
         checkpoint = folder / match[1]
