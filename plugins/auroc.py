@@ -41,42 +41,40 @@ class AreaUnderCurve(Metric):
     This is the area under the receiver operating characteristic (Hanley and McNeil 1982), with an
     error of about 0.001, averaged over classes or labels. The score of a class is its log odds,
     log p - log(1 - p), which does not saturate as p does; the score of a label is its logit.
+
+    Args:
+        bins: number of bins of each histogram of scores (with 4096 bins there are eight
+            histograms); reduced for more than 64 classes, down to 1,024 for 256 or more, to
+            save memory.
     """
 
     name = "auroc"
     targets: ClassVar[tuple[str, ...]] = ("class", "labels")
 
     def __init__(self, bins: Annotated[int, Range("[2, inf)")] = 4096):
-        """Store the number of bins.
-
-        Args:
-            bins: number of bins of each histogram of scores (with 4096 bins there are eight
-                histograms); reduced for more than 64 classes, down to 1,024 for 256 or more, to
-                save memory.
-        """
         self.bins = bins
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return counts for the other samples and for those of the class.
+        """Return counts of the negatives and of the positives of each class.
 
         Returns:
             (2, classes, histograms, bins).
         """
         if targets.is_floating_point():
             scores = wide(outputs).reshape(len(outputs), -1)
-            own = same_shape(outputs, targets).reshape(scores.shape) > 0.5
-            counted = torch.ones_like(own)
+            positive = same_shape(outputs, targets).reshape(scores.shape) > 0.5
+            counted = torch.ones_like(positive)
         else:
             rows, targets = class_rows(outputs, targets)
             scores = log_odds(wide(rows))
-            own = targets.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
-            counted = (targets >= 0).unsqueeze(1).expand_as(own)
+            positive = targets.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
+            counted = (targets >= 0).unsqueeze(1).expand_as(positive)
         classes = scores.shape[1]
         bins = min(self.bins, max(1024, MOST_BINS // classes))
         shifts = shifts_of(bins)
         keys = as_keys(scores)
         wrapped = torch.stack([(keys >> shift) % bins for shift in shifts], dim=2)
-        kind = torch.arange(classes, device=scores.device) + classes * own
+        kind = torch.arange(classes, device=scores.device) + classes * positive
         level = torch.arange(len(shifts), device=scores.device)
         histogram = kind.unsqueeze(2) * len(shifts) + level
         cells = histogram * bins + wrapped
@@ -92,10 +90,10 @@ class AreaUnderCurve(Metric):
         if sums.isnan().any():
             return float("nan")
         areas = []
-        for others, own in zip(*sums, strict=True):
-            pairs = others[0].sum() * own[0].sum()
+        for negatives, positives in zip(*sums, strict=True):
+            pairs = negatives[0].sum() * positives[0].sum()
             if pairs > 0:
-                areas.append(area(torch.stack([others, own])) / pairs)
+                areas.append(area(torch.stack([negatives, positives])) / pairs)
         return mean_or_nan(torch.stack(areas)) if areas else float("nan")
 
 
@@ -106,15 +104,15 @@ def shifts_of(bins: int) -> list[int]:
 
 
 def area(histograms: Tensor) -> Tensor:
-    """Return the number of pairs where the own score is higher, plus half of those that are equal.
+    """Return the number of pairs where the positive has the higher score, plus half of the ties.
 
     Args:
-        histograms: counts for the other and the own samples, (2, histograms, bins).
+        histograms: counts of the negatives and of the positives, (2, histograms, bins).
     """
-    place, counts = resolve(histograms)
-    others, own = counts[:, place.argsort()]
-    below = others.cumsum(0) - others / 2
-    return (own * below).sum()
+    keys, counts = resolve(histograms)
+    negatives, positives = counts[:, keys.argsort()]
+    below = negatives.cumsum(0) - negatives / 2
+    return (positives * below).sum()
 
 
 def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,26 +120,26 @@ def resolve(histograms: Tensor) -> tuple[Tensor, Tensor]:
     bins = histograms.shape[2]
     pairs = histograms[:, 0].sum(1).prod()
     coarser, *finer = shifts_of(bins)
-    place = torch.arange(bins) - bins // 2
-    counts = histograms[:, 0, place % bins]
-    settled_places = []
+    keys = torch.arange(bins) - bins // 2
+    counts = histograms[:, 0, keys % bins]
+    settled_keys = []
     settled_counts = []
     for level, shift in enumerate(finer, 1):
         split = counts.prod(0) > NEGLIGIBLE * pairs
-        settled_places.append(place[~split] << coarser)
+        settled_keys.append(keys[~split] << coarser)
         settled_counts.append(counts[:, ~split])
         children = torch.arange(2 ** (coarser - shift))
-        place = (place[split].unsqueeze(1) << (coarser - shift)) + children
+        keys = (keys[split].unsqueeze(1) << (coarser - shift)) + children
         background = torch.cat(settled_counts, dim=1).sum(1) / bins
         split_histograms = []
         for kind in range(2):
             coarse = counts[kind, split]
-            finer = split_counts(coarse, histograms[kind, level], place % bins, background[kind])
-            split_histograms.append(finer.flatten())
+            inner = split_counts(coarse, histograms[kind, level], keys % bins, background[kind])
+            split_histograms.append(inner.flatten())
         counts = torch.stack(split_histograms)
-        place = place.flatten()
+        keys = keys.flatten()
         coarser = shift
-    return torch.cat([*settled_places, place]), torch.cat([*settled_counts, counts], dim=1)
+    return torch.cat([*settled_keys, keys]), torch.cat([*settled_counts, counts], dim=1)
 
 
 def split_counts(counts: Tensor, histogram: Tensor, bins: Tensor, background: Tensor) -> Tensor:

@@ -44,16 +44,6 @@ losses.register(
 losses.register("multilabel_soft_margin", nn.MultiLabelSoftMarginLoss, hide=(*REDUCTION, "weight"))
 
 
-def at_least_single(outputs: Tensor) -> Tensor:
-    """Convert half-precision outputs to float32."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
-def tensor_or_none(numbers: list[float] | None) -> Tensor | None:
-    """Return the numbers as a tensor, or None."""
-    return None if numbers is None else torch.tensor(numbers)
-
-
 class ByClass:
     """Base of losses with a weight per class, either a list or `balanced`."""
 
@@ -223,7 +213,7 @@ class BinaryCrossEntropy(nn.BCEWithLogitsLoss):
     """
 
     def __init__(self, pos_weight: list[float] | None = None):
-        super().__init__(pos_weight=tensor_or_none(pos_weight))
+        super().__init__(pos_weight=None if pos_weight is None else torch.tensor(pos_weight))
 
 
 @losses.register("kl_div", aliases=["kl"])
@@ -281,8 +271,8 @@ class Focal(nn.Module):
             return loss.mean()
         if self.alpha.ndim == 0:
             raise DataError(
-                f"loss.alpha={self.alpha:g}: one number is for labels;"
-                " for classes set one per class, such as alpha=[0.2, 0.8]"
+                f"loss.alpha={self.alpha:g}: expected one number per class, such as "
+                "alpha=[0.2, 0.8] (a single number is for targets of kind labels)"
             )
         return (self.alpha[targets] * loss).mean()
 
@@ -325,7 +315,8 @@ class Dice(nn.Module):
         return len(targets)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = at_least_single(outputs)
+        # Half precision is too coarse for the sums.
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if targets.is_floating_point():
             probabilities = outputs.sigmoid()
         else:

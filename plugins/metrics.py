@@ -39,6 +39,11 @@ def decisions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, targets.unsqueeze(1) == index
 
 
+def correct_labels(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return whether each label is predicted correctly, in the shape of the outputs."""
+    return (outputs > 0) == (same_shape(outputs, targets) > 0.5)
+
+
 def sum_and_number(values: Tensor) -> Tensor:
     """Return the sum and the number of values, (2,)."""
     total = values.sum()
@@ -80,8 +85,7 @@ class Accuracy(Share):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
-            correct = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
-            return sum_and_number(correct)
+            return sum_and_number(correct_labels(outputs, targets))
         targets = class_shape(outputs, targets)
         return torch.stack([(outputs.argmax(1) == targets).sum(), (targets >= 0).sum()])
 
@@ -114,8 +118,7 @@ class ExactMatch(Share):
     targets: ClassVar[Targets] = ("labels",)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        correct = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
-        return sum_and_number(correct.flatten(1).all(1))
+        return sum_and_number(correct_labels(outputs, targets).flatten(1).all(1))
 
 
 class Counts(Metric):

@@ -54,6 +54,12 @@ def boxes(tops: Tensor, bottoms: Tensor, lefts: Tensor, rights: Tensor, like: Te
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
+def check_floating_point(inputs: Tensor, name: str) -> None:
+    """Raise SettingError for inputs of another type."""
+    if not inputs.is_floating_point():
+        raise SettingError(f"{name}: expected floating-point inputs, got {inputs.dtype}")
+
+
 @transforms.register("flip", aliases=["horizontal_flip"])
 class Flip(Transform):
     """Mirror images, left to right or upside down.
@@ -98,8 +104,8 @@ class Crop(Transform):
         _, high, wide = shapes.expect(in_shape, IMAGES, "crop")
         if fill == "reflect" and padding >= min(high, wide):
             raise BuildError(
-                f"crop: padding={padding}: fill=reflect needs less than the size of"
-                f" {tuple(in_shape)}; fill=edge has no limit"
+                f"crop: padding={padding}: fill=reflect needs less than the height and width "
+                f"of {tuple(in_shape)}; fill=edge has no limit"
             )
         self.padding = padding
         self.mode = {"edge": "replicate", "reflect": "reflect", "zero": "constant"}[fill]
@@ -142,8 +148,7 @@ class ResizedCrop(Transform):
 
     def __call__(self, batch: Batch) -> Batch:
         images, *rest = batch
-        if not images.is_floating_point():
-            raise SettingError(f"resized_crop: expected floating-point images, got {images.dtype}")
+        check_floating_point(images, "resized_crop")
         area, stretch, left, top = torch.rand(4, len(images), device=images.device)
         area = 1 - (1 - self.smallest) * area
         # A larger logarithm of the aspect ratio would make the box wider than the image.
@@ -202,8 +207,7 @@ class Noise(Transform):
 
     def __call__(self, batch: Batch) -> Batch:
         inputs, *rest = batch
-        if not inputs.is_floating_point():
-            raise SettingError(f"noise: expected floating-point inputs, got {inputs.dtype}")
+        check_floating_point(inputs, "noise")
         return (inputs + self.std * torch.randn_like(inputs), *rest)
 
 
@@ -233,7 +237,14 @@ class BrightnessContrast(Transform):
 
 
 class Mixing(Transform):
-    """Base of transforms that mix each sample with another one of the batch, and their targets."""
+    """Base of transforms that mix each sample with another one of the batch, and their targets.
+
+    Args:
+        name: the name of the transform, for messages.
+        out_shape: (classes,) for class targets.
+        alpha: both parameters of the Beta distribution of the share that a sample keeps.
+        p: probability of mixing a sample.
+    """
 
     def __init__(self, name: str, out_shape: Shape, alpha: float, p: float):
         self.name = name
@@ -302,8 +313,7 @@ class Mixup(Mixing):
 
     def __call__(self, batch: Batch) -> Batch:
         inputs, targets, *rest = batch
-        if not inputs.is_floating_point():
-            raise SettingError(f"mixup: expected floating-point inputs, got {inputs.dtype}")
+        check_floating_point(inputs, "mixup")
         share, other = self.draw(inputs)
         kept = per_sample(share, inputs)
         mixed = kept * inputs + (1 - kept) * inputs[other]

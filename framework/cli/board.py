@@ -40,7 +40,7 @@ def serve_board(root: Path, port: int) -> int:
     server = program.TensorBoard()
     options = ["--logdir", str(root), "--host", "127.0.0.1", "--port", str(port)]
     if odd:
-        reason = f"{odd[0]} leads out of {root} or is not a regular file"
+        reason = f"{odd[0]} is outside of {root} or not a regular file"
         note(f"{len(odd)} entries are not shown: {reason}")
         options.append("--load_fast=false")
         use_plain_files()

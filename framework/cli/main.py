@@ -405,7 +405,7 @@ def generate(args: argparse.Namespace) -> None:
             sampling[name] = getattr(args, name)
     known, text = opened_run(args).generate(args.prompt, **sampling)
     if known != args.prompt:
-        note(f"the model knows only a part of the prompt; it reads {known!r}")
+        note(f"the vocabulary does not contain all of the prompt; the model reads {known!r}")
     print(printable_lines(text))
 
 
@@ -509,7 +509,7 @@ def trust_folder(folder: Path, agreed: bool) -> int:
         print_line(f"  {line}")
     if not agreed:
         if not sys.stdin.isatty():
-            raise FrameworkError("trust: no terminal to ask on; --trust answers yes")
+            raise FrameworkError("trust: cannot ask without a terminal; --trust trusts the folder")
         agreed = ask(f"Trust {name}? `list`, `show` and TAB will run its plugins. [y/N] ")
     if not agreed:
         print("not trusted")

@@ -20,7 +20,7 @@ from .hydra_internals import ConfigLoader, compose_job, current_config
 from .override_syntax import value_of
 from .spec import followed_kind
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass
@@ -43,7 +43,15 @@ class Composer:
         self.swept = tuple(f"++{key}=" for key in composing.overrides.swept)
 
     def job(self, overrides: Sequence[str], number: int) -> Job:
-        """Return a checked job. Raises ConfigError."""
+        """Return a checked job.
+
+        Args:
+            overrides: the overrides of the job.
+            number: the number of the job.
+
+        Raises:
+            ConfigError: with all problems.
+        """
         base, values = self._split(overrides)
         if values is None:
             base = self._compose(tuple(overrides), number)
@@ -51,12 +59,12 @@ class Composer:
         tree = with_values(base.tree, values)
         return self.composing.checked(tree, base.experiment, list(overrides), number)
 
-    def _split(self, overrides: Sequence[str]) -> tuple[Base, dict[Path, Any] | None]:
+    def _split(self, overrides: Sequence[str]) -> tuple[Base, dict[KeyPath, Any] | None]:
         """Split the overrides of a job into the tree of its parts and the values to replace in it.
 
         The values are None if Hydra has to compose the job.
         """
-        values: dict[Path, Any] = {}
+        values: dict[KeyPath, Any] = {}
         rest: list[str] = []
         for text in overrides:
             if text.startswith(self.swept):
@@ -87,13 +95,13 @@ class Composer:
         return Base(tree, experiment, plain)
 
 
-def key_path(override: str) -> Path:
+def key_path(override: str) -> KeyPath:
     """Return the key of an override as a path: ("model", "norm") for `++model.norm=batch`."""
     key = override.lstrip("+~").partition("=")[0]
     return tuple(re.split(r"[./]", key))
 
 
-def overlap(values: Mapping[Path, Any], fixed: Sequence[Path]) -> bool:
+def overlap(values: Mapping[KeyPath, Any], fixed: Sequence[KeyPath]) -> bool:
     """Return whether one of the values lies in another one or in a fixed path, or contains it."""
     for path in values:
         others = [other for other in values if other != path]
@@ -104,7 +112,7 @@ def overlap(values: Mapping[Path, Any], fixed: Sequence[Path]) -> bool:
     return False
 
 
-def can_replace(tree: Mapping[str, Any], path: Path, value: Any) -> bool:
+def can_replace(tree: Mapping[str, Any], path: KeyPath, value: Any) -> bool:
     """Return whether replacing a value in the tree gives the same as composing with the override.
 
     It does where a number or word replaces a number or word.
@@ -123,7 +131,7 @@ def refers(value: Any) -> bool:
     return isinstance(value, str) and ("${" in value or "\\" in value)
 
 
-def with_values(tree: Mapping[str, Any], values: Mapping[Path, Any]) -> dict[str, Any]:
+def with_values(tree: Mapping[str, Any], values: Mapping[KeyPath, Any]) -> dict[str, Any]:
     """Return a copy of a tree with other values; unchanged branches are shared."""
     changed = dict(tree)
     for (key, *deeper), value in values.items():

@@ -111,7 +111,7 @@ def find_index(
     folders = [real_path(folder) for folder in map(expanded, folders) if folder.is_dir()]
     trusted_folders = trusted_among(folders, trusted)
     without = sorted(set(without))
-    build_now = partial(build, plugins, folders, trusted_folders, without)
+    build_now = partial(build_index, plugins, folders, trusted_folders, without)
     if any(Registry.every.values()):  # a program with its own parts
         return build_now()[0]
     return cached_index(cache_file(plugins, folders, trusted_folders, without), build_now)
@@ -160,7 +160,7 @@ def cached_index(file: Path, build: Callable[[], tuple[Index, Dependencies]]) ->
     index, dependencies = build()
     if not index.broken:  # a broken plugin may load next time although no file has changed
         content = {"of": dependencies, "stamps": stamps(**dependencies), "index": asdict(index)}
-        keep(file, begun, content)
+        write_cache(file, begun, content)
     return index
 
 
@@ -185,7 +185,7 @@ def text_digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def keep(file: Path, begun: int, content: dict[str, Any]) -> None:
+def write_cache(file: Path, begun: int, content: dict[str, Any]) -> None:
     """Write the cache file atomically, unless a dependency changed while it was read.
 
     Args:
@@ -249,7 +249,7 @@ def entry_point_files() -> Iterator[str]:
 # building the index
 
 
-def build(
+def build_index(
     plugins: list[str],
     folders: list[Path],
     trusted: Sequence[Path] = (),
@@ -278,7 +278,8 @@ def build(
     loadable = [each for each in all_folders if each in trusted or each not in need_trust]
     listed = list(project_plugins(loadable, (), here))
     if here is None:
-        listed = [plugin for plugin in listed if not is_in_reach(plugin)]
+        # without relative paths to something in the working folder
+        listed = [each for each in listed if os.path.isabs(each) or not os.path.exists(each)]
     not_trusted = []
     if loadable != all_folders:
         not_trusted = list(project_plugins(all_folders, (), Path.cwd()))
@@ -297,11 +298,6 @@ def build(
         "folders": [str(folder) for folder in all_folders],
     }
     return index, dependencies
-
-
-def is_in_reach(plugin: str) -> bool:
-    """Return whether a plugin is a relative path to something in the working folder."""
-    return not os.path.isabs(plugin) and os.path.exists(plugin)
 
 
 def loaded_files() -> list[str]:
@@ -383,7 +379,8 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
         "doc": setting.doc,
         "required": setting.required,
     }
-    if not setting.required and shows_default(setting):
+    is_typeable = setting.is_typeable if setting.part is None else names_parts(setting.default)
+    if not setting.required and is_typeable:
         found["default"] = json_default(setting.default)
     elif not setting.required:
         found["default_text"] = f"{readable(setting.default)} (set in the code)"
@@ -393,13 +390,13 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
     for mark in marks(setting.annotation):
         if isinstance(mark, Range):
             found.setdefault("range", str(mark))
-    values = list(words(setting))
+    values = list(word_values(setting))
     if values:
         found["values"] = values
     return found
 
 
-def words(setting: Setting) -> Iterator[str]:
+def word_values(setting: Setting) -> Iterator[str]:
     """Yield the values of a setting that are words: choices, truth values, null."""
     for member in map(strip, members(setting.annotation)):
         if get_origin(member) is Literal:
@@ -411,11 +408,6 @@ def words(setting: Setting) -> Iterator[str]:
             yield from ("false", "true")
         elif member in (None, type(None)):
             yield "null"
-
-
-def shows_default(setting: Setting) -> bool:
-    """Return whether the default of a setting is one that a user can type."""
-    return names_parts(setting.default) if setting.part is not None else setting.is_typeable
 
 
 def json_default(value: Any) -> Any:

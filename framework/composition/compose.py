@@ -27,7 +27,7 @@ from .config_files import checked_files
 from .hydra_groups import filled_store
 from .override_syntax import dotted, groups
 from .overrides import Overrides, as_typed, own_settings, rewrite
-from .sources import COMMAND_LINE, File, Sources, line_with, read_yaml
+from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
 from .spec import Spec, followed_kind, read_spec
 
 
@@ -93,7 +93,7 @@ class CommandLine:
 
     @property
     def shows(self) -> bool:
-        """Whether the config is only printed; it is not checked then."""
+        """Return whether the config is only printed; it is not checked then."""
         return bool(self.cfg or self.info)
 
 
@@ -194,18 +194,18 @@ def run_composed(line: CommandLine, task: Callable[[Job], Any]) -> None:
         PluginError: for a plugin that does not load.
     """
     job = None
-    with opened(line) as (composing, hydra):
+    with opened_composition(line) as (composing, hydra):
         if line.shows:
             show_composed(composing, hydra)
         else:
             job = compose(composing, hydra)
-    notes(composing.overrides.notes)
+    print_override_notes(composing.overrides.notes)
     if job is not None:
         task(job)
 
 
 @contextmanager
-def opened(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
+def opened_composition(line: CommandLine) -> Iterator[tuple[Composing, hydra_internals.Hydra]]:
     """Load the plugins, rewrite the overrides and open Hydra on the folders with config files.
 
     Raises:
@@ -243,14 +243,18 @@ def hydra_errors(files: list[File]) -> Iterator[None]:
         raise ConfigError([hydra_error_text(error, files)]) from error
 
 
-def notes(lines: Iterable[str]) -> None:
+def print_override_notes(lines: Iterable[str]) -> None:
     """Print notes on overrides that have no effect."""
     for line in lines:
         note(line)
 
 
 def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
-    """Compose the experiment with Hydra and check it. Raises ConfigError."""
+    """Compose the experiment with Hydra and check it.
+
+    Raises:
+        ConfigError: with all problems.
+    """
     config = hydra_internals.compose_config(hydra, composing.arguments, multirun=False)
     hydra_node = config.hydra
     with hydra_internals.current_config(config):
@@ -258,8 +262,9 @@ def compose(composing: Composing, hydra: hydra_internals.Hydra) -> Job:
     job = composing.checked(tree, hydra_node.runtime.choices.get("experiment"), None)
     params = hydra_node.sweeper.get("params")
     if params:
-        note = f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"
-        composing.overrides.notes.append(note)
+        composing.overrides.notes.append(
+            f"hydra.sweeper.params has no effect without -m: {', '.join(params)}"
+        )
     return job
 
 
@@ -308,16 +313,17 @@ def to_tree(config: Any, sources: Sources) -> dict[str, Any]:
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
     try:
-        tree: Any = OmegaConf.to_container(config, resolve=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         reason = hydra_internals.unresolved_reference(error)
         raise ConfigError([f"{key}={value_at(raw, key)}: {reason} ({sources(key)})"]) from None
-    keep_following(raw, tree, {followed_kind(kind) for kind in Registry.every})
+    keep_following(raw, resolved, {followed_kind(kind) for kind in Registry.every})
+    tree: dict[str, Any] = resolved
     for key, names in sources.unused_settings(tree).items():
         for name in names & tree[key].keys():
             del tree[key][name]
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 def value_at(tree: Any, path: str) -> Any:
@@ -394,13 +400,14 @@ def project_plugins(
         if folder is None:
             continue
         file = folder / f"{name}.yaml"
-        content = read_yaml(file)
+        content = read_config_file(file)
         if name != "config":
             names += [base for base in base_experiments(content) if base not in names]
         plugins = content.get("plugins") or []
         if not isinstance(plugins, list) or not all(isinstance(each, str) for each in plugins):
-            expected = "plugins: expected a list of paths or module names"
-            raise PluginError(f"{file}: {expected}, got {plugins!r}")
+            raise PluginError(
+                f"{file}: plugins: expected a list of paths or module names, got {plugins!r}"
+            )
         for plugin in plugins:
             yield locate(plugin, folder, here)
 
@@ -425,7 +432,6 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
     """Return a message for an error of Hydra: the file and line, the problem, and a suggestion.
 
     Args:
-        error: the error.
         files: the config files that Hydra has read.
     """
     failure = hydra_internals.failure_of(error)
@@ -440,7 +446,7 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
     elif failure.kind == "item":
         message = f"{path}: the list has no such item"
     elif failure.kind == "interval":
-        message = "interval(...) needs a sweeper that draws values; write a,b,c or range(...)"
+        message = "interval(...) needs a sweeper that samples values; write a,b,c or range(...)"
     else:
         message = failure.text
     if not failure.in_file:
@@ -467,8 +473,10 @@ def no_such(path: str, options: Iterable[str]) -> str:
         package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
         close = nearest(name, options)
         if close is not None:
-            advice = f"did you mean {close!r}? (or is {package} not installed?)"
-            return f"{group}={name}: not available; {advice}"
+            return (
+                f"{group}={name}: not available; did you mean {close!r}? "
+                f"(or is {package} not installed?)"
+            )
         return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"

@@ -27,7 +27,7 @@ from .sources import (
     line_of,
     line_with,
     own_name,
-    read_yaml,
+    read_config_file,
     unreadable,
 )
 from .spec import IMPORTS, NO_IMPORTS
@@ -61,7 +61,7 @@ class FileConfigSource(hydra_internals.FileConfigSource):
         if group == "experiment" and result.header["package"] is None:
             # an experiment file sets any key, also without Hydra's header
             result.header["package"] = "_global_"
-        package = package_of(config_path, result.header["package"])
+        package = config_package(config_path, result.header["package"])
         content: Any = OmegaConf.to_container(result.config, resolve=False)
         problems = list(check_file(file, config_path, package, content))
         if problems:
@@ -74,7 +74,7 @@ class FileConfigSource(hydra_internals.FileConfigSource):
         return result
 
 
-def package_of(config_path: str, header: str | None) -> str:
+def config_package(config_path: str, header: str | None) -> str:
     """Return the key at which the content of a config file lies in the experiment.
 
     Args:
@@ -101,7 +101,6 @@ def check_file(file: Path, config_path: str, package: str, content: Any) -> Iter
     """Yield the problems of a config file, each with its line.
 
     Args:
-        file: the file.
         config_path: its name for Hydra, such as "experiment/spam".
         package: the key at which its content lies in the experiment.
         content: the parsed content.
@@ -158,8 +157,10 @@ def check_lists(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
         if registry.kind.many and isinstance(parts, list):
             items = without_name(parts)
             if items:
-                place = f"{shorter(file)}:{line_of(file, (key,))}"
-                yield f"{place}: {key}: expected a name or {{name: ..., ...}}, got {items[0]}"
+                yield (
+                    f"{shorter(file)}:{line_of(file, (key,))}: {key}: "
+                    f"expected a name or {{name: ..., ...}}, got {items[0]}"
+                )
 
 
 def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
@@ -331,7 +332,7 @@ def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for folder in folders:
         file = folder / "config.yaml"
-        entries = (read_yaml(file).get("defaults") or ()) if file.is_file() else ()
+        entries = (read_config_file(file).get("defaults") or ()) if file.is_file() else ()
         for entry in entries:
             if isinstance(entry, Mapping):
                 for key, value in entry.items():

@@ -22,7 +22,7 @@ from .sections import (
     register,
     section_settings,
 )
-from .spec import PLAIN, REQUIRED, Settings, config_value, followed_kind
+from .spec import MISSING, PLAIN, Schema, config_value, followed_kind
 
 NONE = "_none_"  # an option without content; Hydra has no `GROUP=null` on its command line
 ALSO = "also"  # `also/callbacks` is the group by which `+callbacks=NAME` adds to `callbacks`
@@ -79,21 +79,21 @@ def option(entry: Entry) -> dict[str, Any]:
     return {entry.name: settings} if entry.kind.many else settings
 
 
-def defaults(settings: Settings, kind: str | None = None) -> dict[str, Any]:
+def defaults(schema: Schema, kind: str | None = None) -> dict[str, Any]:
     """Return the defaults of settings, as a config holds them.
 
     A setting that names a part follows the experiment's choice of its kind: "${activation}".
 
     Args:
-        settings: the settings of a part or section.
+        schema: the settings of a part or section.
         kind: the kind of the part. It does not follow the choice of this kind, which is the part.
     """
     found: dict[str, Any] = {}
-    for name, setting in settings.items():
+    for name, setting in schema.items():
         if setting.part not in (None, kind) and not setting.many:
             found[name] = followed_kind(str(setting.part))
         elif setting.required:
-            found[name] = REQUIRED
+            found[name] = MISSING
         elif setting.in_config and (setting.part is None or names_parts(setting.default)):
             found[name] = escaped(config_value(setting.default))
     return found

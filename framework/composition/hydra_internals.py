@@ -272,7 +272,11 @@ def result_of(done: JobReturn) -> Any:
 
 
 def parse_override(text: str) -> Override:
-    """Parse an override without a composition. Raises HydraException."""
+    """Parse an override without a composition.
+
+    Raises:
+        HydraException: the syntax is wrong.
+    """
     return OverridesParser.create().parse_override(text)
 
 
@@ -310,7 +314,7 @@ class Failure:
     in_file: bool = False
 
 
-ADVICE = (
+HYDRA_ADVICE = (
     "To append",
     "Set the env",
     "Did you mean to override",
@@ -333,8 +337,8 @@ def failure_of(error: Exception) -> Failure:
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.__cause__.full_key))
         return Failure("item", key)
     # ConfigCompositionException; Hydra 1.4 has the second text for the defaults list of a file
-    override = r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)"
-    if match := re.search(override, text):
+    pattern = r"Could not override '([^']+)'|Invalid Defaults List override '([^':]+)"
+    if match := re.search(pattern, text):
         return Failure("override", match[1] or match[2], in_file=True)
     if match := re.search(r"Could not delete (?:from config\. )?'([^']+)'", text):
         return Failure("delete", match[1], in_file=place is not None)
@@ -342,7 +346,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure("interval")
     lines: dict[str, None] = {}
     for line in text.removeprefix(place[0] if place else "").splitlines():
-        if line.strip() and not line.strip().startswith(ADVICE):
+        if line.strip() and not line.strip().startswith(HYDRA_ADVICE):
             lines[line.strip()] = None
     return Failure("other", text="; ".join(lines))
 

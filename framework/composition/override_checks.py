@@ -21,7 +21,7 @@ from .override_syntax import (
 )
 from .spec import IMPORTS, NO_IMPORTS
 
-FORM = "expected KEY=VALUE"
+OVERRIDE_FORM = "expected KEY=VALUE"
 QUOTING = (
     "quote a value with spaces, commas, brackets or =, and then the whole argument: 'key=\"a, b\"'"
 )
@@ -35,16 +35,16 @@ def syntax_problem(text: str) -> str:
     if re.search(r"=\s*(range|choice|glob|sort|shuffle|tag|interval)\(", text):
         return f"invalid syntax; write the values of a sweep as {SWEEP_FORMS}"
     if "=" in text:
-        return f"{FORM}; {QUOTING}"
+        return f"{OVERRIDE_FORM}; {QUOTING}"
     if is_group(word):
-        return f"{FORM}: {word}=NAME"
+        return f"{OVERRIDE_FORM}: {word}=NAME"
     meant = []
     for key, registry in groups().items():
         if word in registry:
             meant.append(f"{key}={word}")
     if meant:
-        return f"{FORM}: {' or '.join(meant)}"
-    return FORM
+        return f"{OVERRIDE_FORM}: {' or '.join(meant)}"
+    return OVERRIDE_FORM
 
 
 def find_problems(
@@ -61,7 +61,7 @@ def find_problems(
     """
     key = override.key_or_group
     if not key:
-        return [f"{FORM}; the key is missing"]
+        return [f"{OVERRIDE_FORM}; the key is missing"]
     if IMPORTS & set(re.split(r"\W+", text)):
         return [NO_IMPORTS]
     problem = sweep_problem(text, override, multirun)
@@ -100,7 +100,7 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
     key = override.key_or_group
     if override.package is not None:
         advice = quoted_override(f"{key}={text.partition('=')[2]}")
-        return f"the place of a part cannot be changed with @: write {advice}"
+        return f"the package of a part cannot be changed with @: write {advice}"
     if key == "plugins":
         return "use --plugins, or the list `plugins` in the project's conf/config.yaml"
     if key == "hydra.mode":

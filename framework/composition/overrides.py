@@ -96,13 +96,13 @@ def rewrite(
         except HydraException:
             found.problems.append(f"{argument}: {syntax_problem(argument)} ({COMMAND_LINE})")
             continue
-        record(found, text, override)
+        record_override(found, text, override)
         problems = find_problems(text, override, folders, multirun, shows)
         for problem in problems:
             found.problems.append(f"{text}: {problem} ({COMMAND_LINE})")
         if problems:
             continue
-        target = target_of(override, text)
+        target = override_target(override, text)
         arguments = arguments_for(override, text)
         before = kept.pop(target, None)
         if before is not None and before.text != text:
@@ -123,7 +123,7 @@ def rewrite(
     return found
 
 
-def record(found: Overrides, text: str, override: Override) -> None:
+def record_override(found: Overrides, text: str, override: Override) -> None:
     """Record the key of an override, and whether it sweeps; a later override replaces a sweep."""
     key = dotted(override.key_or_group)
     found.typed[key] = text
@@ -139,7 +139,7 @@ def depth(override: str) -> int:
     return key.count("/") + key.count(".")
 
 
-def target_of(override: Override, text: str) -> str:
+def override_target(override: Override, text: str) -> str:
     """Return what an override changes; of two overrides with one target, the last one counts.
 
     | override             | target                | two of them           |

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from framework.errors import ContractError
 from framework.registry.schema import Setting, read_settings
-from framework.registry.signatures import parameters_of
+from framework.registry.signatures import signature_parameters
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ HYDRA_PLUGINS: dict[tuple[str, str], HydraPlugin] = {}  # by group and name
 
 
 def register(*entries: Section | HydraPlugin) -> None:
-    """Register sections, sweepers and launchers. Raises ContractError for a name that is taken."""
+    """Register sections, sweepers and launchers.
+
+    Raises:
+        ContractError: a name is taken.
+    """
     for entry in entries:
         before: Section | HydraPlugin
         if isinstance(entry, Section):
@@ -70,11 +74,12 @@ def register(*entries: Section | HydraPlugin) -> None:
         else:
             before = HYDRA_PLUGINS.setdefault((entry.group, entry.name), entry)
         if before != entry:
-            owners = f"{before.owner} and {entry.owner}"
-            raise ContractError(f"{entry.name!r} is registered twice: by {owners}")
+            raise ContractError(
+                f"{entry.name!r} is registered twice: by {before.owner} and {entry.owner}"
+            )
 
 
-def load(owner: str) -> Callable[..., Any]:
+def import_owner(owner: str) -> Callable[..., Any]:
     """Import the class "module:Class"."""
     module, _, name = owner.partition(":")
     loaded: Callable[..., Any] = getattr(import_module(module), name)
@@ -89,8 +94,8 @@ def section_settings(name: str) -> dict[str, Setting]:
         ContractError: if the owner does not have one of the parameters in `given`.
     """
     section = SECTIONS[name]
-    owner = load(section.owner)
-    missing = set(section.given) - parameters_of(owner).keys()
+    owner = import_owner(section.owner)
+    missing = set(section.given) - signature_parameters(owner).keys()
     if missing:
         names = ", ".join(sorted(missing))
         raise ContractError(f"section {name}: {section.owner} has no parameter {names}")
@@ -99,7 +104,7 @@ def section_settings(name: str) -> dict[str, Setting]:
 
 def plugin_settings(plugin: HydraPlugin) -> dict[str, Setting]:
     """Return the settings of a sweeper or launcher."""
-    return read_settings(load(plugin.schema or plugin.owner))
+    return read_settings(import_owner(plugin.schema or plugin.owner))
 
 
 register(

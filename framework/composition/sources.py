@@ -67,7 +67,7 @@ class Sources:
         Returns:
             By config key, the names to remove from `tree[key]`.
         """
-        contents = [read_yaml(file) for file, package in self.files if not package]
+        contents = [read_config_file(file) for file, package in self.files if not package]
         typed = {tuple(path.split(".")[:2]) for path in self.typed}
         unused: dict[str, set[str]] = {}
         for key, registry in Registry.by_key().items():
@@ -158,8 +158,12 @@ def line_with(file: Path, text: str) -> int:
     return 1
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file. Raises ConfigError with the line of a syntax error."""
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a mapping; with the line of a syntax error.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), file)

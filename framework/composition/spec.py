@@ -13,13 +13,13 @@ from framework.registry.older_defaults import is_old_text, means_default
 from framework.registry.plain_values import NotPlain, plain_key, plain_value
 from framework.registry.registry import Entry, Kind, Maker, Registry
 from framework.registry.schema import Setting, names_parts
-from framework.registry.signatures import parameters_of
+from framework.registry.signatures import signature_parameters
 from framework.training.validation import settings_refused
 
 from .sections import SECTIONS, section_settings
 from .sources import COMMAND_LINE, Sources
 
-Settings = Mapping[str, Setting]
+Schema = Mapping[str, Setting]
 DIRECT = (
     "model",
     "data",
@@ -56,13 +56,13 @@ PLAIN = {
     ),
 }
 
-REQUIRED = "???"
+MISSING = "???"
 """The value of a required setting that has none, as in OmegaConf."""
 IMPORTS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 NO_IMPORTS = "is refused: a config names registered parts (`name: ...`) and cannot import code"
 OLD_TEXT = (
-    "was written by an earlier version for a default that a config cannot hold, and may or may "
-    "not be that default: remove the line to use the default"
+    "was written by an earlier version in place of a value that a config cannot hold, perhaps the "
+    "default: remove the line to use the default"
 )
 UNSET: Any = object()
 """Marks a setting that a maker leaves out, so that the default in the part's signature applies."""
@@ -129,15 +129,18 @@ class Reader:
             else:
                 spec.parts[kind_name] = self.part(kind, kind.key, self.tree.get(kind.key))
         for name in SECTIONS:
-            given = self.tree.get(name) or {}
-            spec.sections[name] = self.settings(name, section_settings(name), given, name)
+            values = self.tree.get(name) or {}
+            spec.sections[name] = self.settings(name, section_settings(name), values, name)
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
         self.check_choices_have_effect(spec.parts)
         for name in ("model", "data", "task", "optimizer"):
             if spec.parts[name] is None and not self.problems:
-                noun = with_article(name)
-                self.problem(name, None, f"an experiment needs {noun}; choose one with {name}=NAME")
+                self.problem(
+                    name,
+                    None,
+                    f"an experiment needs {with_article(name)}; choose one with {name}=NAME",
+                )
         if spec.sections["trainer"]:
             self.check_trainer(spec.sections["trainer"])
         if self.problems:
@@ -161,22 +164,28 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            noun = with_article(kind.name)
-            expected = f"expected the name of {noun}, or a mapping with its `name` and settings"
-            self.problem(path, value, expected)
+            self.problem(
+                path,
+                value,
+                f"expected the name of {with_article(kind.name)}, "
+                "or a mapping with its `name` and settings",
+            )
             return None
         registry = Registry.every[kind.name]
         name = value.get("name", default)
         if name is None:
-            missing = f"has settings, but no {kind.name} is chosen"
-            self.problem(path, None, f"{missing}; choose one with {path}=NAME")
+            self.problem(
+                path,
+                None,
+                f"has settings, but no {kind.name} is chosen; choose one with {path}=NAME",
+            )
             return None
         if not isinstance(name, str) or name not in registry:
             self.problem(path, name, registry.unknown(str(name)))
             return None
         entry = registry.get(name)
-        given = {key: item for key, item in value.items() if key != "name"}
-        return Maker(entry, self.settings(path, entry.settings, given, entry))
+        values = {key: item for key, item in value.items() if key != "name"}
+        return Maker(entry, self.settings(path, entry.settings, values, entry))
 
     def many(self, kind: Kind) -> list[Maker]:
         """Return the makers of several parts: `callbacks: {early_stop: {patience: 3}}`."""
@@ -184,9 +193,11 @@ class Reader:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             value = {name: {} for name in value}
         if not isinstance(value, Mapping):
-            names = f"a list of names of {kind.key}"
-            expected = f"expected {names}, or a mapping from name to settings"
-            self.problem(kind.key, value, expected)
+            self.problem(
+                kind.key,
+                value,
+                f"expected a list of names of {kind.key}, or a mapping from name to settings",
+            )
             return []
         makers = []
         for name, settings in value.items():
@@ -202,30 +213,30 @@ class Reader:
     # settings
 
     def settings(
-        self, path: str, settings: Settings, given: Any, owner: Entry | str
+        self, path: str, schema: Schema, values: Any, owner: Entry | str
     ) -> dict[str, Any]:
         """Return the checked settings of a part or section.
 
         Args:
             path: where the part or section lies in the experiment.
-            settings: the settings that it has.
-            given: the values in the tree.
+            schema: the settings that it has.
+            values: the values in the tree.
             owner: the part, or the name of the section.
         """
-        if not isinstance(given, Mapping):
-            self.problem(path, given, "expected a mapping of settings")
+        if not isinstance(values, Mapping):
+            self.problem(path, values, "expected a mapping of settings")
             return {}
-        for key, value in given.items():
-            if key not in settings:
-                self.unknown_setting(f"{path}.{key}", key, value, settings, owner)
+        for key, value in values.items():
+            if key not in schema:
+                self.unknown_setting(f"{path}.{key}", key, value, schema, owner)
         found = {}
-        for key, setting in settings.items():
+        for key, setting in schema.items():
             setting_path = f"{path}.{key}"
             if setting.part is not None:
-                value = given.get(key, default_choice(setting, path, owner))
+                value = values.get(key, default_choice(setting, path, owner))
                 checked = self.nested_part(setting_path, setting, value)
             else:
-                checked = self.setting(setting_path, setting, given.get(key, REQUIRED), owner)
+                checked = self.setting(setting_path, setting, values.get(key, MISSING), owner)
             if checked is not UNSET:
                 found[key] = checked
         return found
@@ -233,9 +244,9 @@ class Reader:
     def setting(self, path: str, setting: Setting, value: Any, owner: Entry | str) -> Any:
         """Return the checked value of a setting that names no part; UNSET to use the default."""
         if not setting.is_typeable and means_default(value, setting):
-            value = REQUIRED
+            value = MISSING
         of_section = isinstance(owner, str)
-        if value != REQUIRED:
+        if value != MISSING:
             checked = self.value(setting, value, path)
             return self.expand_home(checked, path) if of_section else checked
         if setting.required:
@@ -254,21 +265,22 @@ class Reader:
         | `{alpha: 0.5}`              | the same as `"${activation}"`, with this setting    |
         | `null`                      | none, if the setting allows it                      |
         """
-        assert setting.part is not None
-        own_choices = self.own_choices.setdefault(setting.part, [])
+        kind_name = str(setting.part)
+        own_choices = self.own_choices.setdefault(kind_name, [])
         if setting.many:
             return self.nested_parts(path, setting, value)
-        kind = Registry.every[setting.part].kind
-        if value == REQUIRED:
-            noun = with_article(setting.part)
-            self.problem(path, None, f"needs {noun}; choose one with {path}=NAME")
+        kind = Registry.every[kind_name].kind
+        if value == MISSING:
+            self.problem(
+                path, None, f"needs {with_article(kind_name)}; choose one with {path}=NAME"
+            )
             return None
-        if value == followed_kind(setting.part):
-            self.followed.add(setting.part)
+        if value == followed_kind(kind_name):
+            self.followed.add(kind_name)
             return self.followed_part(path, setting)
         default = None
         if isinstance(value, Mapping) and "name" not in value:
-            self.followed.add(setting.part)
+            self.followed.add(kind_name)
             default = self.name_at(kind.key)
             if not default and isinstance(setting.default, str):
                 default = setting.default
@@ -303,8 +315,12 @@ class Reader:
         default = setting.default
         chosen = self.tree.get(kind.key)
         if chosen is None and setting.required:
-            choices = f"{path}=NAME or {setting.part}=NAME"
-            self.problem(path, None, f"needs {with_article(kind.name)}; choose one with {choices}")
+            self.problem(
+                path,
+                None,
+                f"needs {with_article(kind.name)}; "
+                f"choose one with {path}=NAME or {setting.part}=NAME",
+            )
             return None
         if chosen is None:
             return self.part(kind, path, default) if names_parts(default) else UNSET
@@ -328,8 +344,11 @@ class Reader:
             return setting.default
         is_text = isinstance(converted, str | Path)
         if type(value) is int and is_text and self.is_altered(value, path):
-            message = f"is read as the number {value}{self.quoting(setting, value, path)}"
-            self.problem(path, self.typed_value(path), message)
+            self.problem(
+                path,
+                self.typed_value(path),
+                f"is read as the number {value}{self.quoting(setting, value, path)}",
+            )
         return converted
 
     def typed_value(self, path: str) -> str:
@@ -373,8 +392,11 @@ class Reader:
             chosen = self.name_at(key)
             own_choices = self.own_choices.get(name)
             if own_choices is None:
-                reason = f"neither {' nor '.join(users)} uses {with_article(name)}"
-                self.problem(key, chosen, f"has no effect: {reason}")
+                self.problem(
+                    key,
+                    chosen,
+                    f"has no effect: neither {' nor '.join(users)} uses {with_article(name)}",
+                )
             elif self.source(key) == COMMAND_LINE:
                 self.check_same_choice(key, chosen, own_choices)
 
@@ -431,24 +453,23 @@ class Reader:
         return isinstance(name, str) and name in registry and key in registry.get(name).settings
 
     def unknown_setting(
-        self, path: str, key: Any, value: Any, settings: Settings, owner: Entry | str
+        self, path: str, key: Any, value: Any, schema: Schema, owner: Entry | str
     ) -> None:
         """Report a setting that a part or section does not have."""
         name = owner if isinstance(owner, str) else owner.name
         others = parts_with(key, owner)
         if key in IMPORTS:
             message = NO_IMPORTS
-        elif isinstance(owner, Entry) and key in parameters_of(owner.part):
+        elif isinstance(owner, Entry) and key in signature_parameters(owner.part):
             reason = "has a type that no config can hold"
             if key in owner.kind.given:
                 reason = "is passed by the framework"
-            message = f"the parameter {key} of {name} {reason}, so it is no setting"
+            message = f"the parameter {key} of {name} {reason}, so it is not a setting"
         elif others:
             more = " ..." if len(others) > 4 else ""
             message = f"{key} is a setting of {', '.join(others[:4])}{more}, not of {name}"
-        elif settings:
-            suggestion = did_you_mean(str(key), settings, most=20)
-            message = f"{name} has no setting {key!r}; {suggestion}"
+        elif schema:
+            message = f"{name} has no setting {key!r}; {did_you_mean(str(key), schema, most=20)}"
         else:
             message = f"{name} has no settings"
         self.problem(path, value, message)
@@ -468,7 +489,7 @@ def default_choice(setting: Setting, path: str, owner: Entry | str) -> Any:
     optimizer that wraps an optimizer has its own default.
     """
     if isinstance(owner, Entry) and path == owner.kind.key == setting.part:
-        return REQUIRED if setting.required else setting.default
+        return MISSING if setting.required else setting.default
     return followed_kind(str(setting.part))
 
 
@@ -529,12 +550,12 @@ def config_value(value: Any) -> Any:
         raise SettingError(f"{short(value, quote=False)} cannot be written to a config") from None
 
 
-def plain_settings(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return the given settings, and the defaults that a config can hold, in plain values."""
+def plain_settings(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """Return the values of settings, and the defaults that a config can hold, in plain values."""
     found = {}
-    for key, setting in settings.items():
-        if key in given:
-            found[key] = config_value(given[key])
+    for key, setting in schema.items():
+        if key in values:
+            found[key] = config_value(values[key])
         elif setting.in_config:
             found[key] = config_value(setting.default)
     return found

@@ -22,7 +22,7 @@ from framework.errors.paths import expanded, shorter
 from framework.registry.discovery import files_in, locate
 from framework.system.files import open_file, parse_json, parse_yaml, write_file
 
-MOST_BYTES = 2**20  # of a config file, and of the file of trusted folders
+MOST_CONFIG_BYTES = 2**20  # of a config file, and of the file of trusted folders
 FRAMEWORK = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 
@@ -54,9 +54,9 @@ def read_trusted() -> dict[str, int]:
     if file is None:
         return {}
     try:
-        with open_file(file.parent, file.name, most=MOST_BYTES) as opened:
+        with open_file(file.parent, file.name, most=MOST_CONFIG_BYTES) as opened:
             status = os.fstat(opened.fileno())
-            content = opened.read(MOST_BYTES + 1)
+            content = opened.read(MOST_CONFIG_BYTES + 1)
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -66,7 +66,7 @@ def read_trusted() -> dict[str, int]:
     parsed = parse_json(content, file)
     folders = parsed.get("folders") if isinstance(parsed, dict) else None
     if not isinstance(folders, dict) or not all(type(owner) is int for owner in folders.values()):
-        raise RunError(f"{file} is not a file of trusted folders")
+        raise RunError(f"{file} is not a list of trusted folders")
     return folders
 
 
@@ -88,19 +88,30 @@ def problem_of_file() -> str | None:
 
 
 def trust(folder: Path) -> None:
-    """Trust a folder. Raises RunError if the file of trusted folders cannot be written."""
+    """Trust a folder.
+
+    Raises:
+        RunError: the file of trusted folders cannot be written.
+    """
     folders = known_folders()
     folders[os.path.realpath(folder)] = os.stat(folder).st_uid
     write_trusted(folders)
 
 
 def untrust(folder: Path) -> None:
-    """Stop trusting a folder. Raises FrameworkError if it is not trusted."""
+    """Stop trusting a folder.
+
+    Raises:
+        FrameworkError: the folder is not trusted.
+        RunError: the file of trusted folders cannot be written.
+    """
     path = os.path.realpath(folder)
     folders = known_folders()
     if path not in folders:
-        advice = "`framework trust --list` prints the trusted folders"
-        raise FrameworkError(f"{escaped_path(path)} is not trusted ({advice})")
+        raise FrameworkError(
+            f"{escaped_path(path)} is not trusted "
+            "(`framework trust --list` prints the trusted folders)"
+        )
     del folders[path]
     write_trusted(folders)
 
@@ -149,7 +160,7 @@ def has_config(folder: Path) -> bool:
 def plugins_in(file: Path) -> list[str]:
     """Return the list `plugins` of a config file; [] if the file is missing or unreadable."""
     try:
-        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+        if not file.is_file() or file.stat().st_size > MOST_CONFIG_BYTES:
             return []
         content = parse_yaml(file.read_bytes(), file)
     except (OSError, RunError):
@@ -171,7 +182,7 @@ def description(folder: Path) -> list[str]:
         lines.append("its config files name no plugins")
     status = folder.stat()
     if status.st_uid != os.geteuid():
-        lines.append(f"warning: the folder belongs to another user (number {status.st_uid})")
+        lines.append(f"warning: the folder belongs to another user (user id {status.st_uid})")
     if status.st_mode & stat.S_IWOTH:
         lines.append("warning: every user of this machine can write to the folder")
     return lines
@@ -201,7 +212,6 @@ def importing_from_elsewhere(folder: str | Path, needed: Sequence[str] = ()) -> 
     package or an installed one stay.
 
     Args:
-        folder: the folder.
         needed: modules that the user has named; entries that contain one of them stay.
 
     Yields:

@@ -382,9 +382,9 @@ def measure_items(loss: nn.Module, fallback: Items) -> Items:
         if math.isclose(of_all, expected, rel_tol=1e-4):
             return items
     warnings.warn(
-        f"the loss {loss_name(loss)}: its mean is neither over the targets that it does not ignore "
-        "nor over their weights. Batches of a step and of an evaluation are weighted by their "
-        "number of targets: give the loss a method `count(targets)` if that is wrong",
+        f"the loss {loss_name(loss)}: it is not a mean over all targets, the targets that are not "
+        "ignored, or the class weights. Batches are weighted by their number of targets; if that "
+        "is wrong, give the loss a method `count(targets)`",
         stacklevel=2,
     )
     return "targets"

@@ -170,8 +170,8 @@ def add_sums(
             f"batches, got {tuple(fresh.shape)}"
         )
     warnings.warn(
-        f"the metric {metric.name}: the checkpoint has sums of another version of it; they are "
-        "left out of the next logged value",
+        f"the metric {metric.name}: the checkpoint has sums of another version of this "
+        "metric; the next logged value does not include them",
         stacklevel=2,
     )
     return fresh

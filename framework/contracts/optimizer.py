@@ -101,7 +101,7 @@ class Parameters:
         for pattern in self.rates:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise SettingError(
-                    f"parameters.rates: no parameter fits {pattern!r}; "
+                    f"parameters.rates: no parameter matches {pattern!r}; "
                     f"{did_you_mean(pattern, names, most=10)}"
                 )
         layers = list(dict.fromkeys(map(layer_of, names)))
@@ -169,8 +169,8 @@ def build_optimizer(
             raise
         kind = "groups" if params and isinstance(params[0], Mapping) else "parameters"
         raise BuildError(
-            f"{error}; an optimizer gets a list of {len(params)} {kind}: "
-            "for other groups, register a function that makes them of `params`"
+            f"{error}; an optimizer receives a list of {len(params)} {kind}: "
+            "for other groups, register a function that creates them from `params`"
         ) from cause
     return optimizer
 

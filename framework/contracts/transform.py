@@ -57,7 +57,7 @@ def transformed_all(batches: Sequence[Batch], transforms: Sequence[Transform]) -
             if old.data_ptr() == new.data_ptr() and versions([(old,)]) != [version]:
                 names = ", ".join(type(transform).__name__ for transform in transforms)
                 raise SettingError(
-                    f"transforms={names}: a transform writes into the batch that it returned "
+                    f"transforms={names}: a transform overwrites the batch that it returned "
                     "before; expected new tensors"
                 )
     return results

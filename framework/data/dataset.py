@@ -341,7 +341,7 @@ class Loader:
             )
         if read == "workers" and isinstance(self.split, GatheredSplit):
             raise DataError(
-                f"loader.read=workers: a {type(self.split).__name__} makes its batches in memory"
+                f"loader.read=workers: a {type(self.split).__name__} builds its batches in memory"
             )
         if read == "memory" and not self.in_memory:
             self.uncached = self._samples_to_cache()

@@ -152,11 +152,11 @@ class SeededSamples(torch.utils.data.Dataset[Any]):
         try:
             samples = list(self.get_samples(list(indices)))  # a copy, which the split may change
             if len(samples) != len(indices):
-                raise DataError(f"it gives {len(samples)} samples for {len(indices)} indices")
+                raise DataError(f"it returns {len(samples)} samples for {len(indices)} indices")
         except Exception as error:
             return DataError(
-                f"samples {indices[0]}, ... cannot be read at once (`__getitems__`), though each "
-                f"alone can: {describe(error)}"
+                f"`__getitems__` cannot read a batch that begins with sample {indices[0]}, "
+                f"but `__getitem__` can read each of its samples: {describe(error)}"
             )
         if generator_states() != before:
             self.get_samples = None
@@ -316,7 +316,7 @@ def as_batch(batch: Any) -> Batch:
         return tuple(batch)
     advice = ""
     if has_parts and any(isinstance(part, tuple | list) for part in batch):
-        advice = "; a Task of your own takes a flat tuple of any length"
+        advice = "; a custom Task accepts a flat tuple of any length"
     elif has_parts or hasattr(batch, "__array__"):
         advice = "; torch.as_tensor makes tensors of arrays and numbers"
     raise DataError(
@@ -475,7 +475,7 @@ def death_error(samples: SeededSamples, worker: int, status: int) -> DataError:
         return shared_memory_error()
     name = describe_worker(samples, worker)
     if status >= 0:
-        return DataError(f"{name} has died with exit status {status}")
+        return DataError(f"{name} exited with status {status}")
     hint = " (out of memory?)" if status == -signal.SIGKILL else ""
     return DataError(f"{name} was killed by {signal.Signals(-status).name}{hint}")
 

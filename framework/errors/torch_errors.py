@@ -14,8 +14,8 @@ from . import DataError, short
 from .user_code import frames, text_of, user_place
 
 FUNCTIONAL = "torch/nn/functional.py"
-CLASS_LOSSES = ("cross_entropy", "nll_loss")
-LOSS_ENDINGS = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
+CLASS_LOSS_NAMES = ("cross_entropy", "nll_loss")
+LOSS_SUFFIXES = ("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div")
 BATCH_NORM_CHECK = "_verify_batch_size"  # called by batch and instance norms
 
 
@@ -41,9 +41,9 @@ def explain(error: BaseException) -> str | None:
     name = innermost.f_code.co_name
     if name == BATCH_NORM_CHECK:
         return f"a batch of one sample in training: {batch_norm_reason(error)}"
-    if name in CLASS_LOSSES and isinstance(error, IndexError):
+    if name in CLASS_LOSS_NAMES and isinstance(error, IndexError):
         return wrong_class(innermost.f_locals)
-    if name.endswith(LOSS_ENDINGS) and isinstance(error, TypeError) and user_place(error) is None:
+    if name.endswith(LOSS_SUFFIXES) and isinstance(error, TypeError) and user_place(error) is None:
         return no_outputs(innermost.f_locals)
     return None
 
@@ -76,8 +76,9 @@ def wrong_class(arguments: dict[str, Any]) -> str | None:
     wrong = counted[(counted < 0) | (counted >= classes)]
     if not len(wrong):
         return None
-    expected = f"expected 0 to {classes - 1} ({classes} classes)"
-    return f"a batch has the target {int(wrong[0])}, {expected}"
+    return (
+        f"a batch has the target {int(wrong[0])}, expected 0 to {classes - 1} ({classes} classes)"
+    )
 
 
 def is_batch_norm(error: BaseException) -> bool:
@@ -87,4 +88,4 @@ def is_batch_norm(error: BaseException) -> bool:
 
 def batch_norm_reason(error: BaseException) -> str:
     """Return the text of an error for which `is_batch_norm` holds, with an explanation."""
-    return f"{text_of(error)}. A batch norm needs two"
+    return f"{text_of(error)}. A batch norm needs at least two samples"

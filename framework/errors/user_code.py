@@ -20,7 +20,7 @@ from . import BuildError, FrameworkError
 from .paths import shorter
 from .terminal import shortened
 
-OWN = ("framework", "framework_plugins")
+OWN_PACKAGES = ("framework", "framework_plugins")
 LONGEST_TEXT = 300  # characters of an error's text
 PYTHON = sysconfig.get_path("stdlib")
 INSTALLED = ("/site-packages/", "/dist-packages/")
@@ -116,7 +116,7 @@ def owner_of(frame: FrameType) -> str:
     """Return the owner of a frame's code: "user", "third party", "framework" or "library"."""
     file = frame.f_code.co_filename
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    if package in OWN:
+    if package in OWN_PACKAGES:
         return "framework"
     if file.startswith("<"):  # generated at run time: there is no line to show
         return "library"

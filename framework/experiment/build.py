@@ -32,7 +32,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
             the original training split.
     """
     data: Data = spec.parts["data"]()
-    check_contract(data)
+    check_data_contract(data)
     with user_errors(f"reading the length of a split of {type(data).__name__}", DataError):
         check_data(data)
     if spec.fold is not None:
@@ -41,7 +41,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
     return data
 
 
-def check_contract(data: Data) -> None:
+def check_data_contract(data: Data) -> None:
     """Raise DataError if a data set has no shapes, or a split that is not a sequence of samples."""
     owner = type(data).__name__
     for name in ("in_shape", "out_shape"):
@@ -60,7 +60,11 @@ def check_contract(data: Data) -> None:
 def build_loader(
     spec: Spec, model: nn.Module, data: Data, split: str, shuffle: bool = False
 ) -> Loader:
-    """Return the loader of a split for a model. Raises DataError if the data has no such split."""
+    """Return the loader of a split for a model.
+
+    Raises:
+        DataError: the data has no such split.
+    """
     chosen = splits_of(data).get(split)
     if chosen is None:
         raise DataError(f"{type(data).__name__} has no {split} split")
@@ -71,7 +75,11 @@ def build_loader(
 
 
 def build_metrics(spec: Spec, data: Data, task: Task) -> list[Metric]:
-    """Build the metrics. Raises DataError if one does not support the targets of the task."""
+    """Build the metrics.
+
+    Raises:
+        DataError: a metric does not support the targets of the task.
+    """
     target, _ = task.targets_of(data)
     metrics = [maker() for maker in spec.parts["metric"]]
     owner = type(data if target == data.target else task).__name__
@@ -132,14 +140,18 @@ def check_embeds(maker: Maker) -> None:
         return
     fitting = [entry.name for entry in Registry.every["model"] if "columns" in entry.asks_for]
     raise BuildError(
-        f"model={maker.entry.name} would treat the data's indices of categories as amounts: choose "
-        f"one that embeds them ({', '.join(fitting) or 'one with `columns`'}), or let the data "
-        "encode them one-hot"
+        f"model={maker.entry.name} would use the category indices of the data as numbers: choose "
+        f"a model that embeds them ({', '.join(fitting) or 'one with `columns`'}), or one-hot "
+        "encoding in the data"
     )
 
 
 def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
-    """Return the groups of parameters. Raises BuildError if the model has no parameters."""
+    """Return the groups of parameters.
+
+    Raises:
+        BuildError: the model has no parameters.
+    """
     if next(model.parameters(), None) is None:
         name = spec.parts["model"].entry.name
         raise BuildError(f"model={name}: it has no parameters to train")
@@ -156,7 +168,11 @@ def build_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
 
 
 def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
-    """Run a training sample through the model. Raises BuildError for a wrong output shape."""
+    """Run a training sample through the model.
+
+    Raises:
+        BuildError: the model refuses the sample, or its outputs have a wrong shape.
+    """
     sample = first_input(data)
     name = type(model).__name__
     try:
@@ -170,8 +186,10 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -
             raise BuildError(
                 f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
             ) from error
-        situation = f"while running {name} on one training sample of shape {tuple(sample.shape)}"
-        raise BuildError(f"{describe(error)}, {situation}") from error
+        raise BuildError(
+            f"{describe(error)}, "
+            f"while running {name} on one training sample of shape {tuple(sample.shape)}"
+        ) from error
     if shape != tuple(out_shape):
         raise BuildError(
             f"{name} gives outputs of shape {shape}; the task needs {tuple(out_shape)}"

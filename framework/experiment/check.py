@@ -21,8 +21,8 @@ from framework.training.trainer import Trainer
 from .experiment import Experiment
 from .log_start import first_batch
 
-STEPS = 100  # at most, of overfitting one batch
-SECONDS = 10.0  # at most, of overfitting one batch
+OVERFIT_STEPS = 100  # at most, of overfitting one batch
+OVERFIT_SECONDS = 10.0  # at most, of overfitting one batch
 LARGEST_SHARE = 0.9  # of its loss that may be left afterwards
 
 
@@ -70,14 +70,14 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         stopped = fit(Experiment(spec, data), folder, StopAfter(1))
         state = timed(say, "checkpoint after a step", lambda: save_and_load(stopped, folder))
         check_same_weights(reference.model, timed(say, "resume from it", resumed).model)
-        say("the resumed run comes to the same weights, bit for bit")
+        say("the resumed run has the same weights, bit for bit")
         losses = timed(say, "overfit one batch", overfitted)
     first = losses[0]
     last = losses[-1]
-    summary = f"loss of one batch: {first:.4g}, after {len(losses)} steps {last:.4g}"
+    summary = f"loss of one batch: {first:.4g} at first, {last:.4g} after {len(losses)} steps"
     if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
         raise RunError(
-            f"{summary}: it is not learned; check optimizer.lr, the loss and the targets"
+            f"{summary}: the batch is not learned; check optimizer.lr, the loss and the targets"
         )
     say(summary)
 
@@ -147,8 +147,8 @@ def check_same_weights(reference: nn.Module, resumed: nn.Module) -> None:
 
 def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
     """Return the losses of training on the first batch only."""
-    stop = StopAfter(STEPS, SECONDS)
+    stop = StopAfter(OVERFIT_STEPS, OVERFIT_SECONDS)
     batch = first_batch(built.train_batches)
     batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
-    fit(built, folder, stop, steps=STEPS, data=batches, val=None, schedule=None)
+    fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses

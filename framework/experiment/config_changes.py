@@ -45,13 +45,13 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
     after = dict(setting_leaves(new))
     changed = {}
     for path in {**before, **after}:
-        if not equal(before.get(path), after.get(path)):
+        if not equal_values(before.get(path), after.get(path)):
             changed[path] = f"{path}={after.get(path)} (was {before.get(path)})"
     return changed
 
 
-def equal(one: Any, other: Any) -> bool:
-    """Whether two settings are equal; NaN is equal to NaN, also in lists, as in JSON."""
+def equal_values(one: Any, other: Any) -> bool:
+    """Return whether two settings are equal; NaN is equal to NaN, also in lists, as in JSON."""
     return one == other or json.dumps(one, default=str) == json.dumps(other, default=str)
 
 
@@ -65,7 +65,7 @@ def setting_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def keeps_bits(path: str) -> bool:
-    """Whether a setting may change in a resumed run without changing a bit of its weights."""
+    """Return whether a setting may change in a resumed run without a change of its weights."""
     if path.startswith("callbacks."):
         name = path.split(".")[1]
         callbacks = Registry.every["callback"]
@@ -74,7 +74,7 @@ def keeps_bits(path: str) -> bool:
 
 
 def is_path_of_data(path: str, spec: Spec) -> bool:
-    """Whether a setting of the data is a file or folder."""
+    """Return whether a setting of the data is a file or folder."""
     section, _, name = path.partition(".")
     setting = spec.parts["data"].entry.settings.get(name)
     if section != "data" or setting is None:
@@ -107,9 +107,8 @@ def observed_changes(
         is_new = name not in (before.get("callbacks") or {})
         if is_new or not follows_metrics(maker.entry.part):
             continue
-        prefix = f"callbacks.{name}."
         for path, text in changed.items():
-            if path.startswith(prefix) and path.endswith(CRITERION):
+            if path.startswith(f"callbacks.{name}.") and path.endswith(CRITERION):
                 yield text
 
 
@@ -134,7 +133,7 @@ def observers(spec: Spec) -> Iterator[tuple[str, str | None]]:
 
 
 def affects(path: str, monitor: str | None, spec: Spec) -> bool:
-    """Whether a setting affects a monitored value, or the times when it is measured."""
+    """Return whether a setting affects a monitored value, or the times when it is measured."""
     split, _, name = (monitor or "").partition("/")
     if path == "trainer.log_every":
         return split in ("train", "")

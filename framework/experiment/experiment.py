@@ -82,11 +82,13 @@ class Experiment:
         """Build the objects.
 
         Args:
+            spec: the checked experiment.
             data: of the spec, if it is built already.
             saved: the shapes of the tensors of a checkpoint; a much larger model is refused.
 
         Raises:
-            DataError, BuildError: parts do not fit each other.
+            DataError: the data does not fit the task or the model.
+            BuildError: a part cannot be built, or parts do not fit each other.
         """
         self.spec = spec
         self.data = build_data(spec) if data is None else data
@@ -131,7 +133,11 @@ class Experiment:
         return schedule
 
     def batches(self, split: str) -> Loader:
-        """Return the loader of a split. Raises DataError if the data does not have it."""
+        """Return the loader of a split.
+
+        Raises:
+            DataError: the data has no such split.
+        """
         return build_loader(self.spec, self.model, self.data, split, shuffle=split == "train")
 
     def trainer(self) -> Trainer:
@@ -352,7 +358,7 @@ def prepare_run(
     run = find_run(spec, experiment)
     resumed = None if run is None else open_folder(run, spec, inexact)
     if resumed is not None and resumed.done:
-        say(f"{run} is done already")
+        say(f"{run} is already finished")
         resumed.folder.lock.close()
         return read_result(resumed.folder.path)
     saved = None
@@ -432,9 +438,9 @@ def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:
     if all(old(step) == built.schedule(step) for step in steps):
         return
     yield (
-        f"scheduler={scheduler.entry.name} is laid out anew over {built.total_steps:,} steps "
-        f"(was {before:,}): from step {resumed.step:,} on the learning rate is that of a run of "
-        "the new length"
+        f"scheduler={scheduler.entry.name} covers {built.total_steps:,} steps (was {before:,}): "
+        f"from step {resumed.step:,} on the learning rate is that of a run with "
+        f"{built.total_steps:,} steps"
     )
 
 
@@ -472,10 +478,8 @@ def data_advice(loader: Loader, shares: Mapping[str, float], seconds: float) -> 
     options = []
     if loader.workers < cores:
         options.append(f"loader.workers={max(cores, 2)} reads ahead")
-    options.append(
-        "loader.read=memory reads samples only once (of one shape, nothing random in them)"
-    )
-    return f"{share:.0%} of the time waited for data: {'; '.join(options)}"
+    options.append("loader.read=memory reads each sample once (samples of one shape, not random)")
+    return f"{share:.0%} of the time was spent waiting for data: {'; '.join(options)}"
 
 
 def hyperparameters(spec: Spec) -> dict[str, Any]:

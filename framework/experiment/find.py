@@ -62,7 +62,7 @@ class SmoothedLosses(Callback):
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * float(trainer.loss)
         self.losses.append(self.mean / (1 - SMOOTHING ** (len(self.losses) + 1)))
         if not math.isfinite(self.losses[-1]) or self.losses[-1] > DIVERGED * min(self.losses):
-            trainer.stop("find", "the loss explodes")
+            trainer.stop("find", "the loss diverges")
 
 
 def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
@@ -99,8 +99,7 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     steepest = slopes.index(min(slopes))
     if slopes[steepest] >= 0:
         raise RunError(
-            "the loss falls at no learning rate from 1e-7 to 10: "
-            "look at the data and the model first"
+            "no learning rate from 1e-7 to 10 reduces the loss: check the data and the model"
         )
     return RangeTest(rates, losses, rates[steepest + 1], rates[lowest])
 
@@ -238,8 +237,8 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     first = found.rates[0]
     last = found.rates[-1]
     print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
-    print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss falls most steeply")
-    print(f"         from {found.lowest:.2g} on it does not fall any more")
+    print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss decreases fastest")
+    print(f"         at {found.lowest:.2g} the loss is lowest")
 
 
 def show_batch_sizes(spec: Spec, as_json: bool) -> None:
@@ -255,7 +254,7 @@ def show_batch_sizes(spec: Spec, as_json: bool) -> None:
         measured = [asdict(speed) for speed in speeds]
         print(json.dumps({"measured": measured, "suggestion": size}))
     else:
-        print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % quicker")
+        print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % faster")
 
 
 def print_speed(speed: Speed) -> None:

@@ -135,12 +135,11 @@ def candidates(root: Path, skipped: list[str]) -> list[Candidate]:
     found = []
     for entry in entries:
         try:
+            if entry.is_symlink() and entry.is_dir():
+                skipped.append(
+                    f"skipped {entry.path}: it is a symbolic link (resume={entry.path} follows it)"
+                )
             if not entry.is_dir(follow_symlinks=False):
-                if entry.is_symlink() and entry.is_dir():
-                    skipped.append(
-                        f"skipped {entry.path}: it is a symbolic link "
-                        f"(resume={entry.path} follows it)"
-                    )
                 continue
             config = os.lstat(f"{entry.path}/config.yaml")
         except FileNotFoundError:

@@ -89,8 +89,8 @@ class Trained:
         now = scale_of(data, self.task)
         if not nearly_equal(before, now):
             raise RunError(
-                f"{self.run}: its targets were scaled by {before}, those of the data now by {now}; "
-                "the data has changed, or the run is of an older version: train it again"
+                f"{self.run}: the targets were scaled by {before} in training, but by {now} "
+                "now; the data has changed, or the run is of an older version: train it again"
             )
 
     def read_inputs(self, file: Path) -> Tensor:
@@ -156,12 +156,12 @@ def facts_that_fit(run: Path) -> Iterator[None]:
         yield
     except WRONG_FORM as error:
         raise RunError(
-            f"{run / 'facts.json'} does not fit the data of the run: {describe(error)}"
+            f"{run / 'facts.json'} does not match the data of the run: {describe(error)}"
         ) from error
 
 
 def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
-    """Whether two scales give the same targets, to within a thousandth of a deviation."""
+    """Return whether two scales give the same targets, to within a thousandth of a deviation."""
     if first is None or second is None:
         return first is second
     mean = torch.as_tensor(first.mean, dtype=torch.float64)
@@ -190,8 +190,10 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     run_above = run_of_checkpoint(run)
     if run_above is not None:
         if which is not None:
-            advice = f"leave out --checkpoint {which}, or give the run {run_above}"
-            raise RunError(f"{run} is a checkpoint: {advice}")
+            raise RunError(
+                f"{run} is a checkpoint: "
+                f"leave out --checkpoint {which}, or give the run {run_above}"
+            )
         which = str(run)
         run = run_above
     spec = read_spec_of(run, read_config(run))

@@ -85,7 +85,7 @@ class TensorLimits(TorchFunctionMode):
             size = dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT_BYTES
             if numbers * size > self.most:
                 raise BuildError(
-                    f"the config asks for a tensor of {numbers:,} numbers; its checkpoint has fewer"
+                    f"the config needs a tensor of {numbers:,} elements; its checkpoint has fewer"
                 )
         return function(*args, **kwargs)
 
@@ -118,9 +118,9 @@ def check_settings(value: Any, numbers: int) -> None:
     most = max(numbers, LARGEST_SETTING if is_own else LARGEST_OTHER_SETTING)
     largest = max(integers(value.settings), default=0)
     if largest > most:
-        name = f"{value.entry.kind.name}={value.entry.name}"
         raise BuildError(
-            f"{name}: a setting is {largest:,}; its checkpoint has {numbers:,} numbers"
+            f"{value.entry.kind.name}={value.entry.name}: a setting is {largest:,}, "
+            f"but its checkpoint has only {numbers:,} numbers"
         )
     check_settings(value.settings, numbers)
 
@@ -197,15 +197,14 @@ class SizeLimits:
         self.count += 1
         if self.parameter_numbers > self.numbers:
             raise BuildError(
-                f"the config asks for more than {self.numbers:,} parameters; "
-                "its checkpoint has fewer"
+                f"the config needs more than {self.numbers:,} parameters; its checkpoint has fewer"
             )
         if self.free_bytes is not None and self.bytes > self.free_bytes:
             raise BuildError(
-                f"the config asks for a model of {self.bytes:,} bytes; "
+                f"the config needs a model of {self.bytes:,} bytes; "
                 f"{self.free_bytes:,} bytes are free"
             )
         if self.count > self.modules:
             raise BuildError(
-                f"the config asks for more than {self.modules:,} layers; its checkpoint has fewer"
+                f"the config needs more than {self.modules:,} layers; its checkpoint has fewer"
             )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +18,7 @@ from framework.training.layer_table import (
     size_in_bytes,
 )
 
-Schedule = Callable[[int], float]  # step to factor on the learning rate
+ScheduleFunction = Callable[[int], float]  # step to factor on the learning rate
 CURVE_POINTS = 120
 MOST_POINTS = 10_000  # steps at which the schedule is evaluated
 
@@ -116,7 +115,7 @@ class Plan:
     batches_per_step: float = 1
     pace: str | None = None
 
-    def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: Schedule | None) -> None:
+    def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: ScheduleFunction | None) -> None:
         """Use the steps and learning rates of a callback that changes the batches per step."""
         self.total_steps = pace.total_steps
         self.batches_per_step = pace.batches_per_step
@@ -140,7 +139,7 @@ def make_plan(
     total_steps: int,
     task: Task | None = None,
     optimizer: Optimizer | None = None,
-    schedule: Schedule | None = None,
+    schedule: ScheduleFunction | None = None,
     data: Data | None = None,
 ) -> Plan:
     """Return the plan of a run.
@@ -181,11 +180,14 @@ def make_plan(
         plan.curve = read_curve(optimizer, schedule, total_steps)
     if data is not None:
         for name, split in splits_of(data).items():
-            plan.splits.append(SplitSize(name, len(split), split_bytes(split)))
+            size = size_in_bytes(split.tensors) if isinstance(split, TensorSplit) else None
+            plan.splits.append(SplitSize(name, len(split), size))
     return plan
 
 
-def read_curve(optimizer: Optimizer, schedule: Schedule | None, total_steps: int) -> Curve | None:
+def read_curve(
+    optimizer: Optimizer, schedule: ScheduleFunction | None, total_steps: int
+) -> Curve | None:
     """Return the optimizer's own learning rate over the run, without the factors of its groups."""
     base = base_rate(optimizer)
     if base is None or total_steps < 1:
@@ -222,8 +224,3 @@ def read_groups(optimizer: Optimizer) -> list[ParameterGroup]:
         size = sum(parameter.numel() for parameter in group["params"])
         groups.append(ParameterGroup(name, size, factor, float(group.get("weight_decay", 0.0))))
     return groups
-
-
-def split_bytes(split: Any) -> int | None:
-    """Return the bytes of a split; None if it is not in memory."""
-    return size_in_bytes(split.tensors) if isinstance(split, TensorSplit) else None

@@ -94,7 +94,7 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = []
     if plan.splits:
         lines.append(("data", ", ".join(map(split_text, plan.splits))))
-    lines.append(("steps", steps_text(plan)))
+    lines.append(("steps", plan_steps_text(plan)))
     lines.append(("cost", cost_text(plan)))
     lines.append(("memory", memory_text(plan)))
     heading = "trained"
@@ -125,7 +125,7 @@ def split_text(split: SplitSize) -> str:
     return f"{split.name} {split.samples:,}{size}"
 
 
-def steps_text(plan: Plan) -> str:
+def plan_steps_text(plan: Plan) -> str:
     """Return the steps, such as "40 = 10 epochs of 4, batches of 32"."""
     pace = plan.pace
     if not pace:
@@ -144,7 +144,7 @@ def cost_text(plan: Plan) -> str:
     samples = plan.batch_size * plan.total_steps * plan.batches_per_step
     training = 3 * plan.flops * samples  # the backward pass costs twice as much as the forward pass
     return (
-        f"{count_text(plan.flops)} FLOPs a sample forward (multiply-add: 2), "
+        f"{count_text(plan.flops)} FLOPs per sample forward (multiply-add: 2), "
         f"about {count_text(training)} to train"
     )
 
@@ -170,7 +170,7 @@ def group_lines(groups: Sequence[ParameterGroup]) -> list[str]:
     """Return a line for each group of parameters, up to a limit."""
     lines = [group_text(group) for group in groups[:MOST_GROUPS]]
     if len(groups) > MOST_GROUPS:
-        lines.append(f"and {len(groups) - MOST_GROUPS} groups more")
+        lines.append(f"and {len(groups) - MOST_GROUPS} more groups")
     return lines
 
 

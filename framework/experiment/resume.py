@@ -58,14 +58,14 @@ class Resumed:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do, test included, and nothing new was asked for."""
+        """Return whether nothing is left to do, test included, and no setting has changed."""
         return status_of(self.folder.path) == "done" and not self.changed and self.chosen is None
 
     def rewind(self) -> None:
         """Make the chosen checkpoint the newest one, so that it is resumed again after a kill."""
         if self.chosen is None:
             return
-        reason = f"goes on from step {self.step}"
+        reason = f"continues from step {self.step}"
         self.folder.write("status.json", {"status": "stopped", "reason": reason, "step": self.step})
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
@@ -144,7 +144,7 @@ def read_checkpoint(resumed: Resumed, checkpoints: Path, spec: Spec) -> None:
     if manifest.get("torch") != torch.__version__:
         resumed.notes.append(
             f"torch is {torch.__version__}, was {short(manifest.get('torch'))}: "
-            "the last bits may differ"
+            "results may differ in the last bits"
         )
 
 
@@ -155,7 +155,7 @@ def later_notes(checkpoints: Path, step: int) -> Iterator[str]:
     if later:
         yield (
             f"set aside in {checkpoints}: {', '.join(later)} "
-            "(now named *.aside; delete what you do not need)"
+            "(renamed to *.aside; delete them if you do not need them)"
         )
 
 
@@ -194,8 +194,8 @@ def model_difference(
     for name in {**saved, **own}:
         if saved.get(name) != own.get(name):
             return (
-                f"another model: {name} has shape {saved.get(name)} in its checkpoint, "
-                f"and {own.get(name)} here"
+                f"another model: {name} has shape {saved.get(name)} in the checkpoint "
+                f"and {own.get(name)} in the config"
             )
     return None
 

@@ -32,7 +32,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         section = parents[0] if parents else key
         if section in FIXED:
             raise ConfigError(
-                [f"{text}: has no effect on a run that goes on: it keeps its folder and weights"]
+                [f"{text}: has no effect on a resumed run: it keeps its folder and weights"]
             )
         place = changed
         for parent in parents:

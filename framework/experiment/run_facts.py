@@ -54,14 +54,14 @@ def content_changes(before: Any, now: Mapping[str, Any]) -> Iterator[str]:
         return
     for split in {**before, **now}:
         if before.get(split) != now.get(split):
-            yield f"other content in the {split} split"
+            yield f"the content of the {split} split differs"
 
 
 def unknown_content(run: Path) -> str | None:
     """Return why the data of a run cannot be compared by content; None if it can."""
     content = read_facts(run).get("content")
     if not isinstance(content, dict):
-        return "the run is of an older version, which did not note the content of its data"
+        return "the run is of an older version, which did not record the content of its data"
     unknown = [split for split, digest in content.items() if digest is None]
     if unknown:
         splits = " and ".join(unknown)

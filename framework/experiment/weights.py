@@ -96,16 +96,16 @@ def check_fitting(
     """
     if not fitting:
         raise RunError(
-            f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one "
-            "here"
+            f"init_from={source}: none of its {len(weights)} tensors has the name and shape of a "
+            "tensor of the model"
         )
     matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
     if matrices and not fitting.keys() & set(matrices):
         first = matrices[0]
         raise RunError(
             f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
-            f"{len(matrices)} weight matrices: {first} is {shape_text(own[first])} here, and "
-            f"{shape_text(weights.get(first))} there"
+            f"{len(matrices)} weight matrices: {first} is {shape_text(own[first])} in the "
+            f"model, the source has {shape_text(weights.get(first))}"
         )
 
 
@@ -147,14 +147,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             if not path.is_file():
-                raise RunError(f"init_from={path}: there is no such file")
+                raise RunError(f"init_from={path}: no such file")
             checkpoint.check_memory(path, path.stat().st_size)
             return load_file(path)
         path = resolve_run(path)
         if (path / "checkpoints").is_dir():
             found = find_checkpoint(path)
             if found is None:
-                raise RunError(f"init_from={path}: the run has no good checkpoint")
+                raise RunError(f"init_from={path}: the run has no undamaged checkpoint")
             path = found
         return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:

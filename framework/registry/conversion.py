@@ -41,8 +41,10 @@ class Mismatch(Exception):
 
 def mismatch_error(value: Any, annotation: Any) -> SettingError:
     """Return the error of a value that does not have the annotated type."""
-    expected = f"expected {describe_type(annotation)}, got {short(value)}"
-    return SettingError(f"{expected}{similar_member(value, annotation)}")
+    return SettingError(
+        f"expected {describe_type(annotation)}, got {short(value)}"
+        f"{similar_member(value, annotation)}"
+    )
 
 
 def similar_member(value: Any, annotation: Any) -> str:
@@ -56,7 +58,11 @@ def similar_member(value: Any, annotation: Any) -> str:
 
 
 def converted(value: Any, annotation: Any) -> Any:
-    """Return `value` as the annotated type. Raises Mismatch."""
+    """Return `value` as the annotated type.
+
+    Raises:
+        Mismatch: the value has another type.
+    """
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if annotation is Any:

@@ -245,8 +245,12 @@ def load_plugin(plugin: str) -> None:
 def load_installed(plugin: Installed) -> list[PluginError]:
     """Import the modules of an installed plugin; return the error of each that does not load."""
     if plugin.problem:
-        reason = f"its entry points cannot be read: {plugin.problem}"
-        return [PluginError(f"plugin {plugin} cannot be loaded: {reason}")]
+        return [
+            PluginError(
+                f"plugin {plugin} cannot be loaded: "
+                f"its entry points cannot be read: {plugin.problem}"
+            )
+        ]
     package_name = f"{plugin.package} {plugin.version}".rstrip()
     reached_by = f"the entry point {plugin.name!r} of package {package_name}"
     errors: list[PluginError] = []
@@ -272,8 +276,7 @@ def with_advice(plugin: Installed, error: PluginError) -> PluginError:
     """Return the error of an installed plugin with the option that leaves it out."""
     if plugin.module == OWN:
         return error
-    advice = f"`--without-plugin {shlex.quote(plugin.name)}` leaves it out"
-    advised = PluginError(f"{error}. {advice}")
+    advised = PluginError(f"{error}. `--without-plugin {shlex.quote(plugin.name)}` leaves it out")
     advised.__cause__ = error.__cause__
     return advised
 
@@ -378,7 +381,6 @@ def load_file(file: Path, folder: Path | None = None) -> None:
     The folder is a package, so that its files import each other by `from .other import x`.
 
     Args:
-        file: the file.
         folder: the folder of the plugin, of which the file may be in a package; None for the
             folder of the file.
     """
@@ -388,7 +390,7 @@ def load_file(file: Path, folder: Path | None = None) -> None:
     top = real.parent if folder is None else real_path(folder)
     if not real.is_relative_to(top):  # a link to another folder
         top = real.parent
-    package = package_of(top)
+    package = plugin_package(top)
     for inner in real.parent.relative_to(top).parts:
         package = f"{package}.{module_name(Path(inner))}"
     name = f"{package}.{module_name(real)}"
@@ -411,7 +413,7 @@ def load_file(file: Path, folder: Path | None = None) -> None:
             raise
 
 
-def package_of(folder: Path) -> str:
+def plugin_package(folder: Path) -> str:
     """Return the name of the package of a folder's plugin files; the first call creates it."""
     name = f"framework_plugin_{digest(folder)}"
     if name not in sys.modules:
@@ -439,8 +441,9 @@ def advise_relative(error: BaseException, folder: Path) -> None:
         return
     missing = error.name or ""
     if missing and (folder / f"{missing}.py").is_file():
-        advice = f"{missing}.py is in the plugin's folder: write `from .{missing} import ...`"
-        error.msg = f"{error}; {advice}"
+        error.msg = (
+            f"{error}; {missing}.py is in the plugin's folder: write `from .{missing} import ...`"
+        )
 
 
 @contextmanager

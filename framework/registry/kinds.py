@@ -32,7 +32,7 @@ norms = Registry(
         given=("in_shape",),
         needs=("in_shape",),
         base=MODULE,
-        doc="normalisation: of features (D,), or of (C, L) or (C, H, W)",
+        doc="normalization: of features (D,), or of (C, L) or (C, H, W)",
     )
 )
 dropouts = Registry(
@@ -79,7 +79,7 @@ metrics = Registry(
         "metric",
         base="framework.contracts.metric.Metric",
         many=True,
-        doc="a measure held as sums that add over batches",
+        doc="a measure computed from sums over batches",
     )
 )
 optimizers = Registry(
@@ -117,7 +117,7 @@ callbacks = Registry(
         "callback",
         base="framework.contracts.callback.Callback",
         many=True,
-        doc="listens to the events of training",
+        doc="reacts to the events of training",
     )
 )
 loggers = Registry(

@@ -39,7 +39,11 @@ def plain_value(value: Any, depth: int = 0) -> Any:
 
 
 def plain_key(key: Any) -> Any:
-    """Return the key of a dict as a config holds it. Raises NotPlain."""
+    """Return the key of a dict as a config holds it.
+
+    Raises:
+        NotPlain: the key is of another type than a text, a number or a truth value.
+    """
     if isinstance(key, Enum):
         return plain_key(key.name)
     if type(key) not in (str, int, float, bool):

@@ -42,12 +42,12 @@ from framework.errors.user_code import reason_of
 
 from .plain_values import identical_values
 from .schema import Names, Setting, Types, read_settings
-from .signatures import call_arguments, first_sentence, parameters_of, unwrapped
+from .signatures import call_arguments, first_sentence, signature_parameters, unwrapped
 
 P = TypeVar("P", bound=Callable[..., Any])
 RESERVED = {
-    "name": "a config names the part itself by it",
-    "defaults": "in a config it lists choices of parts",
+    "name": "in a config it is the name of the part",
+    "defaults": "in a config it is the list of selected parts",
 }
 
 
@@ -163,7 +163,12 @@ class Registry:
         return Maker(self.get(name))(*given, **arguments)
 
     def maker(self, name: str, **settings: Any) -> "Maker":
-        """Return a maker of the part with a name. Raises UnknownName or SettingError."""
+        """Return a maker of the part with a name.
+
+        Raises:
+            UnknownName: there is no such part.
+            SettingError: a setting does not exist, or has a value of another type.
+        """
         entry = self.get(name)
         return Maker(entry, entry.checked(settings))
 
@@ -252,7 +257,7 @@ class Entry:
     @cached_property
     def asks_for(self) -> tuple[str, ...]:
         """The kind's given parameters that this part has."""
-        parameters = parameters_of(self.part)
+        parameters = signature_parameters(self.part)
         return tuple(name for name in self.kind.given if name in parameters)
 
     @property
@@ -288,8 +293,9 @@ class Entry:
         """
         for name in settings:
             if name not in self.settings:
-                suggestion = did_you_mean(name, self.settings)
-                raise SettingError(f"{self} has no setting {name!r}; {suggestion}")
+                raise SettingError(
+                    f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}"
+                )
         result = {}
         for name, setting in self.settings.items():
             if name not in settings:
@@ -356,8 +362,9 @@ class Entry:
         except FrameworkError:
             raise
         except Exception as error:
-            reason = reason_of(error)
-            raise BuildError(f"{self} ({self.registered}) cannot be built: {reason}") from error
+            raise BuildError(
+                f"{self} ({self.registered}) cannot be built: {reason_of(error)}"
+            ) from error
         name = type(built).__qualname__
         check_base(self.kind, type(built), f"{self} ({self.registered}) builds a {name}, which")
         return built
@@ -437,7 +444,7 @@ def no_part(kind: str, name: str, names: Mapping[str, Sequence[str]]) -> str:
     """Return the message for an unknown name, with a suggestion.
 
     Args:
-        kind: the kind in which the name was looked up.
+        kind: the kind that was searched.
         name: the unknown name.
         names: all names and aliases by kind.
     """

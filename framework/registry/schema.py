@@ -50,7 +50,7 @@ from .plain_values import (
     readable,
     restore_tuples,
 )
-from .signatures import Part, parameter_docs, parameters_of, qualified_name, signature
+from .signatures import Part, parameter_docs, qualified_name, signature, signature_parameters
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a setting without a default
 Names = Iterable[str]
@@ -94,7 +94,7 @@ class Setting:
 
     @property
     def many(self) -> bool:
-        """Whether the setting is a list of parts."""
+        """Return whether the setting is a list of parts."""
         origins = [get_origin(strip(each)) for each in members(self.annotation)]
         return self.part is not None and list in origins
 
@@ -149,12 +149,12 @@ class Setting:
 
     @cached_property
     def in_config(self) -> bool:
-        """Whether a config holds the default. A base class supplies its defaults itself."""
+        """Return whether a config holds the default; a base class supplies its defaults itself."""
         return self.is_typeable and not self.inherited
 
     @cached_property
     def is_typeable(self) -> bool:
-        """Whether a config that holds the default gives the same value of the same type."""
+        """Return whether a config that holds the default gives the same value and type."""
         if self.required:
             return False
         try:
@@ -181,7 +181,7 @@ def read_settings(
             contradicts its annotation.
     """
     types = types or {}
-    parameters = parameters_of(part)
+    parameters = signature_parameters(part)
     for name in types:
         if name not in parameters:
             raise ContractError(
@@ -246,19 +246,19 @@ def became_text(default: Any, result: Any) -> bool:
 
 def not_expressible(part: Part, setting: Setting) -> ContractError:
     """Return the error of a required parameter whose type no config can express."""
-    parameter = f"parameter {setting.name!r} of {qualified_name(part)}"
     return ContractError(
-        f"{parameter} has type {setting.annotation!r}, which no config can express, and no "
-        "default. Give it a default, or one of the types int, float, bool, str, list ..."
+        f"parameter {setting.name!r} of {qualified_name(part)} has type {setting.annotation!r}, "
+        "which no config can express, and no default. "
+        "Give it a default, or one of the types int, float, bool, str, list ..."
     )
 
 
 def contradiction(part: Part, setting: Setting) -> ContractError:
     """Return the error of a default that does not have the annotated type."""
-    parameter = f"parameter {setting.name!r} of {qualified_name(part)}"
     return ContractError(
-        f"{parameter} has the default {readable(setting.default)}, which is not "
-        f"{setting.type_text}: correct the default or the annotation"
+        f"parameter {setting.name!r} of {qualified_name(part)} has the default "
+        f"{readable(setting.default)}, which is not {setting.type_text}: "
+        "correct the default or the annotation"
     )
 
 

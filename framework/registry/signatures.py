@@ -31,7 +31,7 @@ def signature(part: Part) -> inspect.Signature:
         raise ContractError(f"{name} has no signature that Python can read: {error}") from error
 
 
-def parameters_of(part: Part) -> dict[str, inspect.Parameter]:
+def signature_parameters(part: Part) -> dict[str, inspect.Parameter]:
     """Return the named parameters of a part.
 
     For a class these include parameters that it forwards to its base class as **kwargs.
@@ -83,7 +83,7 @@ def forwarded_parameters(ancestors: Sequence[type]) -> dict[str, inspect.Paramet
 
 
 def super_init_arguments(init: Part) -> tuple[int, set[str]] | None:
-    """Return the arguments that an `__init__` passes to `super().__init__` beside its **kwargs.
+    """Return the arguments that an `__init__` passes to `super().__init__` besides its **kwargs.
 
     Returns:
         The number of positional arguments and the names of the others; None if there is no such

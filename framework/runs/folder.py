@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
-from weakref import ref
+from typing import Any
 
 from framework.errors import RunError, short
 from framework.errors.paths import expanded, real_path
@@ -34,11 +33,9 @@ from framework.system.files import (
     write_file,
 )
 from framework.system.git import commit_and_diff
-from framework.system.locks import HeldLock, are_off, has_ended, lock, this_process
+from framework.system.locks import WriterLock, lock
 
-MOST_HOLDER = 300  # bytes of the text in a lock
-PATIENCE = 2.0  # seconds that the workers of a killed run have to end
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LARGEST_SIZE = 2**48  # elements of a sample; more do not fit into any memory
 MOST_DIMENSIONS = 64  # torch's limit
 OLDER_TEMPORARY = re.compile(
@@ -58,6 +55,7 @@ class RunFolder:
         Args:
             root: the folder of all runs.
             name: of the folder (letters, digits, '.', '_', '-'); by default the date and time.
+            experiment: the name of the experiment.
 
         Raises:
             RunError: the name is not allowed or taken, or the folder cannot be written.
@@ -71,12 +69,12 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # no other process sees the folder before it is locked
                 self.path = claim(parent, name)
-                self.lock = only_writer(self.path)
+                self.lock = WriterLock(self.path)
         except OSError as error:
             path = parent / (name or "...")
-            reason = failure_reason(path, error)
             raise write_error(error)(
-                f"the run folder {path} cannot be made: {reason} (run.root={root})"
+                f"the run folder {path} cannot be created: {failure_reason(path, error)} "
+                f"(run.root={root})"
             ) from None
 
     @classmethod
@@ -90,11 +88,12 @@ class RunFolder:
         folder.path = path
         try:
             with locked(path.parent):
-                folder.lock = only_writer(path)
+                folder.lock = WriterLock(path)
             remove_temporary_files(path)
         except OSError as error:
-            reason = failure_reason(path, error)
-            raise write_error(error)(f"the run folder {path} cannot be written: {reason}") from None
+            raise write_error(error)(
+                f"the run folder {path} cannot be written: {failure_reason(path, error)}"
+            ) from None
         return folder
 
     def write(self, file: str, content: Any) -> None:
@@ -104,7 +103,7 @@ class RunFolder:
 
 def check_name(setting: str, name: str) -> None:
     """Raise RunError if a name is not allowed for a folder."""
-    if not re.fullmatch(NAME, name) or ".." in name:
+    if not re.fullmatch(FOLDER_NAME, name) or ".." in name:
         raise RunError(f"{setting}={name}: expected at most 128 letters, digits, '.', '_' or '-'")
 
 
@@ -131,8 +130,9 @@ def claim(parent: Path, name: str | None) -> Path:
             if name is None:
                 continue
             if not path.is_dir() or (path / "config.yaml").exists():
-                advice = "choose another run.name, or resume it with resume=auto"
-                raise RunError(f"{path} exists already: {advice}") from None
+                raise RunError(
+                    f"{path} exists already: choose another run.name, or resume it with resume=auto"
+                ) from None
         return path
     raise RunError(f"{parent} has too many runs named {base}")
 
@@ -151,6 +151,7 @@ def plugins_of(run: Path, key: str = "plugins") -> list[str]:
     The file may come from an untrusted source: a name with control characters is left out.
 
     Args:
+        run: the folder of the run.
         key: "plugins", or "without_plugins" for those that were excluded.
     """
     try:
@@ -166,51 +167,6 @@ def locked(folder: Path) -> Iterator[None]:
     with open_file(folder, ".lock", "a") as file:
         lock(file, folder / ".lock", wait=True)
         yield
-
-
-def only_writer(run: Path, name: str = ".lock") -> HeldLock:
-    """Lock a folder until the returned object is closed; a kill releases the lock.
-
-    Where locks do not work (see `locks.py`), the process that the file names holds the lock unless
-    it has ended.
-
-    Raises:
-        RunError: another process holds the lock.
-    """
-    file = open_file(run, name, "a")
-    until = time.monotonic() + PATIENCE
-    try:
-        while not lock(file, run / name, wait=False):
-            holder = holder_in(file)
-            if not has_ended(holder) or time.monotonic() > until:
-                advice = "wait for it, or choose another run.name"
-                raise RunError(f"{run} is being written by {holder or 'another process'}: {advice}")
-            time.sleep(0.01)
-        holder = holder_in(file)
-        if are_off() and holder and not has_ended(holder):
-            advice = f"wait for it; if it has ended, delete {run / name}"
-            raise RunError(f"{run} is being written by {holder}: {advice}")
-        file.truncate(0)
-        file.write(this_process().encode())
-        file.flush()
-    except BaseException:
-        file.close()
-        raise
-    reference = ref(file)  # a forked data worker would keep the lock
-    os.register_at_fork(after_in_child=lambda: close(reference()))
-    return HeldLock(file)
-
-
-def holder_in(file: BinaryIO) -> str:
-    """Return the text in a lock, which names the process that holds it."""
-    file.seek(0)
-    return file.read(MOST_HOLDER).decode("utf-8", errors="replace").strip()
-
-
-def close(file: BinaryIO | None) -> None:
-    """Close a file if it still exists."""
-    if file is not None:
-        file.close()
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -238,26 +194,26 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a value is a list of sizes, with a possible number of dimensions and elements."""
+    """Return whether a value is a list of sizes that a tensor can have."""
     return is_sizes(value) and len(value) <= MOST_DIMENSIONS and math.prod(value) <= LARGEST_SIZE
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether a value is a list of sizes."""
+    """Return whether a value is a list of sizes."""
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in value)
 
 
 def is_classes(value: Any) -> bool:
-    """Whether a value is a list of class names."""
+    """Return whether a value is a list of class names."""
     if not isinstance(value, list):
         return False
     return all(isinstance(name, str | int | float | None) for name in value)
 
 
 def is_scale(value: Any) -> bool:
-    """Whether a value is (mean, std) or (mean, std, log), of numbers or lists of numbers."""
+    """Return whether a value is (mean, std) or (mean, std, log), of numbers or lists of them."""
     if not isinstance(value, list) or len(value) not in (2, 3):
         return False
     for moment in value[:2]:
@@ -310,7 +266,7 @@ def read_config(run: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
-        raise RunError(f"{file} holds no config")
+        raise RunError(f"{file} does not contain a config")
     return config
 
 
@@ -337,7 +293,7 @@ def resolve_run(folder: Path) -> Path:
     if link != folder:
         name = target.removeprefix("../").removesuffix("/config.yaml")
     run = folder.parent / name
-    is_name = re.fullmatch(NAME, name) is not None and ".." not in name
+    is_name = re.fullmatch(FOLDER_NAME, name) is not None and ".." not in name
     is_expected = target == (name if link == folder else f"../{name}/config.yaml")
     if not is_name or not is_expected or run.is_symlink() or not run.is_dir():
         raise RunError(
@@ -376,7 +332,7 @@ def provenance(parts: dict[str, str]) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **machine(),
-        **code(Path.cwd()),
+        **git_state(Path.cwd()),
         "parts": parts,
     }
 
@@ -394,7 +350,7 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def code(folder: Path) -> dict[str, str | None]:
+def git_state(folder: Path) -> dict[str, str | None]:
     """Return commit and diff of a folder at the first call, as loaded code does not change."""
     commit, diff = commit_and_diff(folder)
     return {"git_commit": commit, "git_diff": diff}

@@ -16,7 +16,7 @@ from framework.errors import CheckpointError
 Weights = Mapping[str, Tensor]  # by name, buffers included
 Facts = Mapping[str, Any] | None  # of the run, in plain JSON types
 ToCPU = Callable[[Tensor], Tensor]
-PLAIN = (str, int, float, bool, type(None), bytes)
+PLAIN_TYPES = (str, int, float, bool, type(None), bytes)
 
 
 class Snapshot(NamedTuple):
@@ -148,7 +148,7 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 @cache
 def storable(dtype: torch.dtype) -> bool:
-    """Whether safetensors supports a dtype."""
+    """Return whether safetensors supports a dtype."""
     try:
         save({"empty": torch.empty(0, dtype=dtype)})
     except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError):
@@ -157,9 +157,11 @@ def storable(dtype: torch.dtype) -> bool:
 
 
 def memory_key(tensor: Tensor) -> Any:
-    """Return a key that two tensors share only if they are the same values in the same memory."""
-    if tensor.layout is not torch.strided:
-        return id(tensor)
+    """Return a key that two tensors share only if they are the same values in the same memory.
+
+    Args:
+        tensor: a strided one.
+    """
     storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     lazy = (tensor.is_conj(), tensor.is_neg())  # these change the values, and not the memory
     return (*storage, *lazy, tensor.dtype, tensor.shape, tensor.stride())
@@ -184,7 +186,7 @@ def plain_copy(value: Any, to_cpu: ToCPU, path: str = "") -> Any:
         CheckpointError: a value is of another type; the message has its path.
     """
     kind = type(value)
-    if kind in PLAIN:
+    if kind in PLAIN_TYPES:
         return value
     if kind in (Tensor, torch.nn.Parameter):
         return to_cpu(value)

@@ -20,7 +20,7 @@ from framework.errors import FrameworkError, RunError
 from framework.errors.user_code import describe
 from framework.system.files import open_file, unwritable, write_file
 
-FILE = "status.json"
+STATUS_FILE = "status.json"
 SIZE = 1024  # bytes of the file, at least
 MOST_STATUS = 2**20  # bytes of a file that is read
 
@@ -73,7 +73,7 @@ class Status(Callback):
         self.written = time.monotonic()
         content = status_content(trainer, status, reason)
         try:
-            write_file(trainer.folder, FILE, padded(content))
+            write_file(trainer.folder, STATUS_FILE, padded(content))
         except RunError:
             if status != "failed":
                 raise
@@ -112,8 +112,7 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
 
 def padded(content: dict[str, Any]) -> bytes:
     """Return a state as JSON in ASCII, padded to at least `SIZE` bytes."""
-    text = json.dumps(content)
-    return text.ljust(SIZE - 1).encode() + b"\n"
+    return json.dumps(content).ljust(SIZE - 1).encode() + b"\n"
 
 
 def overwrite(folder: Path, content: dict[str, Any]) -> None:
@@ -123,7 +122,7 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
         RunError: the file cannot be written.
     """
     try:
-        with open_file(folder, FILE, "r+") as file:
+        with open_file(folder, STATUS_FILE, "r+") as file:
             size = max(os.fstat(file.fileno()).st_size, SIZE)
             reason = content["reason"] or ""
             while len(padded(content)) > size and reason:
@@ -134,7 +133,7 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.truncate()
     except OSError as error:
-        raise unwritable(folder / FILE, error, SIZE) from error
+        raise unwritable(folder / STATUS_FILE, error, SIZE) from error
 
 
 def status_of(run: Path) -> str | None:
@@ -149,7 +148,7 @@ def read_status(run: Path) -> dict[str, Any]:
     The fingerprint of the config is left out if the config is newer than status.json.
     """
     try:
-        with open_file(run, FILE, most=MOST_STATUS) as file:
+        with open_file(run, STATUS_FILE, most=MOST_STATUS) as file:
             updated = os.fstat(file.fileno()).st_mtime_ns
             status = json.loads(file.read(MOST_STATUS))
     except (OSError, RunError, ValueError, RecursionError):

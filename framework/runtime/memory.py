@@ -151,7 +151,7 @@ def check_room(needed: float, subject: str) -> None:
     free = available_bytes()
     if free is not None and needed > free:
         raise DataError(
-            f"{subject} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
+            f"{subject} needs about {needed / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free"
         )
 
 

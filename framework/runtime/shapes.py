@@ -31,12 +31,12 @@ def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
         hint: further text for the message.
 
     Raises:
-        BuildError: such as "conv2d expects (C, H, W), gets (128,)", followed by the hint.
+        BuildError: such as "conv2d expects (C, H, W), got (128,)", followed by the hint.
     """
     for axes in re.findall(r"\(([^)]*)\)", forms):
         if len(in_shape) == len(axes.replace(",", " ").split()):
             return tuple(in_shape)
-    message = f"{part} expects {forms}, gets {tuple(in_shape)}"
+    message = f"{part} expects {forms}, got {tuple(in_shape)}"
     raise BuildError(f"{message}; {hint}" if hint else message)
 
 
@@ -91,7 +91,7 @@ def build_chain(
 
     Raises:
         BuildError: with the number of the block, counted from 1, such as
-            "block 4 (conv2d) expects (C, H, W), gets (128,)".
+            "block 4 (conv2d) expects (C, H, W), got (128,)".
     """
     modules: list[nn.Module] = []
     output: Tensor | None = None

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 from framework.errors import DiskFull, RunError
 from framework.errors.user_code import text_of
 
-Mode = Literal["r", "r+", "a", "x"]
+OpenMode = Literal["r", "r+", "a", "x"]
 FLAGS = {
     "r": os.O_RDONLY,
     "r+": os.O_RDWR,
@@ -28,7 +28,7 @@ FLAGS = {
 }
 # Non-blocking: opening a FIFO does not wait for a writer.
 NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -41,7 +41,7 @@ MOST_YAML_NODES = 100_000  # each use of an alias counts; libyaml takes 20 µs f
 MOST_DEPTH = 64
 
 
-def open_file(folder: Path, name: str, mode: Mode = "r", most: int | None = None) -> BinaryIO:
+def open_file(folder: Path, name: str, mode: OpenMode = "r", most: int | None = None) -> BinaryIO:
     """Open a file below a folder, unbuffered if it is opened for writing.
 
     Args:
@@ -165,7 +165,11 @@ def write_and_rename(directory: int, temporary: str, name: str, pieces: Iterable
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its missing parents. Raises RunError if that fails."""
+    """Create a folder and its missing parents.
+
+    Raises:
+        RunError: that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -181,7 +185,11 @@ class AppendFile:
     """
 
     def __init__(self, folder: Path, name: str, mode: Literal["a", "x"] = "a"):
-        """Open a file below an existing folder; see `open_file`. Raises RunError."""
+        """Open a file below an existing folder; see `open_file`.
+
+        Raises:
+            RunError: the file is refused or cannot be opened.
+        """
         self.path = folder / name
         try:
             self.file = open_file(folder, name, mode)
@@ -249,19 +257,16 @@ def check_disk_error(error: OSError, folder: Path | None) -> None:
 def check_exists(folder: Path) -> None:
     """Raise RunError if the folder of a run was deleted or renamed after the start."""
     if not folder.is_dir():
-        raise RunError(f"the folder {folder} does not exist any more")
+        raise RunError(f"the folder {folder} no longer exists")
 
 
 def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
     """Return the error of a file that cannot be written.
 
     Args:
-        path: the file.
-        error: the cause.
         needed: the bytes to write; the message for a full disk has them.
     """
-    reason = failure_reason(path, error, needed)
-    return write_error(error)(f"{path} cannot be written: {reason}")
+    return write_error(error)(f"{path} cannot be written: {failure_reason(path, error, needed)}")
 
 
 def write_error(error: OSError) -> type[RunError]:
@@ -276,7 +281,7 @@ def failure_reason(path: Path, error: OSError, needed: int | None = None) -> str
         needs = "" if needed is None else f"{needed:,} bytes are needed, "
         return f"{reason} ({needs}{free_disk_bytes(path):,} bytes are free)"
     if not path.parent.exists():
-        return f"the folder {path.parent} does not exist any more"
+        return f"the folder {path.parent} no longer exists"
     return reason
 
 
@@ -289,7 +294,11 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def read_bytes(folder: Path, name: str, most: int = MOST_BYTES) -> bytes:
-    """Return the content of a file below a folder. Raises as `open_file` does."""
+    """Return the content of a file below a folder.
+
+    Raises:
+        RunError, OSError: as `open_file` does.
+    """
     with open_file(folder, name, most=most) as file:
         return file.read(most + 1)
 
@@ -305,7 +314,11 @@ def read_json(folder: Path, name: str, most: int = MOST_BYTES) -> Any:
 
 
 def parse_json(text: bytes | str, path: Path) -> Any:
-    """Return a JSON document. Raises RunError if it is invalid, too large or too deep."""
+    """Return a JSON document.
+
+    Raises:
+        RunError: the document is invalid, too large or too deep.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -338,17 +351,25 @@ def levels(tree: Any) -> Iterator[list[Any]]:
 
 
 def read_yaml(folder: Path, name: str, most: int = MOST_BYTES) -> Any:
-    """Return the content of a YAML file below a folder. Raises as `read_json` does."""
+    """Return the content of a YAML file below a folder.
+
+    Raises:
+        RunError, OSError: as `read_json` does.
+    """
     return parse_yaml(read_bytes(folder, name, most), folder / name)
 
 
 def parse_yaml(text: bytes | str, path: Path) -> Any:
-    """Return a YAML document. Raises RunError if it is invalid, too large or too deep."""
+    """Return a YAML document.
+
+    Raises:
+        RunError: the document is invalid, too large or too deep.
+    """
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
     encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if SURROGATE.search(encoded):
+    if ESCAPED_SURROGATE.search(encoded):
         # libyaml refuses escaped bytes of file names that are not UTF-8
         loader = yaml.SafeLoader
     try:
@@ -407,14 +428,19 @@ def check_yaml(events: Iterator[Any], path: Path) -> None:
 
 def too_large(path: Path, nodes: int) -> RunError:
     """Return the error of a document with more than `nodes` values or too deep."""
-    limits = f"at most {nodes:,} values, nested at most {MOST_DEPTH} deep"
-    return RunError(f"{path} is too large or too deep: expected {limits}")
+    return RunError(
+        f"{path} is too large or too deep: "
+        f"expected at most {nodes:,} values, nested at most {MOST_DEPTH} deep"
+    )
 
 
 def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file with a JSON object per line. Raises as `open_file` does.
+    """Yield the rows of a file with a JSON object per line.
 
     Lines that are incomplete, not a JSON object, not UTF-8, or longer than 16 MB are skipped.
+
+    Raises:
+        RunError, OSError: as `open_file` does.
     """
     with open_file(folder, name, most=MOST_ROWS_BYTES) as file:
         while line := file.readline(MOST_LINE_BYTES):

@@ -19,8 +19,8 @@ from pathlib import Path
 from framework.errors.paths import real_path
 
 TIMEOUT = 10.0  # seconds
-MOST_BYTES = 2**20  # of a diff
-CUT = f"\n[cut after {MOST_BYTES:,} bytes]"
+MOST_DIFF_BYTES = 2**20  # of a diff
+CUT = f"\n[cut after {MOST_DIFF_BYTES:,} bytes]"
 NOT_RECORDED = (
     "[not recorded: the configuration of the repository names a filter {name!r}, which git would "
     "run]"
@@ -52,7 +52,7 @@ def commit_and_diff(folder: Path) -> tuple[str | None, str | None]:
     Both are None outside of a repository, without git, or if git fails or takes more than 10 s.
     """
     top = repository_of(folder)
-    program = git_program(folder)
+    program = shutil.which("git", path=search_path(folder))
     if top is None or program is None:
         return None, None
     environment = environment_of(top)
@@ -70,15 +70,9 @@ def repository_of(folder: Path) -> Path | None:
     for candidate in (folder, *folder.parents):
         if (candidate / ".git").is_file() or (candidate / ".git" / "HEAD").exists():
             return candidate
-        is_bare = (candidate / "HEAD").exists() and (candidate / "objects").exists()
-        if is_bare:
+        if (candidate / "HEAD").exists() and (candidate / "objects").exists():  # it is bare
             return None
     return None
-
-
-def git_program(folder: Path) -> str | None:
-    """Return git from the PATH, without entries in the folder itself such as "."."""
-    return shutil.which("git", path=search_path(folder))
 
 
 def search_path(folder: Path) -> str:
@@ -151,9 +145,9 @@ def filters_of(listed: bytes) -> list[str]:
 
 
 def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> bytes | None:
-    """Return at most MOST_BYTES + 1 bytes of a command's output; None if it fails or times out.
+    """Return the output of a command, cut after MOST_DIFF_BYTES + 1 bytes; None if it fails.
 
-    All processes of the command are killed at the end.
+    A command that takes longer than TIMEOUT fails. All its processes are killed at the end.
     """
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -171,7 +165,7 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
     assert process.stdout is not None
     try:
         content = read_until(deadline, process.stdout.fileno())
-        if len(content) > MOST_BYTES:
+        if len(content) > MOST_DIFF_BYTES:
             return content
         status = process.wait(max(deadline - time.monotonic(), 0.1))
         return content if status == 0 else None
@@ -185,11 +179,10 @@ def output(command: list[str], folder: Path, environment: Mapping[str, str]) -> 
 
 
 def read_until(deadline: float, pipe: int) -> bytes:
-    """Read a pipe until it is closed, or for MOST_BYTES + 1 bytes.
+    """Read a pipe until it is closed, or for MOST_DIFF_BYTES + 1 bytes.
 
     Args:
         deadline: a time of `time.monotonic`.
-        pipe: the descriptor.
 
     Raises:
         TimeoutError: the deadline has passed.
@@ -197,7 +190,7 @@ def read_until(deadline: float, pipe: int) -> bytes:
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     content = bytearray()
-    while len(content) <= MOST_BYTES:
+    while len(content) <= MOST_DIFF_BYTES:
         seconds = deadline - time.monotonic()
         if seconds <= 0 or not poll.poll(seconds * 1000):
             raise TimeoutError
@@ -205,10 +198,10 @@ def read_until(deadline: float, pipe: int) -> bytes:
         if not piece:
             break
         content += piece
-    return bytes(content[: MOST_BYTES + 1])
+    return bytes(content[: MOST_DIFF_BYTES + 1])
 
 
 def decoded(content: bytes) -> str:
     """Return git's output as text. A diff may contain files of any encoding."""
-    text = content[:MOST_BYTES].decode("utf-8", errors="replace").strip()
-    return text + CUT if len(content) > MOST_BYTES else text
+    text = content[:MOST_DIFF_BYTES].decode("utf-8", errors="replace").strip()
+    return text + CUT if len(content) > MOST_DIFF_BYTES else text

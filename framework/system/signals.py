@@ -184,10 +184,10 @@ def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[Forward]:
             yield forward
         finally:
             if forward.received is not None:
-                record(before.values(), forward.received)
+                record_signal(before.values(), forward.received)
 
 
-def record(handlers: Iterable[Any], number: int) -> None:
+def record_signal(handlers: Iterable[Any], number: int) -> None:
     """Record a signal in the handlers that were replaced while it arrived."""
     for handler in handlers:
         if isinstance(handler, Interrupt) and handler.received is None:
@@ -207,9 +207,6 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
     A second signal ends them immediately, except SIGHUP: shell and system may both send it for a
     closed terminal. SIGUSR1 and SIGUSR2, if they have a handler, stop the runs too; their handler
     is called after the block.
-
-    Args:
-        trainers: the runs.
 
     Yields:
         The signals received so far.
@@ -235,7 +232,7 @@ def stopping(trainers: Sequence[Stoppable]) -> Iterator[list[int]]:
         yield got
         for number in got:
             if number in ENDING:
-                record(before.values(), number)
+                record_signal(before.values(), number)
     for late in TIME_LIMIT:
         if late in got:
             before[late](late, None)

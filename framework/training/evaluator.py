@@ -170,7 +170,7 @@ class Evaluator:
                 empty = False
                 self._measure_batch(move_batch(batch, self.device), measures)
             if empty:
-                raise DataError("the data to measure has no batch: it is empty or used up")
+                raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:

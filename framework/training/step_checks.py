@@ -85,8 +85,8 @@ def check_gradients(parameters: Sequence[Tensor]) -> None:
     """
     if parameters and all(parameter.grad is None for parameter in parameters):
         warnings.warn(
-            "task: in the first step the loss depends on no parameter of the optimizer, so that "
-            "maybe nothing is trained",
+            "task: in the first step the loss does not depend on any parameter of the optimizer; "
+            "perhaps nothing is trained",
             stacklevel=2,
         )
 

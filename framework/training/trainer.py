@@ -753,5 +753,5 @@ class Trainer(Evaluator):
                 listener(self)
             except Exception as error:
                 warnings.warn(
-                    f"on_exception of a callback fails too: {describe(error)}", stacklevel=2
+                    f"on_exception of a callback also failed: {describe(error)}", stacklevel=2
                 )

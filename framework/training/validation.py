@@ -52,7 +52,7 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
         replays = settings["cuda_graph"] == "on"
         if replays and (device.type != "cuda" or settings["compile"] == "step"):
             refused["cuda_graph"] = (
-                f"cuda_graph=on needs a CUDA device, not {device}, and no compile=step"
+                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step"
             )
     for name in ("validate_every", "log_every"):
         try:
@@ -115,10 +115,7 @@ def check_metrics(value: Any) -> list[Metric]:
         if not metric.name:
             raise SettingError(f"metrics: {type(metric).__name__} has no `name` to be logged by")
         if metric.name in names:
-            raise SettingError(
-                f"metrics: two are logged by the name {metric.name!r}: "
-                "give one of them another `name`"
-            )
+            raise SettingError(f"metrics: two metrics have the name {metric.name!r}; rename one")
         names.add(metric.name)
     return metrics
 

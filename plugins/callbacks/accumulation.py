@@ -44,31 +44,35 @@ class Accumulation(Callback):
     arXiv:1711.00489). If trainer.max_epochs ends the run, the learning rate follows the position in
     the data: after half of the epochs it is the same as with constant trainer.accumulate. If
     trainer.max_steps ends the run, it follows the steps as usual.
+
+    Args:
+        schedule: batches per step by first epoch, counted from 0, e.g. {0: 1, 10: 4}; earlier
+            epochs use trainer.accumulate.
     """
 
     alone = True  # vectorized trials make their steps together
 
     def __init__(self, schedule: dict[str, PositiveInt]):
-        """Store the schedule.
-
-        Args:
-            schedule: batches per step by first epoch, counted from 0, e.g. {0: 1, 10: 4}; earlier
-                epochs use trainer.accumulate.
-        """
         if not schedule:
             raise SettingError(f"accumulation.schedule is empty; {EXAMPLE}")
         self.schedule: dict[int, int] = {}
         for epoch, batches in schedule.items():
             if not epoch.isdecimal():
-                raise SettingError(f"accumulation.schedule: {epoch!r} is no epoch; {EXAMPLE}")
+                raise SettingError(
+                    f"accumulation.schedule: expected epochs as keys, got {epoch!r}; {EXAMPLE}"
+                )
             self.schedule[int(epoch)] = batches
         self.before: tuple[int, Any] | None = None  # `accumulate` and `schedule` of the trainer
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Count the steps of the run. Raises SettingError if the data has no length."""
+        """Count the steps of the run.
+
+        Raises:
+            SettingError: the training data has no length.
+        """
         state = trainer.state
         if not state.steps_per_epoch:
-            raise SettingError("accumulation needs training data that knows its length")
+            raise SettingError("accumulation needs training data with a length")
         self.before = (trainer.accumulate, trainer.schedule)
         if trainer.schedule is not None and trainer.max_steps is None:
             trainer.schedule = PacedSchedule(trainer.schedule, trainer)

@@ -20,17 +20,15 @@ class ActivationCheckpointing(Callback):
     (Chen et al. 2016, arXiv:1604.06174, section 4.) Results are bitwise the same, including dropout
     and running statistics. Each block costs one more forward pass. Of nested blocks, the outermost
     is checkpointed.
+
+    Args:
+        patterns: of the names of modules, as `plan` shows them, e.g. [blocks.*].
     """
 
     changes_training = False
     alone = True  # vectorized trials do not call the forward methods of the modules
 
     def __init__(self, patterns: list[str]):
-        """Store the patterns.
-
-        Args:
-            patterns: of the names of modules, as `plan` shows them, e.g. [blocks.*].
-        """
         if not patterns:
             raise SettingError(
                 "activation_checkpointing.patterns=[] has no effect: name blocks to checkpoint"
@@ -42,7 +40,7 @@ class ActivationCheckpointing(Callback):
         """Wrap the blocks.
 
         Raises:
-            SettingError: for a pattern that matches no module, and for compiled or replayed steps.
+            SettingError: a pattern matches no module, or steps are compiled or replayed.
         """
         for name, value in {"compile": trainer.compile, "cuda_graph": trainer.cuda_graph}.items():
             if value != "off":
@@ -62,7 +60,7 @@ class ActivationCheckpointing(Callback):
         """Return the outermost modules whose names match a pattern.
 
         Raises:
-            SettingError: for a pattern that matches no module.
+            SettingError: a pattern matches no module.
         """
         named_modules = model.named_modules()
         modules = {name: module for name, module in named_modules if name and has_forward(module)}
@@ -87,12 +85,12 @@ class ActivationCheckpointing(Callback):
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether a module can be called; a ModuleList, for example, cannot."""
+    """Return whether a module can be called; a ModuleList, for example, cannot."""
     return type(module).forward is not nn.Module.forward
 
 
 def is_outermost(name: str, chosen: Collection[str]) -> bool:
-    """Whether a module is chosen, and no module that contains it is."""
+    """Return whether a module is chosen, and no module that contains it is."""
     return name in chosen and not any(name.startswith(f"{other}.") for other in chosen)
 
 

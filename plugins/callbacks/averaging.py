@@ -35,7 +35,7 @@ class Averaging(Callback):
 
     Attributes:
         updates: number of updates of the average.
-        seen: the last step that the average takes into account.
+        last_step: the last step that the average takes into account.
         averaged: whether the model contains the average, and `others` the trained weights.
         others: one tensor for each of `parameters`: the average, or the weights if `averaged`.
         saved: the restored state, until `restore` applies it.
@@ -45,7 +45,7 @@ class Averaging(Callback):
 
     def __init__(self) -> None:
         self.updates = 0
-        self.seen = -1
+        self.last_step = -1
         self.averaged = False
         self.others: list[Tensor] = []
         self.trainer: Context | None = None
@@ -54,7 +54,7 @@ class Averaging(Callback):
     def reset(self) -> None:
         super().reset()
         self.updates = 0
-        self.seen = -1
+        self.last_step = -1
         self.averaged = False
         self.others = []
         self.trainer = None
@@ -68,7 +68,7 @@ class Averaging(Callback):
         self._check_single(trainer)
         check_initialized(trainer.model, type(self).__name__)
         self.trainer = trainer
-        self.seen = trainer.state.step
+        self.last_step = trainer.state.step
         self.contents = ModelContents(trainer.model, buffers=self.averages_buffers)
         self._collect_parameters()
         self.restore()
@@ -110,18 +110,18 @@ class Averaging(Callback):
             return
         averages = own_state.pop("average")
         own_state["weights"] = {}
-        average_by_id: dict[int, Tensor] = {}
+        average_of: dict[Tensor, Tensor] = {}  # tensors are compared by identity
         for name, parameter in zip(self.names, self.parameters, strict=True):
             own_state["weights"][name] = parameter.detach()
-            average_by_id[id(parameter)] = averages[name]
+            average_of[parameter] = averages[name]
         model = self.trainer.model
         tensors = chain(
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
         )
         for name, tensor in tensors:
-            if id(tensor) in average_by_id:
-                model_state[name] = average_by_id[id(tensor)]
+            if tensor in average_of:
+                model_state[name] = average_of[tensor]
 
     def on_rewind(self, own_state: dict[str, Any]) -> None:
         """Restore weights and average from a checkpoint; the model contains the average."""
@@ -160,9 +160,9 @@ class Averaging(Callback):
     @torch.no_grad()
     def _update_once(self) -> None:
         """Update the average for the last step, unless an earlier event has done so."""
-        if self.trainer is None or self.averaged or self.seen == self.trainer.state.step:
+        if self.trainer is None or self.averaged or self.last_step == self.trainer.state.step:
             return
-        self.seen = self.trainer.state.step
+        self.last_step = self.trainer.state.step
         self._follow_replacements()
         self.update(self.trainer)
 
@@ -198,7 +198,7 @@ class Averaging(Callback):
 
 
 def is_averageable(tensor: Tensor) -> bool:
-    """Whether a tensor has real or complex numbers, which can be averaged, and not integers."""
+    """Return whether a tensor can be averaged: its numbers are real or complex, not integers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -212,10 +212,10 @@ def match_tensors(
         before: its previous parameters.
         kept: a tensor for each of the previous parameters.
     """
-    kept_by_id = dict(zip(map(id, before), kept, strict=True))  # ids are unique: `before` is alive
+    kept_of = dict(zip(before, kept, strict=True))
     matches = []
     for parameter in parameters:
-        tensor = kept_by_id.get(id(parameter))
+        tensor = kept_of.get(parameter)
         matches.append(parameter.detach().clone() if tensor is None else tensor)
     return matches
 
@@ -226,19 +226,17 @@ class Ema(Averaging):
 
     (Polyak and Juditsky 1992.) Buffers, such as running statistics of batch norms, are not
     averaged: evaluation uses those of training.
+
+    Args:
+        decay: d, the weight of the old average; 0.999 averages about 1,000 updates.
+        warmup: begin with a shorter average: after n updates d is at most (1 + n) / (10 + n),
+            as in TensorFlow's ExponentialMovingAverage.
+        every: when to update the average.
     """
 
     alone = False
 
     def __init__(self, decay: Rate = 0.999, warmup: bool = True, every: Every = "1step"):
-        """Store the settings.
-
-        Args:
-            decay: d, the weight of the old average; 0.999 averages about 1,000 updates.
-            warmup: begin with a shorter average: after n updates d is at most (1 + n) / (10 + n),
-                as in TensorFlow's ExponentialMovingAverage.
-            every: when to update the average.
-        """
         super().__init__()
         self.decay = decay
         self.warmup = warmup
@@ -263,19 +261,17 @@ class Swa(Averaging):
     first averaged epoch, the weights themselves are evaluated. It needs a learning rate that stays
     high: scheduler=null, or a schedule that only warms up. The running statistics of batch norms
     are measured for the mean, with untransformed training batches (section 3.2).
+
+    Args:
+        start: epochs before the first averaged one; null: three quarters of the run, as in the
+            paper.
+        batches: training batches to measure the statistics of batch norms with after each
+            epoch; null: all, 0: none, which keeps the statistics of training.
     """
 
     alone = True  # vectorized trials have no models of their own to measure statistics with
 
     def __init__(self, start: NonNegativeInt | None = None, batches: NonNegativeInt | None = None):
-        """Store the settings.
-
-        Args:
-            start: epochs before the first averaged one; null: three quarters of the run, as in the
-                paper.
-            batches: training batches to measure the statistics of batch norms with after each
-                epoch; null: all, 0: none, which keeps the statistics of training.
-        """
         super().__init__()
         self.start = start
         self.batches = batches
@@ -318,19 +314,18 @@ class Swa(Averaging):
         super().on_fit_end(trainer)
         if not self.updates and trainer.state.stop is None:
             warnings.warn(
-                f"swa averaged nothing: the run ended before epoch {self.first + 1} was complete",
+                f"swa averaged no weights: the run ended before the end of epoch {self.first + 1}",
                 stacklevel=2,
             )
 
     def averaged_norms(self, trainer: Context) -> list[nn.Module]:
         """Return the modules with averaged running statistics."""
-        averaged = set(map(id, self.parameters))
+        averaged = set(self.parameters)
         norms = []
         for module in trainer.model.modules():
-            if module.training and hasattr(module, "momentum"):
-                buffers = set(map(id, module.buffers(recurse=False)))
-                if buffers & averaged:
-                    norms.append(module)
+            is_averaged = not averaged.isdisjoint(module.buffers(recurse=False))
+            if is_averaged and module.training and hasattr(module, "momentum"):
+                norms.append(module)
         return norms
 
     def measure_statistics(self, trainer: Context) -> None:
@@ -339,8 +334,8 @@ class Swa(Averaging):
         if not norms:
             return
         self._swap()
-        averaged = set(map(id, self.parameters))
-        other_buffers = [b for b in trainer.model.buffers() if id(b) not in averaged]
+        averaged = set(self.parameters)
+        other_buffers = [b for b in trainer.model.buffers() if b not in averaged]
         values = [buffer.clone() for buffer in other_buffers]
         momenta = [norm.momentum for norm in norms]
         try:

@@ -38,7 +38,7 @@ class Best:
             Whether the restored values were kept.
 
         Raises:
-            SettingError: if `mode` is auto and the metric is unknown.
+            SettingError: `mode` is auto and the metric is unknown.
         """
         if self.mode == "auto":
             self.sign = self._sign(trainer)
@@ -58,8 +58,8 @@ class Best:
                 known += [f"train/{metric}", f"val/{metric}"]
             suggestion = did_you_mean(self.monitor, known)
             raise SettingError(
-                f"cannot tell whether {self.monitor!r} is better high or low; {suggestion} "
-                f"(for a value logged by a part of your own, set mode to min or max)"
+                f"the better direction of {self.monitor!r} is not known; {suggestion} "
+                f"(for a value that custom code logs, set mode=min or mode=max)"
             )
         return direction_sign(directions[name])
 
@@ -67,7 +67,7 @@ class Best:
         """Rank the newest value; return whether it is among the best, by more than `min_delta`.
 
         Raises:
-            SettingError: if the metric is not logged.
+            SettingError: the metric is not logged.
         """
         metrics = trainer.state.metrics
         if self.monitor not in metrics:

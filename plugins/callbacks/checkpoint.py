@@ -35,6 +35,17 @@ class Checkpoint(SavingCallback):
     to the best. A checkpoint contains the complete state after a step, so a resumed run equals an
     uninterrupted one. A signal that stops the run, or an error between two steps (in reading
     data), also causes a checkpoint.
+
+    Args:
+        every: when to save; also saved whenever the monitored metric is among the best so far.
+        monitor: the metric that ranks checkpoints; null for none.
+        mode: whether low (min) or high (max) is better; auto: the metric itself decides.
+        keep: number of newest checkpoints to keep (those with NaN in the weights do not count);
+            a resumed run also keeps the one that it resumed from.
+        best: number of best checkpoints to keep.
+        background: write during training, from a copy in memory, at most once a second; a
+            checkpoint that would be removed before its turn is not written. false: training
+            waits until the checkpoint is on the disk.
     """
 
     def __init__(
@@ -46,19 +57,6 @@ class Checkpoint(SavingCallback):
         best: PositiveInt = 1,
         background: bool = True,
     ):
-        """Store the settings.
-
-        Args:
-            every: when to save; also saved whenever the monitored metric is among the best so far.
-            monitor: the metric that ranks checkpoints; null for none.
-            mode: whether low (min) or high (max) is better; auto: the metric itself decides.
-            keep: number of newest checkpoints to keep (those with NaN in the weights do not count);
-                a resumed run also keeps the one that it resumed from.
-            best: number of best checkpoints to keep.
-            background: write during training, from a copy in memory, at most once a second; a
-                checkpoint that would be removed before its turn is not written. false: training
-                waits until the checkpoint is on the disk.
-        """
         self.cadence = Cadence(every)
         self.keep = keep
         self.background = background
@@ -93,9 +91,9 @@ class Checkpoint(SavingCallback):
         checkpoints.clean(self.folder)
         step = trainer.state.step
         if step == 0 and not claimed and checkpoints.listed(self.folder):
-            advice = "give the Trainer another folder, or resume with `fit(resume=...)`"
             raise SettingError(
-                f"checkpoint: {self.folder} already has checkpoints of another fit: {advice}"
+                f"checkpoint: {self.folder} already has checkpoints of another fit: give the"
+                " Trainer another folder, or resume with `fit(resume=...)`"
             )
         snapshot.check_model(trainer.model.state_dict())
         snapshot.check_training(self._state_of_parts(trainer))
@@ -163,9 +161,9 @@ class Checkpoint(SavingCallback):
             checkpoints.link_to(checkpoint, "best")
 
     def _can_save_after(self, cause: BaseException | None, trainer: Context) -> bool:
-        """Whether the state after an error is complete and new, and there is time to save it.
+        """Return whether the state after an error is complete and new, and can be saved in time.
 
-        There is none after a KeyboardInterrupt or SystemExit.
+        There is no time after a KeyboardInterrupt or SystemExit.
         """
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             return False

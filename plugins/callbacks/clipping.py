@@ -13,7 +13,12 @@ class ClipGradients(Callback):
 
     By norm: g · min(1, norm / ‖g‖₂) over all parameters together (Pascanu et al. 2013,
     arXiv:1211.5063, section 3.2). The norm is logged as train/gradient_norm; only logging reads
-    values from the device.
+    values from the device. With both limits, gradients are clipped by norm first.
+
+    Args:
+        norm: the largest 2-norm of all gradients together; null for no limit.
+        value: the largest absolute value of a single component (the real or imaginary part of
+            a complex number); null for no limit.
     """
 
     alone = False
@@ -21,13 +26,6 @@ class ClipGradients(Callback):
     follows_metrics = False
 
     def __init__(self, norm: PositiveFloat | None = 1.0, value: PositiveFloat | None = None):
-        """Store the limits; if both are set, gradients are clipped by norm first.
-
-        Args:
-            norm: the largest 2-norm of all gradients together; null for no limit.
-            value: the largest absolute value of a single component (the real or imaginary part of
-                a complex number); null for no limit.
-        """
         if norm is None and value is None:
             raise SettingError("clip_gradients has no effect: set `norm` or `value`")
         self.norm = norm

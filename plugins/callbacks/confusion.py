@@ -24,16 +24,14 @@ class Confusion(Callback):
     Rows are true classes, columns predicted classes. The loggers get it as an image
     (white: all samples of the class; the diagonal is correct) and as a table of counts. It reads
     the split a second time.
+
+    Args:
+        every: how often to show it.
     """
 
     changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
-        """Store the cadence.
-
-        Args:
-            every: how often to show it.
-        """
         self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
@@ -61,7 +59,7 @@ def count_pairs(trainer: Context) -> Tensor:
         The counts, shape (classes, classes), float64 on the CPU.
 
     Raises:
-        SettingError: if the targets are no classes.
+        SettingError: the targets are no classes.
     """
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None

@@ -15,6 +15,13 @@ class Freeze(Callback):
     after the other, the last one first. Layers with frozen parameters only, such as batch norms,
     run in eval mode, so their running statistics do not change either. Logs
     train/frozen_parameters, the count of frozen numbers, whenever it changes.
+
+    Args:
+        patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
+            pattern thaws first.
+        epochs: epochs until the last pattern thaws; null: never.
+        every: epochs between the thawing of one pattern and of the pattern before it; 0: all
+            thaw together.
     """
 
     alone = True  # in vectorized trials, one trial cannot freeze the parameters of all
@@ -22,15 +29,6 @@ class Freeze(Callback):
     def __init__(
         self, patterns: list[str], epochs: NonNegativeInt | None = None, every: NonNegativeInt = 0
     ):
-        """Store the settings.
-
-        Args:
-            patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
-                pattern thaws first.
-            epochs: epochs until the last pattern thaws; null: never.
-            every: epochs between the thawing of one pattern and of the pattern before it; 0: all
-                thaw together.
-        """
         if not patterns:
             raise SettingError("freeze.patterns=[] has no effect: name parameters to freeze")
         self.patterns = patterns
@@ -41,7 +39,11 @@ class Freeze(Callback):
         self.frozen_modules: list[nn.Module] = []
 
     def on_fit_start(self, trainer: Context) -> None:
-        """Freeze the parameters of this epoch. Raises SettingError for an unmatched pattern."""
+        """Freeze the parameters of this epoch.
+
+        Raises:
+            SettingError: a pattern matches no parameter, or the patterns match all parameters.
+        """
         names: list[str] = []
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad or name in self.frozen:
@@ -106,7 +108,7 @@ class Freeze(Callback):
                 self.frozen_modules.append(module)
 
     def _replaced(self, model: nn.Module) -> bool:
-        """Whether another callback has replaced a frozen parameter by a new one."""
+        """Return whether another callback has replaced a frozen parameter by a new one."""
         for name, parameter in self.frozen_parameters.items():
             if model.get_parameter(name) is not parameter:
                 return True

@@ -25,17 +25,15 @@ class Pictures(Callback):
     The inputs are the first ones of the validation split, or of the training split without one. In
     a step with a validation, the images come from the validated weights: the average, if the
     callback that averages comes after this one.
+
+    Args:
+        count: images of each kind.
+        every: how often to log them.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            count: images of each kind.
-            every: how often to log them.
-        """
         self.count = count
         self.cadence = Cadence(every)
         self.checked_step = -1  # the cadence is checked once per step
@@ -47,7 +45,7 @@ class Pictures(Callback):
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.task, PictureTask):
             name = type(trainer.task).__name__
-            raise SettingError(f"callbacks.pictures: task {name} has no pictures to show")
+            raise SettingError(f"callbacks.pictures: task {name} generates no images")
 
     def on_validation_end(self, trainer: Context) -> None:
         self._log_if_due(trainer)
@@ -82,9 +80,9 @@ class SampleDistance(Callback):
     """Logs the distance between samples of the model and the validation split, by their numbers.
 
     val/sample_precision is the share of samples that lie among the inputs. val/sample_coverage is
-    the share of inputs with a sample that is nearer than their own fifth neighbour (see
-    `neighbours`): 0.97 for the distribution of the data, less if samples are unlike inputs or lack
-    some kinds of inputs.
+    the share of inputs with a sample that is nearer than their own fifth neighbor (see
+    `precision_and_coverage`): 0.97 for the distribution of the data, less if samples are unlike
+    inputs or lack some kinds of inputs.
 
     val/sample_distance is the unbiased estimate of the squared maximum mean discrepancy with a
     Gaussian kernel (Gretton et al. 2012, JMLR 13, equation 3); the kernel's width is the median
@@ -92,23 +90,21 @@ class SampleDistance(Callback):
     and at most 2. It detects samples that are too similar to each other. It does not detect samples
     that are far from all inputs and from each other, such as white noise: their distance is at most
     the mean similarity of two inputs, 0.07 for images of clothes.
+
+    Args:
+        count: number of samples, and of inputs to compare them with; the time grows with its
+            square.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 1000):
-        """Store the settings.
-
-        Args:
-            count: number of samples, and of inputs to compare them with; the time grows with its
-                square.
-        """
         self.count = count
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.model, GenerativeModel):
             name = type(trainer.model).__name__
-            raise SettingError(f"callbacks.sample_distance: model {name} makes no samples")
+            raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
@@ -119,7 +115,7 @@ class SampleDistance(Callback):
             samples = trainer.task.pictures(trainer.model, inputs)["samples"]
         samples = samples.float().flatten(1)
         inputs = inputs.float().flatten(1)
-        precision, coverage = neighbours(samples, inputs)
+        precision, coverage = precision_and_coverage(samples, inputs)
         # numbers, not tensors: a later callback may monitor them in this event
         trainer.log(
             {
@@ -173,7 +169,9 @@ def discrepancy(samples: Tensor, inputs: Tensor) -> Tensor:
     return among_samples + among_inputs - 2 * between
 
 
-def neighbours(samples: Tensor, inputs: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+def precision_and_coverage(
+    samples: Tensor, inputs: Tensor, count: int = 5
+) -> tuple[Tensor, Tensor]:
     """Return precision and coverage of samples (m, D) and inputs (n, D).
 
     The radius of an input is the distance to its `count`-th nearest one. Precision is the share of

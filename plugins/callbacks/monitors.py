@@ -16,6 +16,8 @@ from framework import (
 )
 from framework.contracts.state import Cadence
 
+from .gradients import gradients_of
+
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
@@ -33,10 +35,7 @@ class GradientNorm(Callback):
         self.measured = None
         if not will_log(trainer):
             return
-        gradients: list[Tensor] = []
-        for group in trainer.optimizer.param_groups:
-            gradients += [p.grad for p in group["params"] if p.grad is not None]
-        self.measured = total_norm(gradients)
+        self.measured = total_norm(gradients_of(trainer.optimizer))
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
@@ -72,7 +71,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def will_log(trainer: Context) -> bool:
-    """Whether the current step is or may be logged.
+    """Return whether the current step is or may be logged.
 
     A cadence in minutes, or an epoch of unknown length, may end with any step.
     """
@@ -92,16 +91,14 @@ class Histograms(Callback):
 
     Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
     A sparse gradient counts with its stored values, a complex number with both parts.
+
+    Args:
+        every: how often to log them; each time copies all parameters from the device.
     """
 
     changes_training = False
 
     def __init__(self, every: Every = "1epoch"):
-        """Store the cadence.
-
-        Args:
-            every: how often to log them; each time copies all parameters from the device.
-        """
         self.cadence = Cadence(every)
 
     def needs_gradients(self, trainer: Context) -> bool:
@@ -144,17 +141,15 @@ class Augmented(Transform):
     """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
     It logs them after the first step, and then at its cadence.
+
+    Args:
+        count: number of images, at most a batch.
+        every: how often to log them.
     """
 
     changes_training = False
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            count: number of images, at most a batch.
-            every: how often to log them.
-        """
         self.count = count
         self.cadence = Cadence(every)
         self.inputs: Tensor | None = None
@@ -178,12 +173,13 @@ def normalized_images(inputs: Tensor) -> Tensor:
     """Return images (N, 1 or 3, H, W) between 0 and 1.
 
     Raises:
-        SettingError: if the inputs are no images.
+        SettingError: the inputs are no images.
     """
     if inputs.ndim != 4 or not inputs.is_floating_point():
         shape = tuple(inputs.shape[1:])
         raise SettingError(
-            f"callbacks.augmented: it shows images (C, H, W); the inputs are {inputs.dtype} {shape}"
+            f"callbacks.augmented: expected images (C, H, W) of floating-point numbers, got "
+            f"{inputs.dtype} {shape}"
         )
     images = inputs.detach().float()
     if images.shape[1] not in (1, 3):

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from framework import (
     Callback,
     Context,
@@ -20,6 +18,8 @@ from framework import (
     restore_optimizer,
 )
 from framework.contracts.callback import keyed
+
+from .gradients import gradients_of
 
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
@@ -41,6 +41,12 @@ class NonFinite(Callback):
     optimizer, `raise` does not wait for the gradients: the device itself omits every update after
     the first value that is not finite, and the next log, validation or checkpoint raises the error.
     In all other cases each step waits for the result.
+
+    Args:
+        policy: raise ends the run; skip omits the update; rewind restores the weights and the
+            optimizer's state from the newest good checkpoint (Chowdhery et al. 2022,
+            arXiv:2204.02311, section 5.1).
+        most_skips: maximum number of skipped steps in a row; the next one ends the run.
     """
 
     follows_metrics = False
@@ -49,14 +55,6 @@ class NonFinite(Callback):
     def __init__(
         self, policy: Literal["raise", "skip", "rewind"] = "raise", most_skips: PositiveInt = 10
     ):
-        """Store the policy.
-
-        Args:
-            policy: raise ends the run; skip omits the update; rewind restores the weights and the
-                optimizer's state from the newest good checkpoint (Chowdhery et al. 2022,
-                arXiv:2204.02311, section 5.1).
-            most_skips: maximum number of skipped steps in a row; the next one ends the run.
-        """
         self.policy = policy
         self.most_skips = most_skips
         self.alone = policy != "raise"  # a skipped step is also removed from the sums of metrics
@@ -103,7 +101,10 @@ class NonFinite(Callback):
 
     def on_gradients(self, trainer: Context) -> None:
         assert self.flag is not None
-        self.flag.check([trainer.loss, *gradients(trainer)])
+        checked = [trainer.loss]
+        if trainer.precision.scaler is None:  # a scaler checks the gradients itself
+            checked += gradients_of(trainer.optimizer)
+        self.flag.check(checked)
         if self.deferred:
             trainer.optimizer.found_inf = self.flag.value  # type: ignore[attr-defined]
         elif self.flag.value.item():
@@ -195,16 +196,6 @@ class NonFinite(Callback):
                 f"{self._report(trainer)} There is no good checkpoint to rewind to yet{reason}."
             )
         return checkpoint
-
-
-def gradients(trainer: Context) -> list[Tensor]:
-    """Return the gradients of the optimizer's parameters; none if a scaler checks them."""
-    if trainer.precision.scaler is not None:
-        return []
-    gradients: list[Tensor] = []
-    for group in trainer.optimizer.param_groups:
-        gradients += [p.grad for p in group["params"] if p.grad is not None]
-    return gradients
 
 
 def parameter_with_bad_gradient(trainer: Context) -> str | None:

@@ -26,6 +26,7 @@ from framework.contracts.pure_optimizer import as_real
 from framework.contracts.state import Cadence
 
 from .averaging import Averaging, match_tensors
+from .gradients import parameters_with_gradient
 
 
 class GradientsAgain(Transform):
@@ -55,7 +56,7 @@ class GradientsAgain(Transform):
         buffers = [buffer.clone() for buffer in trainer.model.buffers()]
         counts = [trainer.task.count(part) for part in parts]
         total = sum(counts)
-        for parameter in parameters_with_gradient(trainer):
+        for parameter in parameters_with_gradient(trainer.optimizer):
             parameter.grad = None
         for part, count in zip(parts, counts, strict=True):
             with trainer.precision.autocast():
@@ -63,14 +64,6 @@ class GradientsAgain(Transform):
             (loss * share_of(count, total)).backward()
         for buffer, value in zip(trainer.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
-
-
-def parameters_with_gradient(trainer: Context) -> list[Tensor]:
-    """Return the parameters of the optimizer that have a gradient."""
-    parameters: list[Tensor] = []
-    for group in trainer.optimizer.param_groups:
-        parameters += [p for p in group["params"] if p.grad is not None]
-    return parameters
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -82,7 +75,7 @@ def dense_gradient(parameter: Tensor) -> Tensor:
 
 @callbacks.register("sam", aliases=["sharpness_aware"])
 class Sam(GradientsAgain):
-    """Sharpness-aware minimisation: updates w by the gradient at w + rho · g / ‖g‖₂.
+    """Sharpness-aware minimization: updates w by the gradient at w + rho · g / ‖g‖₂.
 
     (Foret et al. 2021, arXiv:2010.01412.) A step costs two forward and backward passes. The second
     pass draws its own dropout masks and does not change the running statistics of batch norms. The
@@ -97,7 +90,7 @@ class Sam(GradientsAgain):
         self.rho = rho
 
     def on_gradients(self, trainer: Context) -> None:
-        parameters = parameters_with_gradient(trainer)
+        parameters = parameters_with_gradient(trainer.optimizer)
         before = [p.detach().clone() for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
@@ -123,6 +116,12 @@ class NoiseScale(GradientsAgain):
     gradients of samples and the true gradient G, logged as train/gradient_noise_scale. Both are
     estimated from the squared norms of the gradients of a batch and of its parts (appendix A.1), as
     moving averages. A measurement costs one forward and backward pass. Training does not change.
+
+    Args:
+        every: how often to measure.
+        parts: parts of the first batch of the step, whose gradients are compared with the
+            gradient of the batch.
+        decay: weight of the old averages at each measurement.
     """
 
     changes_training = False
@@ -133,14 +132,6 @@ class NoiseScale(GradientsAgain):
         parts: Annotated[int, Range("[2, inf)")] = 4,
         decay: Rate = 0.9,
     ):
-        """Store the settings.
-
-        Args:
-            every: how often to measure.
-            parts: parts of the first batch of the step, whose gradients are compared with the
-                gradient of the batch.
-            decay: weight of the old averages at each measurement.
-        """
         super().__init__()
         self.cadence = Cadence(every)
         self.parts = parts
@@ -159,7 +150,7 @@ class NoiseScale(GradientsAgain):
         size = len(batch[0]) // self.parts
         if size == 0:
             return
-        parameters = parameters_with_gradient(trainer)
+        parameters = parameters_with_gradient(trainer.optimizer)
         step_gradients = [p.grad for p in parameters]
         gradients: list[Tensor] = []
         with seeds.undisturbed():

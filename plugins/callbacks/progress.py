@@ -27,6 +27,10 @@ class Progress(Callback):
     In a terminal it is a live bar; elsewhere a line for each validation and each epoch. It shows
     logged values and never reads the device. Between two updates of the bar, a step only reads the
     clock.
+
+    Args:
+        style: a live bar, plain lines, or auto: the bar if stderr is a terminal.
+        per_second: maximum updates of the bar per second.
     """
 
     changes_training = False
@@ -34,12 +38,6 @@ class Progress(Callback):
     def __init__(
         self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0
     ):
-        """Store the settings.
-
-        Args:
-            style: a live bar, plain lines, or auto: the bar if stderr is a terminal.
-            per_second: maximum updates of the bar per second.
-        """
         self.style = style
         self.interval = 1 / per_second
         self.live: Live | None = None
@@ -178,11 +176,12 @@ def data_loader_advice(trainer: Context) -> str | None:
     share = slow_data(trainer.clock.shares(), trainer.clock.elapsed)
     if share is None or not isinstance(loader, DataLoader) or loader.num_workers > 0:
         return None
-    return f"{share:.0%} of the time waited for data: DataLoader(..., num_workers=2) reads ahead"
+    spent = f"{share:.0%} of the time was spent waiting for data"
+    return f"{spent}: DataLoader(..., num_workers=2) reads ahead"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can show a live bar."""
+    """Return whether a stream is a terminal that can show a live bar."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -14,6 +14,13 @@ class Prune(Callback):
 
     It compares the metric of the search between trials at the same number of validations.
     `hydra.sweeper.pruner` adds this callback to each trial.
+
+    Args:
+        pruner: median: ends a trial that is worse than half of the others; halving: a third
+            continues after 1, 3, 9 ... validations (Li et al. 2020, arXiv:1810.05934);
+            hyperband: several halvings, some more patient (Li et al. 2018, arXiv:1603.06560).
+        startup: trials that median completes before it prunes any.
+        warmup: validations before the first decision.
     """
 
     changes_training = False
@@ -25,19 +32,10 @@ class Prune(Callback):
         startup: NonNegativeInt = 5,
         warmup: NonNegativeInt = 2,
     ):
-        """Store the settings.
-
-        Args:
-            pruner: median: ends a trial that is worse than half of the others; halving: a third
-                continues after 1, 3, 9 ... validations (Li et al. 2020, arXiv:1810.05934);
-                hyperband: several halvings, some more patient (Li et al. 2018, arXiv:1603.06560).
-            startup: trials that median completes before it prunes any.
-            warmup: validations before the first decision.
-        """
         self.pruner = pruner
         self.startup = startup
         self.warmup = warmup
-        self.looks = 0  # values of the metric so far
+        self.measurements = 0  # values of the metric so far
         self.judge: Any = None
 
     def on_fit_start(self, trainer: Context) -> None:
@@ -46,26 +44,26 @@ class Prune(Callback):
         number = trial_number(trainer.folder)
         if trainer.folder is None or number is None:
             raise SettingError(
-                "prune: this run is no trial of a search; use it with -m hydra/sweeper=optuna"
+                "prune: this run is not a trial of a search; use it with -m hydra/sweeper=optuna"
             )
         rule = make_pruner(self.pruner, self.startup, self.warmup)
         self.judge = Judge(trainer.folder.parent, number, rule)
         self.monitor = self.judge.metrics[0]
         if self.monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(f"prune: there is no validation split to measure {self.monitor} on")
-        if self.looks > 0 and self.looks == self.judge.last:
+        if self.measurements > 0 and self.measurements == self.judge.last:
             self._decide(trainer, math.nan)  # in case a kill came between decision and stop
 
     def on_log(self, trainer: Context) -> None:
         if self.monitor.startswith("train/"):
-            self._look(trainer)
+            self._measure(trainer)
 
     def on_validation_end(self, trainer: Context) -> None:
         if not self.monitor.startswith("train/"):
-            self._look(trainer)
+            self._measure(trainer)
 
-    def _look(self, trainer: Context) -> None:
-        self.looks += 1
+    def _measure(self, trainer: Context) -> None:
+        self.measurements += 1
         if self.monitor not in trainer.state.metrics:
             raise SettingError(
                 f"prune: nothing logs {self.monitor!r}, the metric of the search, during training"
@@ -76,15 +74,15 @@ class Prune(Callback):
 
     def _decide(self, trainer: Context, value: float) -> None:
         state = trainer.state
-        if self.judge.prunes(value, self.looks) and state.step != state.total_steps:
-            rule = f"{self.pruner}, look {self.looks}"
-            trainer.stop("prune", f"{self.monitor} is behind that of other trials ({rule})")
+        if self.judge.prunes(value, self.measurements) and state.step != state.total_steps:
+            rule = f"{self.pruner}, measurement {self.measurements}"
+            trainer.stop("prune", f"{self.monitor} is worse than that of other trials ({rule})")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"looks": self.looks}
+        return {"looks": self.measurements}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.looks = state.get("looks", 0)
+        self.measurements = state.get("looks", 0)
 
 
 def trial_number(run: Path | None) -> int | None:

@@ -19,7 +19,14 @@ from .best import Best, Mode
 
 @callbacks.register("early_stop", aliases=["early_stopping"])
 class EarlyStop(Callback):
-    """Ends the run when a metric has not improved for some validations."""
+    """Ends the run when a metric has not improved for some validations.
+
+    Args:
+        monitor: val/... is checked after each validation, train/... whenever it is logged.
+        mode: whether low (min) or high (max) is better; auto: the metric itself decides.
+        patience: checks in a row without improvement before the run ends.
+        min_delta: a smaller difference is no improvement.
+    """
 
     changes_training = False
     follows_metrics = True
@@ -31,14 +38,6 @@ class EarlyStop(Callback):
         patience: PositiveInt = 10,
         min_delta: NonNegativeFloat = 0.0,
     ):
-        """Store the settings.
-
-        Args:
-            monitor: val/... is checked after each validation, train/... whenever it is logged.
-            mode: whether low (min) or high (max) is better; auto: the metric itself decides.
-            patience: checks in a row without improvement before the run ends.
-            min_delta: a smaller difference is no improvement.
-        """
         self.best = Best(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0  # checks since the last improvement
@@ -84,17 +83,16 @@ class EarlyStop(Callback):
 
 @callbacks.register("timer")
 class Timer(Callback):
-    """Logs train/seconds_per_epoch, and ends the run at a time limit."""
+    """Logs train/seconds_per_epoch, and ends the run at a time limit.
+
+    Args:
+        limit: of the training time, e.g. 30min; a resumed run counts its earlier parts too;
+            null for no limit.
+    """
 
     changes_training = False
 
     def __init__(self, limit: Duration | None = None):
-        """Store the limit.
-
-        Args:
-            limit: of the training time, e.g. 30min; a resumed run counts its earlier parts too;
-                null for no limit.
-        """
         self.limit = limit
         self.seconds = math.inf
         if limit is not None:

@@ -21,7 +21,7 @@ from .readers.scaling import (
     needs_float64,
     scaled,
     standard_facts,
-    standardise,
+    standardize,
 )
 from .readers.splits import split_parts
 from .readers.targets import Targets, as_targets
@@ -60,7 +60,7 @@ class ArrayData(Data):
         scale_target: AutoScaling = "auto",
         name: str = "the data",
     ):
-        """Draw the splits, number the classes, and standardise the inputs by the training split.
+        """Draw the splits, number the classes, and standardize the inputs by the training split.
 
         Args:
             inputs: numbers, shape (rows, *in_shape).
@@ -71,7 +71,7 @@ class ArrayData(Data):
             val_fraction: share of the rows for validation, with the same share of each class.
             test_fraction: share of the rows for the test.
             split_seed: seed of the draw.
-            normalize: standardise the inputs; otherwise they are divided by `unit`.
+            normalize: standardize the inputs; otherwise they are divided by `unit`.
             per: one mean and deviation for each feature (of images: for each channel), or one for
                 all numbers.
             unit: the raw value that becomes 1 without normalize: 255 for pixels.
@@ -139,7 +139,7 @@ class ArrayData(Data):
             x, y = take_rows(parts, chosen)
             if scaling is not None:
                 y = scaled(y, self.scale)
-            setattr(self, part, TensorSplit(standardise(x, self.facts()), y))
+            setattr(self, part, TensorSplit(standardize(x, self.facts()), y))
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:

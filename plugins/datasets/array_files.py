@@ -14,14 +14,30 @@ from .array_data import ArrayData
 from .readers.arrays import Arrays, as_batch_of, numbers
 from .readers.data_files import read_bytes
 from .readers.fetched import cache_folder, fetch_command
-from .readers.scaling import AutoScaling, standardise
+from .readers.scaling import AutoScaling, standardize
 
 
 @datasets.register("npz")
 class Npz(ArrayData):
     """Inputs and targets from one .npz file.
 
-    The file has the arrays `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`.
+    The file has the arrays `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`. Official parts
+    (`x_val`, `x_test`) are kept; the others are drawn at random.
+
+    Args:
+        path: the .npz file, with arrays of numbers, or of texts as classes; never of objects.
+        inputs: name of the array of inputs, or its name before _train, _val and _test.
+        targets: name of the array of targets, likewise.
+        shape: reshape each input to this shape, e.g. [1,28,28].
+        target_kind: null infers it: texts and at most 20 different integers are classes.
+        val_fraction: share of the rows for validation, if the file has no x_val.
+        test_fraction: share of the rows for the test, if the file has no x_test.
+        split_seed: seed of the draw.
+        normalize: standardize each feature (of images, each channel) by the training split.
+        scale_target: train on values that are standardized, with log after their logarithm;
+            metrics and predictions are in the target's own unit. auto: only center values that
+            are more than 1,000 standard deviations from 0, and standardize values with a
+            deviation below 1e-6 or above 1e6.
     """
 
     def __init__(
@@ -37,23 +53,6 @@ class Npz(ArrayData):
         normalize: bool = True,
         scale_target: AutoScaling = "auto",
     ):
-        """Read the file. Official parts (`x_val`, `x_test`) are kept, the others are drawn.
-
-        Args:
-            path: the .npz file, with arrays of numbers, or of texts as classes; never of objects.
-            inputs: name of the array of inputs, or its name before _train, _val and _test.
-            targets: name of the array of targets, likewise.
-            shape: reshape each input to this shape, e.g. [1,28,28].
-            target_kind: null infers it: texts and at most 20 different integers are classes.
-            val_fraction: share of the rows for validation, if the file has no x_val.
-            test_fraction: share of the rows for the test, if the file has no x_test.
-            split_seed: seed of the draw.
-            normalize: standardise each feature (of images, each channel) by the training split.
-            scale_target: train on values that are standardised, with log after their logarithm;
-                metrics and predictions are in the target's own unit. auto: only centre values that
-                are more than 1,000 standard deviations from 0, and standardise values with a
-                deviation below 1e-6 or above 1e6.
-        """
         path = path.expanduser()
         arrays = Arrays(path)
         suffixes = {"train": "" if inputs in arrays else "_train", "val": "_val", "test": "_test"}
@@ -83,14 +82,22 @@ class Npz(ArrayData):
 
 
 def find_array(arrays: Mapping[str, Any], name: str, path: Path) -> Any:
-    """Return an array of a .npz file. Raises DataError if the file does not have it."""
+    """Return an array of a .npz file.
+
+    Raises:
+        DataError: the file does not have the array.
+    """
     if name not in arrays:
         raise DataError(f"{path} has no array {name!r}; {did_you_mean(name, arrays)}")
     return arrays[name]
 
 
 def reshape(array: Any, shape: Sequence[int], path: Path) -> Any:
-    """Return an array as (rows, *shape). Raises DataError if its rows have another size."""
+    """Return an array as (rows, *shape).
+
+    Raises:
+        DataError: its rows have another size.
+    """
     if array.ndim == 0 or math.prod(array.shape[1:]) != math.prod(shape):
         raise DataError(
             f"data.shape={list(shape)}: rows of shape {array.shape[1:]} cannot be reshaped ({path})"
@@ -103,6 +110,14 @@ class Idx(ArrayData):
     """A folder of IDX files with the names of MNIST's.
 
     These are train- and t10k-, followed by images-idx3-ubyte and labels-idx1-ubyte, also with .gz.
+    t10k- is the test split; the validation split is drawn from train-.
+
+    Args:
+        path: the folder.
+        classes: names of the labels 0, 1, ...; null: the labels themselves.
+        val_fraction: share of train- for validation, with the same share of each class.
+        split_seed: seed of the draw.
+        normalize: standardize by the training pixels; otherwise divide them by 255.
     """
 
     def __init__(
@@ -113,15 +128,6 @@ class Idx(ArrayData):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the folder: t10k- is the test set, and a part of train- is drawn for validation.
-
-        Args:
-            path: the folder.
-            classes: names of the labels 0, 1, ...; null: the labels themselves.
-            val_fraction: share of train- for validation, with the same share of each class.
-            split_seed: seed of the draw.
-            normalize: standardise by the training pixels; otherwise divide them by 255.
-        """
         path = path.expanduser()
         images, labels = read_idx_pair(path, "train")
         super().__init__(
@@ -143,7 +149,7 @@ class Idx(ArrayData):
         if path.suffix in (".npy", ".npz"):
             return super().read_inputs(path, facts)
         images = numbers(with_channel_axis(read_idx(path)), str(path))
-        return standardise(as_batch_of(images, facts["in_shape"], path), facts)
+        return standardize(as_batch_of(images, facts["in_shape"], path), facts)
 
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -163,9 +169,16 @@ FASHION_CLASSES = [
 
 @datasets.register("fashion_mnist")
 class FashionMnist(Idx):
-    """60,000 + 10,000 grey images of clothes, 28x28, in 10 classes.
+    """60,000 + 10,000 gray images of clothes, 28x28, in 10 classes.
 
-    (Xiao, Rasul and Vollgraf, arXiv:1708.07747.)
+    (Xiao, Rasul and Vollgraf, arXiv:1708.07747.) `scripts/fetch_data fashion_mnist` downloads the
+    files.
+
+    Args:
+        path: the folder of the four files; null: where Debian or scripts/fetch_data puts them.
+        val_fraction: share of the training images for validation.
+        split_seed: seed of the draw.
+        normalize: standardize by the training pixels; otherwise divide them by 255.
     """
 
     def __init__(
@@ -175,14 +188,6 @@ class FashionMnist(Idx):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the files that `scripts/fetch_data fashion_mnist` fetches.
-
-        Args:
-            path: the folder of the four files; null: where Debian or scripts/fetch_data puts them.
-            val_fraction: share of the training images for validation.
-            split_seed: seed of the draw.
-            normalize: standardise by the training pixels; otherwise divide them by 255.
-        """
         folders = [path.expanduser()] if path else [DEBIAN_FOLDER, cache_folder() / "fashion-mnist"]
         found = [folder for folder in folders if folder.is_dir()]
         if not found:
@@ -206,7 +211,11 @@ def read_idx_pair(folder: Path, part: str) -> tuple[Any, Any]:
 
 
 def idx_file(folder: Path, part: str) -> Path:
-    """Return the file of a part such as "train-images", gzipped or not. Raises DataError."""
+    """Return the file of a part such as "train-images", gzipped or not.
+
+    Raises:
+        DataError: there is no such file.
+    """
     axes = 3 if part.endswith("images") else 1
     name = f"{part}-idx{axes}-ubyte"
     for file in (folder / name, folder / f"{name}.gz"):
@@ -248,5 +257,5 @@ def read_idx(path: Path) -> Any:
 
 
 def with_channel_axis(images: Any) -> Any:
-    """Return grey images (rows, height, width) as (rows, 1, height, width)."""
+    """Return gray images (rows, height, width) as (rows, 1, height, width)."""
     return images[:, None] if images.ndim == 3 else images

@@ -51,7 +51,11 @@ class SoundFiles(LabelledFiles):
         return read_sound(file, self.facts)
 
     def in_memory(self) -> TensorSplit:
-        """Read all files. Raises DataError for a file that cannot be read, and for too many."""
+        """Read all files.
+
+        Raises:
+            DataError: a file cannot be read, or the sounds need more memory than is available.
+        """
         channels, samples = self.facts["in_shape"]
         memory.check_room(len(self) * channels * samples * 4, f"{len(self)} sounds")
         inputs = torch.zeros(len(self), channels, samples)
@@ -61,7 +65,15 @@ class SoundFiles(LabelledFiles):
 
 
 class SoundData(Data):
-    """A data set of sounds with one sample rate and one length, in classes."""
+    """A data set of sounds with one sample rate and one length, in classes.
+
+    Args:
+        classes: the names of the classes.
+        sample_rate: samples per second.
+        seconds: length of an input.
+        resample: convert files of another rate; false: such a file is an error.
+        min_seconds: a shorter file is an error.
+    """
 
     measures_training = False
 
@@ -107,7 +119,22 @@ class SoundData(Data):
 class AudioFolder(SoundData):
     """Sounds in ROOT/CLASS/*.wav, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/.
 
-    Other formats than wav, such as flac and ogg, need the package soundfile.
+    Other formats than wav, such as flac and ogg, need the package soundfile. A part without a
+    folder is drawn from train.
+
+    Args:
+        path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
+        sample_rate: samples per second; a file of another rate is an error without resample.
+        seconds: length of an input: a longer sound is cut to its middle, a shorter one is
+            padded with zeros.
+        resample: convert files of another rate to sample_rate, by a windowed sinc (see
+            `resampled`).
+        min_seconds: a shorter file is an error.
+        in_memory: true: read all files at the start; false: the loader's workers read them
+            when they are needed; null: true if they fit into 1 GiB.
+        val_fraction: share of the training sounds for validation, if it has no folder.
+        test_fraction: share of the training sounds for the test, if it has no folder.
+        split_seed: seed of the draw.
     """
 
     def __init__(
@@ -122,22 +149,6 @@ class AudioFolder(SoundData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """List the files. A part without a folder is drawn from train.
-
-        Args:
-            path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
-            sample_rate: samples per second; a file of another rate is an error without resample.
-            seconds: length of an input: a longer sound is cut to its middle, a shorter one is
-                padded with zeros.
-            resample: convert files of another rate to sample_rate, by a windowed sinc (see
-                `resampled`).
-            min_seconds: a shorter file is an error.
-            in_memory: true: read all files at the start; false: the loader's workers read them
-                when they are needed; null: true if they fit into 1 GiB.
-            val_fraction: share of the training sounds for validation, if it has no folder.
-            test_fraction: share of the training sounds for the test, if it has no folder.
-            split_seed: seed of the draw.
-        """
         folders = find_parts(path.expanduser())
         classes = find_classes(folders["train"], "sounds")
         super().__init__(classes, sample_rate, seconds, resample, min_seconds)
@@ -159,7 +170,11 @@ class AudioFolder(SoundData):
 
 
 def find_sounds(folder: Path) -> list[Path]:
-    """Return the sound files in a folder, at any depth, sorted. Raises DataError for none."""
+    """Return the sound files in a folder, at any depth, sorted.
+
+    Raises:
+        DataError: there is no sound file.
+    """
     return find_files(folder, SUFFIXES, "sounds")
 
 
@@ -303,9 +318,9 @@ def resampled(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
     low_pass = sinc_filter(half, 1 / max(up, down)) * up
     reach = -(-half // up)  # input samples before and after an output that it depends on
     taps = torch.arange(-reach, reach + down + 1)
-    place = torch.arange(up)[:, None] * down - taps * up + half
-    is_inside = (place >= 0) & (place <= 2 * half)
-    phases = torch.where(is_inside, low_pass[place.clamp(0, 2 * half)], 0.0)
+    index = torch.arange(up)[:, None] * down - taps * up + half
+    is_inside = (index >= 0) & (index <= 2 * half)
+    phases = torch.where(is_inside, low_pass[index.clamp(0, 2 * half)], 0.0)
     length = -(-len(waveform) * up // down)
     inputs = torch.nn.functional.pad(waveform.double(), [reach, reach + 2 * down])
     outputs = torch.nn.functional.conv1d(inputs[None, None], phases[:, None], stride=down)
@@ -339,9 +354,18 @@ class Asterisk(SoundData):
 
     (Asterisk core sounds 1.6.1, 8 kHz.) A prompt, the same words in each language, is in one split
     with all of its languages. But each language has one voice, and English and Spanish have the
-    same: a model may recognise voices, not languages. The model of the experiment `languages` has a
+    same: a model may recognize voices, not languages. The model of the experiment `languages` has a
     test accuracy of 0.976, but only 0.45 on the prompts of three other voices (Debian:
     asterisk-prompt-it-menardi-wav, -es-co, -fr-armelle), where always predicting Italian has 0.47.
+    `scripts/fetch_data asterisk` downloads the files; silence and files below 0.1 s are left out.
+
+    Args:
+        path: the folder of the five voices; null: where Debian or scripts/fetch_data puts them.
+        seconds: length of an input: a longer prompt is cut to its middle, a shorter one is
+            padded with zeros.
+        val_fraction: share of the prompts for validation.
+        test_fraction: share of the prompts for the test.
+        split_seed: seed of the draw.
     """
 
     def __init__(
@@ -352,16 +376,6 @@ class Asterisk(SoundData):
         test_fraction: Rate = 0.25,
         split_seed: int = 0,
     ):
-        """Read the files of `scripts/fetch_data asterisk`, without silence and files below 0.1 s.
-
-        Args:
-            path: the folder of the five voices; null: where Debian or scripts/fetch_data puts them.
-            seconds: length of an input: a longer prompt is cut to its middle, a shorter one is
-                padded with zeros.
-            val_fraction: share of the prompts for validation.
-            test_fraction: share of the prompts for the test.
-            split_seed: seed of the draw.
-        """
         super().__init__(list(VOICES), 8000, seconds)
         roots = [path.expanduser()] if path else [DEBIAN_FOLDER, cache_folder() / "asterisk"]
         root = find_voices(roots)
@@ -398,7 +412,11 @@ class Asterisk(SoundData):
 
 
 def find_voices(roots: Sequence[Path]) -> Path:
-    """Return the first folder that has all voices. Raises DataError."""
+    """Return the first folder that has all voices.
+
+    Raises:
+        DataError: no folder has all voices.
+    """
     for root in roots:
         if all((root / folder).is_dir() for folder in VOICES.values()):
             return root
@@ -431,7 +449,20 @@ PITCH: dict[str, Callable[[Tensor], Tensor]] = {
 
 @datasets.register("tones")
 class Tones(SoundData):
-    """Synthetic tones; the class is the pitch: steady, rising, falling, bowed or trill."""
+    """Synthetic tones; the class is the pitch: steady, rising, falling, bowed or trill.
+
+    A tone has four harmonics. Its first pitch (200 to 500 Hz), length (0.3 to 1 of an input),
+    loudness and phase are drawn at random.
+
+    Args:
+        samples: number of tones, in classes of equal size.
+        seconds: length of an input, padded with zeros after the tone.
+        sample_rate: samples per second.
+        noise: standard deviation of the noise; the amplitudes of the tones are at most 0.5.
+        seed: seed of tones, noise and splits.
+        val_fraction: share of the tones for validation.
+        test_fraction: share of the tones for the test.
+    """
 
     def __init__(
         self,
@@ -443,19 +474,6 @@ class Tones(SoundData):
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
     ):
-        """Draw the first pitch (200 to 500 Hz), length (0.3 to 1 of an input), loudness and phase.
-
-        A tone has four harmonics.
-
-        Args:
-            samples: number of tones, in classes of equal size.
-            seconds: length of an input, padded with zeros after the tone.
-            sample_rate: samples per second.
-            noise: standard deviation of the noise; the amplitudes of the tones are at most 0.5.
-            seed: seed of tones, noise and splits.
-            val_fraction: share of the tones for validation.
-            test_fraction: share of the tones for the test.
-        """
         super().__init__(list(PITCH), sample_rate, seconds)
         memory.check_room(
             24 * samples * self.in_shape[1], f"tones with samples={samples}, seconds={seconds:g}"

@@ -22,7 +22,7 @@ from framework import (
 
 from .array_data import ArrayData
 from .readers.arrays import as_batch_of, read_array
-from .readers.scaling import standardise
+from .readers.scaling import standardize
 
 
 @datasets.register("digits")
@@ -30,6 +30,15 @@ class Digits(ArrayData):
     """1,797 handwritten digits of 8x8 pixels by 43 writers (Alpaydin and Kaynak 1998, UCI).
 
     The data set is part of scikit-learn. Pixels are 0 to 16.
+
+    Args:
+        image: inputs of shape (1, 8, 8), for convolutions, instead of (64,).
+        size: scale the images to this height and width; inputs have shape (1, size, size) with
+            or without `image`: 28 for a model that was trained on Fashion-MNIST.
+        val_fraction: share of the rows for validation, with the same share of each class.
+        test_fraction: share of the rows for the test.
+        split_seed: seed of the draw of the splits.
+        normalize: standardize by one mean and deviation of all pixels; otherwise divide by 16.
     """
 
     def __init__(
@@ -41,17 +50,6 @@ class Digits(ArrayData):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the digits from the scikit-learn package.
-
-        Args:
-            image: inputs of shape (1, 8, 8), for convolutions, instead of (64,).
-            size: scale the images to this height and width; inputs have shape (1, size, size) with
-                or without `image`: 28 for a model that was trained on Fashion-MNIST.
-            val_fraction: share of the rows for validation, with the same share of each class.
-            test_fraction: share of the rows for the test.
-            split_seed: seed of the draw of the splits.
-            normalize: standardise by one mean and deviation of all pixels; otherwise divide by 16.
-        """
         pixels, labels = load_digits()
         if size:
             pixels = resize(pixels, size)
@@ -76,7 +74,7 @@ class Digits(ArrayData):
         in_shape = facts["in_shape"]
         if math.prod(images.shape[1:]) == 64 and math.prod(in_shape) != 64:
             images = resize(images, in_shape[-1])
-        return standardise(as_batch_of(images, in_shape, path), facts)
+        return standardize(as_batch_of(images, in_shape, path), facts)
 
 
 def resize(pixels: Any, size: int) -> Tensor:
@@ -106,7 +104,17 @@ def load_digits() -> tuple[Any, Any]:
 class Blobs(ArrayData):
     """Normally distributed points, a cloud for each class.
 
-    The centres are drawn uniformly from [-10, 10] in each feature.
+    The centers are drawn uniformly from [-10, 10] in each feature.
+
+    Args:
+        samples: number of points, in classes of equal size.
+        classes: number of clouds.
+        features: dimensions of the space.
+        noise: standard deviation of a cloud in each feature.
+        seed: seed of centers, points and splits.
+        val_fraction: share of the points for validation.
+        test_fraction: share of the points for the test.
+        normalize: standardize each feature.
     """
 
     def __init__(
@@ -120,26 +128,14 @@ class Blobs(ArrayData):
         test_fraction: Rate = 0.15,
         normalize: bool = True,
     ):
-        """Draw the points.
-
-        Args:
-            samples: number of points, in classes of equal size.
-            classes: number of clouds.
-            features: dimensions of the space.
-            noise: standard deviation of a cloud in each feature.
-            seed: seed of centres, points and splits.
-            val_fraction: share of the points for validation.
-            test_fraction: share of the points for the test.
-            normalize: standardise each feature.
-        """
         memory.check_room(
             16 * (samples + classes) * features,
             f"blobs with samples={samples}, features={features}",
         )
         generator = seeds.generator(seed, "blobs")
-        centres = torch.rand(classes, features, generator=generator) * 20 - 10
+        centers = torch.rand(classes, features, generator=generator) * 20 - 10
         labels = torch.arange(samples) % classes
-        points = centres[labels] + noise * torch.randn(samples, features, generator=generator)
+        points = centers[labels] + noise * torch.randn(samples, features, generator=generator)
         super().__init__(
             points,
             labels,
@@ -156,7 +152,18 @@ class Blobs(ArrayData):
 class Spirals(ArrayData):
     """Interleaved spiral arms in the plane, one for each class.
 
-    Linear models cannot separate them, small networks can.
+    Linear models cannot separate them, small networks can. Points have radius r in [0, 1] and angle
+    2π(turns r + class / classes), plus noise.
+
+    Args:
+        samples: number of points, in classes of equal size.
+        classes: number of arms.
+        turns: turns of an arm about the center.
+        noise: standard deviation of the points from their arm; the arms have radius 1.
+        seed: seed of points and splits.
+        val_fraction: share of the points for validation.
+        test_fraction: share of the points for the test.
+        normalize: standardize each feature.
     """
 
     def __init__(
@@ -170,22 +177,10 @@ class Spirals(ArrayData):
         test_fraction: Rate = 0.15,
         normalize: bool = True,
     ):
-        """Draw points at radius r in [0, 1] and angle 2π(turns r + class / classes), plus noise.
-
-        Args:
-            samples: number of points, in classes of equal size.
-            classes: number of arms.
-            turns: turns of an arm about the centre.
-            noise: standard deviation of the points from their arm; the arms have radius 1.
-            seed: seed of points and splits.
-            val_fraction: share of the points for validation.
-            test_fraction: share of the points for the test.
-            normalize: standardise each feature.
-        """
         memory.check_room(48 * samples, f"spirals with samples={samples}")
         generator = seeds.generator(seed, "spirals")
         labels = torch.arange(samples) % classes
-        # The square root makes points near the rim as dense as points near the centre.
+        # The square root makes points near the rim as dense as points near the center.
         radius = torch.rand(samples, generator=generator).sqrt()
         angle = 2 * math.pi * (turns * radius + labels / classes)
         arms = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
@@ -203,7 +198,19 @@ class Spirals(ArrayData):
 
 @datasets.register("friedman1")
 class Friedman1(ArrayData):
-    """Regression with interactions, curves and irrelevant features (Friedman 1991, MARS)."""
+    """Regression with interactions, curves and irrelevant features (Friedman 1991, MARS).
+
+    Inputs are drawn uniformly from [0, 1]; the target is `friedman1` of them plus normal noise.
+
+    Args:
+        samples: number of rows.
+        features: number of inputs, of which the first five are relevant.
+        noise: standard deviation of the noise.
+        seed: seed of inputs, noise and splits.
+        val_fraction: share of the rows for validation.
+        test_fraction: share of the rows for the test.
+        normalize: standardize each feature; the target is not scaled.
+    """
 
     def __init__(
         self,
@@ -215,17 +222,6 @@ class Friedman1(ArrayData):
         test_fraction: Rate = 0.15,
         normalize: bool = True,
     ):
-        """Draw inputs uniformly from [0, 1]; the target is `friedman1` of them plus normal noise.
-
-        Args:
-            samples: number of rows.
-            features: number of inputs, of which the first five are relevant.
-            noise: standard deviation of the noise.
-            seed: seed of inputs, noise and splits.
-            val_fraction: share of the rows for validation.
-            test_fraction: share of the rows for the test.
-            normalize: standardise each feature; the target is not scaled.
-        """
         memory.check_room(
             16 * samples * features, f"friedman1 with samples={samples}, features={features}"
         )

@@ -21,7 +21,7 @@ from .readers.class_folders import (
     find_parts,
 )
 from .readers.data_files import READ_ERRORS, check_memory, one_line, open_data
-from .readers.scaling import moments, standard_facts, standardise
+from .readers.scaling import moments, standard_facts, standardize
 from .readers.splits import split_parts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -33,12 +33,25 @@ class ImageFiles(LabelledFiles):
     """Image files with the index of their class; an image is decoded when its sample is read."""
 
     def read(self, file: Path) -> Tensor:
-        return standardise(read_image(file, self.facts), self.facts)
+        return standardize(read_image(file, self.facts), self.facts)
 
 
 @datasets.register("image_folder")
 class ImageFolder(Data):
-    """Images in ROOT/CLASS/*.png, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/."""
+    """Images in ROOT/CLASS/*.png, or in ROOT/train/CLASS/, ROOT/val/CLASS/ and ROOT/test/CLASS/.
+
+    A part without a folder is drawn from train.
+
+    Args:
+        path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
+        size: height and width in pixels, to which the central square of an image is scaled.
+        color: three channels, or one.
+        val_fraction: share of the training images for validation, if it has no folder.
+        test_fraction: share of the training images for the test, if it has no folder.
+        split_seed: seed of the draw.
+        normalize: standardize each channel, by 256 images of the training split; otherwise
+            divide by 255.
+    """
 
     def __init__(
         self,
@@ -50,18 +63,6 @@ class ImageFolder(Data):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """List the files. A part without a folder is drawn from train.
-
-        Args:
-            path: ROOT; the classes are its sub-folders (or those of ROOT/train), in sorted order.
-            size: height and width in pixels, to which the central square of an image is scaled.
-            color: three channels, or one.
-            val_fraction: share of the training images for validation, if it has no folder.
-            test_fraction: share of the training images for the test, if it has no folder.
-            split_seed: seed of the draw.
-            normalize: standardise each channel, by 256 images of the training split; otherwise
-                divide by 255.
-        """
         check_pillow()
         folders = find_parts(path.expanduser())
         self.classes = find_classes(folders["train"], "images")
@@ -84,7 +85,7 @@ class ImageFolder(Data):
 
         Args:
             files: all images.
-            normalize: standardise by the training images.
+            normalize: standardize by the training images.
             rows: the numbers of the images of each split.
         """
         self.rows = rows
@@ -109,11 +110,15 @@ class ImageFolder(Data):
             raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
         check_pillow()
         files = find_images(path) if path.is_dir() else [path]
-        return torch.stack([standardise(read_image(file, facts), facts) for file in files])
+        return torch.stack([standardize(read_image(file, facts), facts) for file in files])
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, at any depth, sorted. Raises DataError."""
+    """Return the image files in a folder, at any depth, sorted.
+
+    Raises:
+        DataError: there is no image, or one is empty or a broken link.
+    """
     files = find_files(folder, SUFFIXES, "images")
     for file in files:
         if not file.exists():
@@ -174,7 +179,7 @@ def check_pixels(image: Any, file: Path) -> None:
 
 
 def in_8_bits(image: Any) -> Any:
-    """Return a 16-bit grey image as 8-bit; Pillow would turn all of its pixels white."""
+    """Return a 16-bit gray image as 8-bit; Pillow would turn all of its pixels white."""
     import numpy
     from PIL import Image
 

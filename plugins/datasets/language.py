@@ -92,7 +92,20 @@ def chunks(text: str) -> Iterator[str]:
 
 @datasets.register("stdlib_source")
 class StandardLibrarySource(LanguageData):
-    """The source of Python's standard library without its tests. Needs no file."""
+    """The source of Python's standard library without its tests. Needs no file.
+
+    The .py files are read in sorted order; they differ a little between versions of Python.
+
+    Args:
+        tokenizer: converts text to ids.
+        length: tokens of a window.
+        overlap: share of a window that is only context, in validation and test.
+        val_fraction: share of the text for validation, before the test.
+        test_fraction: share of the text for the test, at its end.
+        measured: maximum number of characters for validation, and for the test, from their
+            start; null for all.
+        characters: number of characters to read from the start; null for all.
+    """
 
     def __init__(
         self,
@@ -104,18 +117,6 @@ class StandardLibrarySource(LanguageData):
         measured: PositiveInt | None = 200_000,
         characters: PositiveInt | None = None,
     ):
-        """Read the .py files in sorted order; they differ a little between versions of Python.
-
-        Args:
-            tokenizer: converts text to ids.
-            length: tokens of a window.
-            overlap: share of a window that is only context, in validation and test.
-            val_fraction: share of the text for validation, before the test.
-            test_fraction: share of the text for the test, at its end.
-            measured: maximum number of characters for validation, and for the test, from their
-                start; null for all.
-            characters: number of characters to read from the start; null for all.
-        """
         library = Path(sysconfig.get_paths()["stdlib"])
         text = ""
         for file in sorted(library.rglob("*.py")):
@@ -135,8 +136,8 @@ class StandardLibrarySource(LanguageData):
 
 def is_source(file: Path) -> bool:
     """Return whether a file of the library is neither a test nor an installed package."""
-    others = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return not others & set(file.parts)
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return not excluded & set(file.parts)
 
 
 def read_source(file: Path) -> str:
@@ -149,7 +150,20 @@ def read_source(file: Path) -> str:
 
 @datasets.register("bible")
 class Bible(LanguageData):
-    """The King James Bible, 4.4 million characters; the test is Revelation, at its end."""
+    """The King James Bible, 4.4 million characters; the test is Revelation, at its end.
+
+    `scripts/fetch_data bible` downloads the file.
+
+    Args:
+        tokenizer: converts text to ids.
+        length: tokens of a window.
+        overlap: share of a window that is only context, in validation and test.
+        val_fraction: share of the text for validation, before the test.
+        test_fraction: share of the text for the test, at its end.
+        measured: maximum number of characters for validation, and for the test, from their
+            start; null for all.
+        path: the text file; null: where scripts/fetch_data puts it.
+    """
 
     def __init__(
         self,
@@ -161,18 +175,6 @@ class Bible(LanguageData):
         measured: PositiveInt | None = 200_000,
         path: Path | None = None,
     ):
-        """Read the file that `scripts/fetch_data bible` fetches.
-
-        Args:
-            tokenizer: converts text to ids.
-            length: tokens of a window.
-            overlap: share of a window that is only context, in validation and test.
-            val_fraction: share of the text for validation, before the test.
-            test_fraction: share of the text for the test, at its end.
-            measured: maximum number of characters for validation, and for the test, from their
-                start; null for all.
-            path: the text file; null: where scripts/fetch_data puts it.
-        """
         path = path.expanduser() if path is not None else cache_folder() / "bible" / "kjv.txt"
         if not path.is_file():
             raise DataError(
@@ -187,7 +189,21 @@ class Bible(LanguageData):
 
 @datasets.register("plain_text")
 class PlainText(LanguageData):
-    """A UTF-8 text file, or a folder of text files."""
+    """A UTF-8 text file, or a folder of text files.
+
+    The files of a folder are read in sorted order.
+
+    Args:
+        path: a file or a folder.
+        pattern: the files of a folder to read, at any depth.
+        tokenizer: converts text to ids.
+        length: tokens of a window.
+        overlap: share of a window that is only context, in validation and test.
+        val_fraction: share of the text for validation, before the test.
+        test_fraction: share of the text for the test, at its end.
+        measured: maximum number of characters for validation, and for the test, from their
+            start; null for all.
+    """
 
     def __init__(
         self,
@@ -200,19 +216,6 @@ class PlainText(LanguageData):
         test_fraction: Rate = 0.1,
         measured: PositiveInt | None = 200_000,
     ):
-        """Read the file, or the files in sorted order.
-
-        Args:
-            path: a file or a folder.
-            pattern: the files of a folder to read, at any depth.
-            tokenizer: converts text to ids.
-            length: tokens of a window.
-            overlap: share of a window that is only context, in validation and test.
-            val_fraction: share of the text for validation, before the test.
-            test_fraction: share of the text for the test, at its end.
-            measured: maximum number of characters for validation, and for the test, from their
-                start; null for all.
-        """
         path = path.expanduser()
         files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
         if not files:

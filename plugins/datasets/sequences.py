@@ -23,6 +23,15 @@ class TsFiles(Data):
 
     Inputs have shape (channels + 1, length) and are padded with zeros at the end; the last channel
     is the mask: 1 for a frame, 0 for padding.
+
+    Args:
+        path: the file with the training set.
+        test_path: a file with the official test set; test_fraction is not used then.
+        length: frames of an input; null: those of the longest sequence.
+        val_fraction: share of the sequences for validation, with the same share of each class.
+        test_fraction: share of the sequences for the test.
+        split_seed: seed of the draw.
+        normalize: standardize each channel by the frames of the training split.
     """
 
     def __init__(
@@ -35,17 +44,6 @@ class TsFiles(Data):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the files.
-
-        Args:
-            path: the file with the training set.
-            test_path: a file with the official test set; test_fraction is not used then.
-            length: frames of an input; null: those of the longest sequence.
-            val_fraction: share of the sequences for validation, with the same share of each class.
-            test_fraction: share of the sequences for the test.
-            split_seed: seed of the draw.
-            normalize: standardise each channel by the frames of the training split.
-        """
         files = {"train": path} if test_path is None else {"train": path, "test": test_path}
         parts: list[tuple[Path, list[Tensor]]] = []
         labels: list[str] = []
@@ -76,7 +74,7 @@ class TsFiles(Data):
         Args:
             parts: the files and their sequences, which are numbered through all files.
             targets: the class of each sequence.
-            normalize: standardise by the training frames.
+            normalize: standardize by the training frames.
             path: the file to name in an error.
             rows: the numbers of the sequences of each split.
         """
@@ -154,7 +152,7 @@ def read_ts(path: Path) -> tuple[list[Tensor], list[str]]:
                 f"{where}: {len(sequence)} channels, but {len(sequences[0])} in the first sequence"
             )
         if has_classes and not label.strip():
-            raise DataError(f"{where}: the class at its end is missing")
+            raise DataError(f"{where}: the class at the end of the line is missing")
         sequences.append(sequence)
         labels.append(label.strip())
     if not is_data:
@@ -169,7 +167,7 @@ def read_sequence(text: str, where: str) -> Tensor:
     channels = [read_channel(channel, where) for channel in text.split(":")]
     lengths = [len(channel) for channel in channels]
     if len(set(lengths)) != 1:
-        raise DataError(f"{where}: its channels have {lengths} frames; expected equal numbers")
+        raise DataError(f"{where}: expected channels of equal length, got {lengths} frames")
     sequence = torch.tensor(channels, dtype=torch.float64)
     if not sequence.float().isfinite().all():
         raise DataError(f"{where}: a frame is not a finite number")
@@ -188,7 +186,7 @@ def read_channel(text: str, where: str) -> list[float]:
 
 
 def pad(sequences: Sequence[Tensor], facts: dict[str, Any], path: Path) -> Tensor:
-    """Return standardised sequences with their mask, shape (sequences, channels + 1, length).
+    """Return standardized sequences with their mask, shape (sequences, channels + 1, length).
 
     Raises:
         DataError: a sequence has other channels than the facts, or is too long; it names `path`.
@@ -223,7 +221,15 @@ class Vowels(TsFiles):
     """Two Japanese vowels spoken by nine men; the class is the speaker.
 
     270 + 370 utterances of 7 to 29 frames of 12 LPC cepstrum coefficients (Kudo, Toyama and Shimbo
-    1999, UCI).
+    1999, UCI). `scripts/fetch_data vowels` downloads the files.
+
+    Args:
+        path: the folder of JapaneseVowels_TRAIN.ts and _TEST.ts; null: where scripts/fetch_data
+            puts them.
+        val_fraction: share of the training utterances for validation, with the same share of
+            each speaker.
+        split_seed: seed of the draw.
+        normalize: standardize each coefficient by the frames of the training split.
     """
 
     def __init__(
@@ -233,16 +239,6 @@ class Vowels(TsFiles):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the files that `scripts/fetch_data vowels` fetches.
-
-        Args:
-            path: the folder of JapaneseVowels_TRAIN.ts and _TEST.ts; null: where scripts/fetch_data
-                puts them.
-            val_fraction: share of the training utterances for validation, with the same share of
-                each speaker.
-            split_seed: seed of the draw.
-            normalize: standardise each coefficient by the frames of the training split.
-        """
         folder = path or data_folder("vowels", "6 MB", "data=digits model=rnn data.image=true")
         super().__init__(
             folder / "JapaneseVowels_TRAIN.ts",

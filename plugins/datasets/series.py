@@ -175,7 +175,7 @@ def read_amounts(table: Table, settings: dict[str, Any], skipped: int = 0) -> Te
 
 
 def as_channels(amounts: Tensor, times: list[datetime] | None, facts: dict[str, Any]) -> Tensor:
-    """Return standardised amounts and the calendar, shape (rows, channels), float32."""
+    """Return standardized amounts and the calendar, shape (rows, channels), float32."""
     mean = torch.tensor(facts["mean"], dtype=torch.float64)
     std = torch.tensor(facts["std"], dtype=torch.float64)
     channels = [(amounts - mean) / std]
@@ -242,7 +242,23 @@ def calendar_channels(times: Sequence[datetime], part: Calendar) -> Tensor:
 
 @datasets.register("series", aliases=["forecast"])
 class SeriesFile(SeriesData):
-    """A series in the rows of a CSV or Parquet file, to forecast."""
+    """A series in the rows of a CSV or Parquet file, to forecast.
+
+    The rows are evenly spaced in time.
+
+    Args:
+        path: a .csv or .tsv file (also .gz or .zip), or .parquet.
+        target: the column to forecast.
+        features: further columns that are inputs.
+        time: the column of times, such as 2000-06-05T14:30; null: no times, and no calendar.
+        calendar: the parts of the time that are inputs: day, week, year; null: all three.
+        lookback: number of rows before a forecast that are its input.
+        horizon: number of rows to forecast.
+        delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
+            first line.
+        val_fraction: share of the rows for validation, before those of the test.
+        test_fraction: share of the rows for the test, the last ones.
+    """
 
     def __init__(
         self,
@@ -257,21 +273,6 @@ class SeriesFile(SeriesData):
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
     ):
-        """Read the file; its rows are evenly spaced in time.
-
-        Args:
-            path: a .csv or .tsv file (also .gz or .zip), or .parquet.
-            target: the column to forecast.
-            features: further columns that are inputs.
-            time: the column of times, such as 2000-06-05T14:30; null: no times, and no calendar.
-            calendar: the parts of the time that are inputs: day, week, year; null: all three.
-            lookback: number of rows before a forecast that are its input.
-            horizon: number of rows to forecast.
-            delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
-                first line.
-            val_fraction: share of the rows for validation, before those of the test.
-            test_fraction: share of the rows for the test, the last ones.
-        """
         path = path.expanduser()
         settings = {
             "path": path,
@@ -301,7 +302,15 @@ def half_hours(count: int) -> list[datetime]:
 class Electricity(SeriesData):
     """Electricity demand in England and Wales, megawatts in each half-hour of 12 weeks in 2000.
 
-    (Taylor 2003.)
+    (Taylor 2003.) `scripts/fetch_data electricity` downloads the file.
+
+    Args:
+        path: taylor.py, from which the numbers are read without running it; null: where
+            scripts/fetch_data puts it.
+        lookback: number of half-hours before a forecast that are its input; 336 are a week.
+        horizon: number of half-hours to forecast.
+        val_fraction: share of the rows for validation, before those of the test.
+        test_fraction: share of the rows for the test, the last ones.
     """
 
     def __init__(
@@ -312,16 +321,6 @@ class Electricity(SeriesData):
         val_fraction: Rate = 1 / 12,
         test_fraction: Rate = 1 / 6,
     ):
-        """Read the file that `scripts/fetch_data electricity` fetches.
-
-        Args:
-            path: taylor.py, from which the numbers are read without running it; null: where
-                scripts/fetch_data puts it.
-            lookback: number of half-hours before a forecast that are its input; 336 are a week.
-            horizon: number of half-hours to forecast.
-            val_fraction: share of the rows for validation, before those of the test.
-            test_fraction: share of the rows for the test, the last ones.
-        """
         path = path or data_folder("electricity", "1 MB", "data=seasonal") / "taylor.py"
         megawatts = read_taylor(path)
         settings = {"path": path, **HALF_HOURS, "lookback": lookback, "horizon": horizon}
@@ -348,6 +347,15 @@ class Seasonal(SeriesData):
 
     The value is 100 + 20 sin(2π t / 48) + 8 sin(4π t / 48) - 15 at weekends + n(t), with the noise
     n(t) = 0.8 n(t - 1) + noise · normal.
+
+    Args:
+        weeks: length of the series, 336 half-hours each.
+        noise: standard deviation of the noise that each half-hour adds.
+        seed: seed of the noise.
+        lookback: number of half-hours before a forecast that are its input.
+        horizon: number of half-hours to forecast.
+        val_fraction: share of the rows for validation, before those of the test.
+        test_fraction: share of the rows for the test, the last ones.
     """
 
     def __init__(
@@ -360,17 +368,6 @@ class Seasonal(SeriesData):
         val_fraction: Rate = 1 / 12,
         test_fraction: Rate = 1 / 6,
     ):
-        """Draw the noise, and make the series.
-
-        Args:
-            weeks: length of the series, 336 half-hours each.
-            noise: standard deviation of the noise that each half-hour adds.
-            seed: seed of the noise.
-            lookback: number of half-hours before a forecast that are its input.
-            horizon: number of half-hours to forecast.
-            val_fraction: share of the rows for validation, before those of the test.
-            test_fraction: share of the rows for the test, the last ones.
-        """
         # A time and several numbers for each half-hour.
         memory.check_room(200 * 336 * weeks, f"seasonal with weeks={weeks}")
         t = torch.arange(weeks * 336, dtype=torch.float64)

@@ -28,7 +28,7 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 class TableData(Data):
     """Rows of named columns, in memory.
 
-    A column of numbers becomes one input, standardised. An empty cell becomes the mean; if the
+    A column of numbers becomes one input, standardized. An empty cell becomes the mean; if the
     training split has empty cells, a second input is 1 for empty cells. A column of texts becomes
     an input of 0 or 1 for each of its texts, and for empty cells if the training split has some; a
     text that training does not have is 0 in all of them. Or it becomes one input, the index of its
@@ -106,7 +106,35 @@ class TableData(Data):
 
 @datasets.register("table", aliases=["csv", "parquet"])
 class TableFile(TableData):
-    """Rows of a CSV or Parquet file, with columns of numbers and of texts, and empty cells."""
+    """Rows of a CSV or Parquet file, with columns of numbers and of texts, and empty cells.
+
+    The first line names the columns. A number has the digits 0 to 9 and may have a sign, a decimal
+    point and an exponent; 3_400 and 1,5 are texts.
+
+    Args:
+        path: a .csv or .tsv file (also .gz or .zip), or .parquet.
+        target: the column to predict.
+        features: the columns to predict from; null: all others.
+        ignore: columns to leave out, such as names and row numbers.
+        categorical: columns whose numbers are codes, to be encoded like texts.
+        target_kind: null infers it: texts and at most 20 different integers are classes.
+        test_path: a file with the official test set; test_fraction is not used then.
+        delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
+            first line.
+        max_categories: a column with more different texts than this is an error.
+        val_fraction: share of the rows for validation, with the same share of each class.
+        test_fraction: share of the rows for the test.
+        split_seed: seed of the draw.
+        normalize: standardize columns of numbers by the training split.
+        quantile: convert numbers to normal scores by the quantiles of the training split, which
+            reduces outliers, instead of standardizing them.
+        categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
+            embed categories.
+        mark_missing: give empty cells an input, or a category, of their own in columns that
+            have some in training.
+        scale_target: train on values that are standardized, with log after their logarithm;
+            metrics and predictions are in the target's own unit.
+    """
 
     def __init__(
         self,
@@ -128,35 +156,6 @@ class TableFile(TableData):
         mark_missing: bool = True,
         scale_target: Scaling = "standard",
     ):
-        """Read the file; its first line names the columns.
-
-        A number has the digits 0 to 9 and may have a sign, a decimal point and an exponent; 3_400
-        and 1,5 are texts.
-
-        Args:
-            path: a .csv or .tsv file (also .gz or .zip), or .parquet.
-            target: the column to predict.
-            features: the columns to predict from; null: all others.
-            ignore: columns to leave out, such as names and row numbers.
-            categorical: columns whose numbers are codes, to be encoded like texts.
-            target_kind: null infers it: texts and at most 20 different integers are classes.
-            test_path: a file with the official test set; test_fraction is not used then.
-            delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
-                first line.
-            max_categories: a column with more different texts than this is an error.
-            val_fraction: share of the rows for validation, with the same share of each class.
-            test_fraction: share of the rows for the test.
-            split_seed: seed of the draw.
-            normalize: standardise columns of numbers by the training split.
-            quantile: convert numbers to normal scores by the quantiles of the training split, which
-                reduces outliers, instead of standardising them.
-            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
-                embed categories.
-            mark_missing: give empty cells an input, or a category, of their own in columns that
-                have some in training.
-            scale_target: train on values that are standardised, with log after their logarithm;
-                metrics and predictions are in the target's own unit.
-        """
         path = path.expanduser()
         self.delimiter = delimiter
         table = self.read(path)
@@ -197,7 +196,14 @@ class TableFile(TableData):
 
 
 class ScikitTable(TableData):
-    """A small table that is part of scikit-learn."""
+    """A small table that is part of scikit-learn.
+
+    Args:
+        val_fraction: share of the rows for validation, with the same share of each class.
+        test_fraction: share of the rows for the test.
+        split_seed: seed of the draw.
+        normalize: standardize each column by the training split.
+    """
 
     source: ClassVar[str]
 
@@ -208,14 +214,6 @@ class ScikitTable(TableData):
         split_seed: int = 0,
         normalize: bool = True,
     ):
-        """Read the table.
-
-        Args:
-            val_fraction: share of the rows for validation, with the same share of each class.
-            test_fraction: share of the rows for the test.
-            split_seed: seed of the draw.
-            normalize: standardise each column by the training split.
-        """
         import sklearn.datasets  # takes half a second
 
         bunch = getattr(sklearn.datasets, f"load_{self.source}")()
@@ -246,7 +244,7 @@ class Wine(ScikitTable):
 
 @datasets.register("breast_cancer")
 class BreastCancer(ScikitTable):
-    """569 tumours, malignant or benign, by 30 measures of their cells (Wolberg 1993, UCI)."""
+    """569 tumors, malignant or benign, by 30 measures of their cells (Wolberg 1993, UCI)."""
 
     source = "breast_cancer"
 
@@ -265,8 +263,20 @@ class Diabetes(ScikitTable):
 class Diamonds(TableFile):
     """53,940 diamonds; the target is the price, 326 to 18,823 dollars.
 
-    The columns are weight, cut, colour, clarity and size (Wickham, ggplot2; here from plotnine).
-    146 rows are duplicates.
+    The columns are weight, cut, color, clarity and size (Wickham, ggplot2; here from plotnine).
+    146 rows are duplicates. `scripts/fetch_data diamonds` downloads the file.
+
+    Args:
+        path: diamonds.csv; null: where scripts/fetch_data puts it.
+        val_fraction: share of the rows for validation.
+        test_fraction: share of the rows for the test.
+        split_seed: seed of the draw.
+        quantile: convert numbers to normal scores by the quantiles of the training split;
+            false: standardize them.
+        categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
+            embed categories.
+        scale_target: train on prices that are standardized, with log after their logarithm;
+            metrics are in dollars.
     """
 
     def __init__(
@@ -279,20 +289,6 @@ class Diamonds(TableFile):
         categories: Categories = "one_hot",
         scale_target: Scaling = "log",
     ):
-        """Read the file that `scripts/fetch_data diamonds` fetches.
-
-        Args:
-            path: diamonds.csv; null: where scripts/fetch_data puts it.
-            val_fraction: share of the rows for validation.
-            test_fraction: share of the rows for the test.
-            split_seed: seed of the draw.
-            quantile: convert numbers to normal scores by the quantiles of the training split;
-                false: standardise them.
-            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
-                embed categories.
-            scale_target: train on prices that are standardised, with log after their logarithm;
-                metrics are in dollars.
-        """
         super().__init__(
             path or data_folder("diamonds", "2 MB", "data=diabetes") / "diamonds.csv",
             "price",
@@ -337,6 +333,19 @@ class Flights(TableFile):
     (Wickham, nycflights13.) The inputs are known before departure: date, schedule, carrier, places
     and plane, and the weather at the hour of departure, with gaps. Rows are drawn at random, so the
     test has other flights of the same hours: a forecast for a future day would be less accurate.
+    `scripts/fetch_data flights` downloads the files.
+
+    Args:
+        path: the folder of flights.csv.zip and weather.csv; null: where scripts/fetch_data puts
+            them.
+        plane: use the tail number too, one of 4,000 categories; for categories=index.
+        val_fraction: share of the rows for validation, with the same share of each class.
+        test_fraction: share of the rows for the test.
+        split_seed: seed of the draw.
+        quantile: convert numbers to normal scores by the quantiles of the training split;
+            false: standardize them.
+        categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
+            embed categories.
     """
 
     def __init__(
@@ -349,20 +358,6 @@ class Flights(TableFile):
         quantile: bool = False,
         categories: Categories = "one_hot",
     ):
-        """Read the files that `scripts/fetch_data flights` fetches.
-
-        Args:
-            path: the folder of flights.csv.zip and weather.csv; null: where scripts/fetch_data puts
-                them.
-            plane: use the tail number too, one of 4,000 categories; for categories=index.
-            val_fraction: share of the rows for validation, with the same share of each class.
-            test_fraction: share of the rows for the test.
-            split_seed: seed of the draw.
-            quantile: convert numbers to normal scores by the quantiles of the training split;
-                false: standardise them.
-            categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
-                embed categories.
-        """
         folder = path or data_folder("flights", "9 MB", "data=breast_cancer")
         features = [*FLIGHT_COLUMNS, "weekday"]
         if plane:
@@ -461,7 +456,11 @@ def feature_columns(
 def choose_features(
     table: Table, target: str, features: Sequence[str] | None, ignore: Sequence[str], path: Path
 ) -> list[str]:
-    """Return the names of the feature columns. Raises DataError for an unknown column."""
+    """Return the names of the feature columns.
+
+    Raises:
+        DataError: the table does not have a column.
+    """
     for label in (target, *(features or ()), *ignore):
         require_column(table, label, path)
     if features and target in features:

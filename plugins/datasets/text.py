@@ -133,10 +133,11 @@ def split_texts(
     """Return the rows of three splits, each with the same share of each class."""
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for label in sorted(set(labels)):
-        own = [row for row, other in enumerate(labels) if other == label]
-        shuffled = [own[place] for place in seeds.order(seed, label, len(own)).tolist()]
-        val = round(val_fraction * len(own))
-        test = round(test_fraction * len(own))
+        members = [row for row, other in enumerate(labels) if other == label]
+        order = seeds.order(seed, label, len(members)).tolist()
+        shuffled = [members[index] for index in order]
+        val = round(val_fraction * len(members))
+        test = round(test_fraction * len(members))
         rows["val"] += shuffled[:val]
         rows["test"] += shuffled[val : val + test]
         rows["train"] += shuffled[val + test :]
@@ -167,7 +168,18 @@ MIN_DOCSTRINGS = 40  # of a package that becomes a class
 
 @datasets.register("docstrings")
 class Docstrings(TextData):
-    """Docstrings of Python's standard library; the class is the package. Needs no file."""
+    """Docstrings of Python's standard library; the class is the package. Needs no file.
+
+    The texts differ a little between versions of Python.
+
+    Args:
+        tokenizer: converts text to ids.
+        max_length: maximum number of tokens of a text; the rest is cut off.
+        bucket: number of batches that are sorted by length together; 0 for none.
+        val_fraction: share of the texts for validation, with the same share of each class.
+        test_fraction: share of the texts for the test.
+        split_seed: seed of the draw.
+    """
 
     def __init__(
         self,
@@ -178,16 +190,6 @@ class Docstrings(TextData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """Read the packages of this Python; the texts differ a little between its versions.
-
-        Args:
-            tokenizer: converts text to ids.
-            max_length: maximum number of tokens of a text; the rest is cut off.
-            bucket: number of batches that are sorted by length together; 0 for none.
-            val_fraction: share of the texts for validation, with the same share of each class.
-            test_fraction: share of the texts for the test.
-            split_seed: seed of the draw.
-        """
         library = Path(sysconfig.get_paths()["stdlib"])
         classes: list[str] = []
         label_of: dict[str, int] = {}  # each text once
@@ -198,8 +200,8 @@ class Docstrings(TextData):
                 classes.append(package)
         if len(classes) < 2:
             raise DataError(
-                f"{library} does not have the source of Python's standard library, "
-                "and so no docstrings"
+                f"{library} does not contain the source of Python's standard library, which "
+                "data=docstrings reads"
             )
         labels = list(label_of.values())
         rows = split_texts(labels, val_fraction, test_fraction, split_seed)
@@ -228,7 +230,18 @@ class Spam(TextData):
 
     The training mails are the groups easy-ham-1 and spam-1, the test mails the later groups
     (easy-ham-2, hard-ham-1, spam-2), without mails that training has. This is harder than a random
-    split, which has mails of the same sender in training and test.
+    split, which has mails of the same sender in training and test. `scripts/fetch_data spam`
+    downloads the mails.
+
+    Args:
+        tokenizer: converts text to ids.
+        max_length: maximum number of tokens of a text; the rest is cut off.
+        bucket: number of batches that are sorted by length together; 0 for none.
+        val_fraction: share of the training mails for validation, with the same share of each
+            class.
+        split_seed: seed of the draw.
+        folder: the folder with a folder of .json files for each group; null: where
+            scripts/fetch_data puts it.
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -245,18 +258,6 @@ class Spam(TextData):
         split_seed: int = 0,
         folder: Path | None = None,
     ):
-        """Read the mails that `scripts/fetch_data spam` fetches.
-
-        Args:
-            tokenizer: converts text to ids.
-            max_length: maximum number of tokens of a text; the rest is cut off.
-            bucket: number of batches that are sorted by length together; 0 for none.
-            val_fraction: share of the training mails for validation, with the same share of each
-                class.
-            split_seed: seed of the draw.
-            folder: the folder with a folder of .json files for each group; null: where
-                scripts/fetch_data puts it.
-        """
         folder = folder.expanduser() if folder is not None else cache_folder() / "spam"
         labels: dict[str, int] = {}  # each text once, in its first group
         sizes = {}
@@ -299,7 +300,17 @@ def read_mails(folder: Path) -> Iterator[str]:
 
 @datasets.register("text_folder")
 class TextFolder(TextData):
-    """Text files in a folder for each class: ROOT/CLASS/*.txt, UTF-8."""
+    """Text files in a folder for each class: ROOT/CLASS/*.txt, UTF-8.
+
+    Args:
+        path: the folder ROOT; its sub-folders are the classes.
+        tokenizer: converts text to ids.
+        max_length: maximum number of tokens of a text; the rest is cut off.
+        bucket: number of batches that are sorted by length together; 0 for none.
+        val_fraction: share of the texts for validation, with the same share of each class.
+        test_fraction: share of the texts for the test.
+        split_seed: seed of the draw.
+    """
 
     def __init__(
         self,
@@ -311,17 +322,6 @@ class TextFolder(TextData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """Read the files.
-
-        Args:
-            path: the folder ROOT; its sub-folders are the classes.
-            tokenizer: converts text to ids.
-            max_length: maximum number of tokens of a text; the rest is cut off.
-            bucket: number of batches that are sorted by length together; 0 for none.
-            val_fraction: share of the texts for validation, with the same share of each class.
-            test_fraction: share of the texts for the test.
-            split_seed: seed of the draw.
-        """
         path = path.expanduser()
         folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
         if not folders:
@@ -344,7 +344,20 @@ class TextFolder(TextData):
 
 @datasets.register("text_table")
 class TextTable(TextData):
-    """Rows with a text and a class, in a .csv, .tsv or .jsonl file."""
+    """Rows with a text and a class, in a .csv, .tsv or .jsonl file.
+
+    Args:
+        path: a .csv or .tsv file whose first line names the columns, or a .jsonl file with an
+            object in each line.
+        text: the column of texts.
+        label: the column of classes.
+        tokenizer: converts text to ids.
+        max_length: maximum number of tokens of a text; the rest is cut off.
+        bucket: number of batches that are sorted by length together; 0 for none.
+        val_fraction: share of the texts for validation, with the same share of each class.
+        test_fraction: share of the texts for the test.
+        split_seed: seed of the draw.
+    """
 
     def __init__(
         self,
@@ -358,20 +371,6 @@ class TextTable(TextData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        """Read the file.
-
-        Args:
-            path: a .csv or .tsv file whose first line names the columns, or a .jsonl file with an
-                object in each line.
-            text: the column of texts.
-            label: the column of classes.
-            tokenizer: converts text to ids.
-            max_length: maximum number of tokens of a text; the rest is cut off.
-            bucket: number of batches that are sorted by length together; 0 for none.
-            val_fraction: share of the texts for validation, with the same share of each class.
-            test_fraction: share of the texts for the test.
-            split_seed: seed of the draw.
-        """
         self.text = text
         texts, names = zip(*read_rows(path.expanduser(), [text, label]), strict=True)
         classes, labels = number_classes(names)
@@ -445,7 +444,11 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def cell(row: Mapping[str, Any], column: str, where: str) -> str:
-    """Return a cell as a text. Raises DataError if it is missing, empty or not a text."""
+    """Return a cell as a text.
+
+    Raises:
+        DataError: the cell is missing, empty or not a text.
+    """
     if column not in row:
         raise DataError(f"{where} has no {column!r}; {did_you_mean(column, row)}")
     if not isinstance(row[column], str | int) or not str(row[column]).strip():

@@ -207,7 +207,11 @@ class SwiGLU(nn.Module):
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the last axis in two. Raises BuildError when it is odd."""
+    """Split the last axis in two.
+
+    Raises:
+        BuildError: the last axis is odd.
+    """
     if x.shape[-1] % 2:
         raise BuildError(
             f"gated activation: expected an even last axis, got {x.shape[-1]} in {tuple(x.shape)}"

@@ -18,6 +18,7 @@ from framework import (
     blocks,
     shapes,
 )
+from framework_plugins.modules import check_heads, dropout_or_identity
 
 EMBEDDING_STD = 0.02  # of learned positions and class tokens, as in BERT and ViT
 
@@ -40,15 +41,13 @@ class PatchEmbedding(nn.Module):
 
     (C, H, W) -> (T, width), with T = H / patch · W / patch, row by row (Dosovitskiy et al. 2021,
     arXiv:2010.11929).
+
+    Args:
+        patch: height and width of a patch.
+        width: features of a vector.
     """
 
     def __init__(self, in_shape: Shape, patch: PositiveInt = 4, width: PositiveInt = 64):
-        """Check that the patches tile the image and build the projection.
-
-        Args:
-            patch: height and width of a patch.
-            width: features of a vector.
-        """
         super().__init__()
         channels, high, wide = shapes.expect(in_shape, "images (C, H, W)", "patch_embedding")
         if high % patch or wide % patch:
@@ -82,6 +81,11 @@ class Position(nn.Module):
 
     sinusoidal: sin(t / 10000^(2i / D)) at feature 2i, cos of the same at 2i + 1 (Vaswani et al.
     2017, section 3.5).
+
+    Args:
+        position: learned vectors, or fixed sine waves.
+        dropout: probability of zeroing an output.
+        dropout_kind: how outputs are dropped.
     """
 
     def __init__(
@@ -91,20 +95,13 @@ class Position(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the table of vectors.
-
-        Args:
-            position: learned vectors, or fixed sine waves.
-            dropout: probability of zeroing an output.
-            dropout_kind: how outputs are dropped.
-        """
         super().__init__()
         steps, features = shapes.expect(in_shape, "(T, D)", "position")
         if position == "learned":
             self.table = nn.Parameter(torch.randn(steps, features) * EMBEDDING_STD)
         else:
             self.register_buffer("table", waves(steps, features), persistent=False)
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(x + self.table[: x.shape[1]])
@@ -123,6 +120,13 @@ class Attention(nn.Module):
 
     forward(x, memory) takes keys and values from the memory (batch, any T, memory_width) (Vaswani
     et al. 2017, arXiv:1706.03762, section 3.2).
+
+    Args:
+        heads: number of attention heads; must divide D.
+        causal: each position attends only to itself and to earlier positions.
+        dropout: probability of zeroing an attention weight.
+        bias: add a learned bias in the projections.
+        memory_width: features of a memory to attend to; null: self-attention.
     """
 
     def __init__(
@@ -134,21 +138,9 @@ class Attention(nn.Module):
         bias: bool = True,
         memory_width: PositiveInt | None = None,
     ):
-        """Build the projections.
-
-        Args:
-            heads: number of attention heads; must divide D.
-            causal: each position attends only to itself and to earlier positions.
-            dropout: probability of zeroing an attention weight.
-            bias: add a learned bias in the projections.
-            memory_width: features of a memory to attend to; null: self-attention.
-        """
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "attention")
-        if features % heads:
-            raise BuildError(
-                f"attention: {features} features cannot be split into {heads} heads of equal size"
-            )
+        check_heads(features, heads, "attention")
         self.heads = heads
         self.causal = causal
         self.p = dropout
@@ -184,14 +176,33 @@ class Sublayer(nn.Module):
         self.dropout = dropout
         self.norm_first = norm_first
 
-    def forward(self, x: Tensor, *memory: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *memory: Tensor | None) -> Tensor:
         if self.norm_first:
             return x + self.dropout(self.module(self.norm(x), *memory))
         return self.norm(x + self.dropout(self.module(x, *memory)))
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, optional attention to a memory, and two linear layers, each a Sublayer."""
+    """Self-attention, optional attention to a memory, and two linear layers, each a `Sublayer`.
+
+    With norm_first:
+
+        x = x + dropout(attention(norm(x)))
+        x = x + dropout(cross_attention(norm(x), memory))  # with memory_width
+        x = x + dropout(feed_forward(norm(x)))
+
+    Args:
+        in_shape: (T, D).
+        heads: number of attention heads; must divide D.
+        expansion: hidden features of the two linear layers, per feature of the sequence.
+        activation: between the two linear layers.
+        norm: normalization of each position.
+        norm_first: normalize the input of each branch; false: each sum.
+        dropout: probability of zeroing attention weights, hidden features and each branch.
+        dropout_kind: how hidden features and branches are dropped.
+        causal: each position attends only to itself and to earlier positions.
+        memory_width: features of the memory; None: no attention to a memory.
+    """
 
     def __init__(
         self,
@@ -210,20 +221,19 @@ class TransformerLayer(nn.Module):
         features = in_shape[-1]
 
         def sublayer(module: nn.Module) -> Sublayer:
-            norm_module = norm((features,))
-            dropout_module = dropout_kind(dropout) if dropout > 0 else nn.Identity()
-            return Sublayer(module, norm_module, dropout_module, norm_first)
+            branch_norm = norm((features,))
+            branch_dropout = dropout_or_identity(dropout_kind, dropout)
+            return Sublayer(module, branch_norm, branch_dropout, norm_first)
 
-        def attention(**settings) -> Sublayer:
-            settings |= {"heads": heads, "dropout": dropout}
-            return sublayer(blocks.build("attention", in_shape, **settings))
-
-        self.attention = attention(causal=causal)
-        self.cross_attention = attention(memory_width=memory_width) if memory_width else None
-        hidden = expansion * features
-        self.feed_forward = sublayer(
-            two_linear_layers(in_shape, hidden, activation, dropout, dropout_kind, last_dropout=0.0)
+        attention = blocks.maker("attention", heads=heads, dropout=dropout)
+        self.attention = sublayer(attention(in_shape, causal=causal))
+        self.cross_attention: Sublayer | None = None
+        if memory_width is not None:
+            self.cross_attention = sublayer(attention(in_shape, memory_width=memory_width))
+        feed_forward = two_linear_layers(
+            in_shape, expansion * features, activation, dropout, 0.0, dropout_kind
         )
+        self.feed_forward = sublayer(feed_forward)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention(x)
@@ -313,6 +323,14 @@ class MLPMixer(nn.Module):
     """Two linear layers across positions, then two across features: (T, D) -> (T, D).
 
     Each step is x + mlp(norm(x)) (Tolstikhin et al. 2021, arXiv:2105.01601, equation 1).
+
+    Args:
+        token_width: hidden features of the step across positions.
+        width: hidden features of the step across features.
+        activation: between two linear layers.
+        norm: normalization of each position before each step.
+        dropout: probability of zeroing after each linear layer.
+        dropout_kind: how features are dropped.
     """
 
     def __init__(
@@ -325,22 +343,21 @@ class MLPMixer(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the two mixing steps.
-
-        Args:
-            token_width: hidden features of the step across positions.
-            width: hidden features of the step across features.
-            activation: between two linear layers.
-            norm: normalization of each position before each step.
-            dropout: probability of zeroing after each linear layer.
-            dropout_kind: how features are dropped.
-        """
         super().__init__()
         steps, features = shapes.expect(in_shape, "(T, D)", "mlp_mixer")
-        settings = {"activation": activation, "dropout": dropout, "dropout_kind": dropout_kind}
         self.norm = norm((features,))
-        self.tokens = two_linear_layers((features, steps), token_width, **settings)
-        self.features = blocks.build("residual_mlp", in_shape, width=width, norm=norm, **settings)
+        self.tokens = two_linear_layers(
+            (features, steps), token_width, activation, dropout, dropout, dropout_kind
+        )
+        self.features = blocks.build(
+            "residual_mlp",
+            in_shape,
+            width=width,
+            activation=activation,
+            norm=norm,
+            dropout=dropout,
+            dropout_kind=dropout_kind,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
@@ -352,16 +369,19 @@ def two_linear_layers(
     hidden: int,
     activation: Activation,
     dropout: float,
+    last_dropout: float,
     dropout_kind: Dropout,
-    last_dropout: float | None = None,
 ) -> nn.Sequential:
-    """Return two linear layers that keep `shape`, with `hidden` features between them.
+    """Return two linear layers over the last axis that keep the shape.
 
     Args:
-        dropout: after both layers, or only after the first one if `last_dropout` is 0.
+        shape: the shape of a sample.
+        hidden: features between the two layers.
+        activation: between the two layers.
+        dropout: probability of zeroing a hidden feature.
+        last_dropout: probability of zeroing an output.
+        dropout_kind: how features are dropped.
     """
-    if last_dropout is None:
-        last_dropout = dropout
     first = blocks.maker(
         "linear", width=hidden, activation=activation, dropout=dropout, dropout_kind=dropout_kind
     )

@@ -34,7 +34,17 @@ WAVEFORM = "a waveform with its mask (channels+1, samples)"
 
 
 class LogMel(nn.Module):
-    """Log energies of mel bands: (batch, channels + 1, samples) -> (batch, mels + 1, frames)."""
+    """Log energies of mel bands: (batch, channels + 1, samples) -> (batch, mels + 1, frames).
+
+    Args:
+        window: window function, (samples of a frame,).
+        filters: weights of the frequency bins in each band, (mels, n_fft / 2 + 1).
+        hop: samples between frames.
+        floor: lower bound of the energy.
+    """
+
+    window: Tensor
+    filters: Tensor
 
     def __init__(self, window: Tensor, filters: Tensor, hop: int, floor: float):
         super().__init__()
@@ -102,7 +112,7 @@ def log_mel(
     shapes.expect(in_shape, "(channels+1, samples)", "log_mel")
     if in_shape[0] < 2:
         raise BuildError(
-            f"log_mel expects {WAVEFORM}; {tuple(in_shape)} has no channel besides the mask"
+            f"log_mel expects {WAVEFORM}, got {tuple(in_shape)}, which is the mask only"
         )
     length = round(window_ms * sample_rate / 1000)
     hop = round(hop_ms * sample_rate / 1000)
@@ -120,12 +130,12 @@ def check_frames(
     """Raise BuildError for impossible frames or bands."""
     if length < 1 or hop < 1:
         raise BuildError(
-            f"log_mel: window_ms and hop_ms: expected one sample or more, {1000 / sample_rate:g} ms"
+            f"log_mel: expected a window_ms and hop_ms of at least one sample "
+            f"({1000 / sample_rate:g} ms)"
         )
     if n_fft < length or n_fft % 2:
         raise BuildError(
-            f"log_mel: n_fft={n_fft}: expected an even number not below the window of {length}"
-            " samples"
+            f"log_mel: n_fft={n_fft}: expected an even number >= {length} (samples of the window)"
         )
     if not low_hz < high_hz <= sample_rate / 2:
         raise BuildError(
@@ -184,6 +194,8 @@ def mel_to_hz(mel: Tensor, scale: Scale) -> Tensor:
 
 class Cepstrum(nn.Module):
     """The first coefficients of the cosine transform (DCT-II) of log energies, for each frame."""
+
+    basis: Tensor
 
     def __init__(self, mels: int, coefficients: int):
         super().__init__()
@@ -256,6 +268,14 @@ class SpecAugment(nn.Module):
     Time and frequency masking of Park et al. 2019, arXiv:1904.08779, section 2 (without the time
     warping, which they found to matter least): a width drawn from 0 to its limit, then the place. 0
     is the mean after `masked_norm`.
+
+    Args:
+        frequency_masks: number of bands.
+        frequency_width: largest number of channels of a band (F in the paper).
+        time_masks: number of stretches.
+        time_width: largest number of frames of a stretch (T in the paper).
+        time_share: largest fraction of the real frames of the sample in a stretch (p in the
+            paper).
     """
 
     def __init__(
@@ -267,16 +287,6 @@ class SpecAugment(nn.Module):
         time_width: NonNegativeInt = 25,
         time_share: Fraction = 0.2,
     ):
-        """Store the settings.
-
-        Args:
-            frequency_masks: number of bands.
-            frequency_width: largest number of channels of a band (F in the paper).
-            time_masks: number of stretches.
-            time_width: largest number of frames of a stretch (T in the paper).
-            time_share: largest fraction of the real frames of the sample in a stretch (p in the
-                paper).
-        """
         super().__init__()
         shapes.expect(in_shape, "(C+1, L)", "spec_augment")
         self.frequency_masks = frequency_masks
@@ -324,17 +334,15 @@ class Spectrograms(Callback):
 
     A table lists their true and predicted classes. The features are the output of the log_mel or
     mfcc block of the model; without such a block, its inputs.
+
+    Args:
+        samples: number of samples, evenly spaced in the validation split.
+        every: how often they are logged.
     """
 
     changes_training = False
 
     def __init__(self, samples: PositiveInt = 8, every: Every = "1epoch"):
-        """Store the settings.
-
-        Args:
-            samples: number of samples, evenly spaced in the validation split.
-            every: how often they are logged.
-        """
         self.samples = samples
         self.cadence = Cadence(every)
 
@@ -407,8 +415,8 @@ def framed_image(features: Tensor, correct: bool) -> Tensor:
     real = features[-1] > 0
     shown = values[:, real] if real.any() else values
     low, high = shown.aminmax()
-    grey = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
-    rgb = grey.repeat_interleave(2, 0).expand(3, -1, -1)
+    gray = ((values - low) / (high - low).clamp(min=1e-6) * real).flip(0).clamp(0, 1)
+    rgb = gray.repeat_interleave(2, 0).expand(3, -1, -1)
     color = torch.tensor([0.2, 0.7, 0.2] if correct else [0.9, 0.1, 0.1])
     frame = 3
     _, height, width = rgb.shape

@@ -20,6 +20,9 @@ from framework import (
     shapes,
 )
 
+CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv1d, 3: nn.Conv2d}
+"""By the number of axes of a sample."""
+
 
 @blocks.register("linear", aliases=["dense"])
 def linear(
@@ -43,7 +46,7 @@ def linear(
         dropout_kind: how outputs are dropped.
         bias: add a learned bias.
     """
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "linear", "put `flatten` before it")[-1]
+    features = expect_features(in_shape, "linear")
     layers = nn.Sequential()
     layers.add_module("linear", nn.Linear(features, width, bias=bias))
     if norm is not None:
@@ -53,6 +56,15 @@ def linear(
     if dropout > 0:
         layers.add_module("dropout", dropout_kind(dropout))
     return layers
+
+
+def expect_features(in_shape: Shape, name: str) -> int:
+    """Return the features D of a shape (D,) or (T, D).
+
+    Raises:
+        BuildError: the shape is another one.
+    """
+    return shapes.expect(in_shape, "(D,) or (T, D)", name, "put `flatten` before it")[-1]
 
 
 class Residual(nn.Module):
@@ -112,7 +124,7 @@ def projection(in_shape: Shape, out_shape: Shape) -> list[nn.Module]:
         stride = math.ceil(size / out_size)
         strides.append(stride)
         strided_sizes.append(math.ceil(size / stride))
-    convolution = {2: nn.Conv1d, 3: nn.Conv2d}.get(len(in_shape))
+    convolution = CONVOLUTIONS.get(len(in_shape))
     same_rank = len(in_shape) == len(out_shape)
     if convolution is None or not same_rank or tuple(strided_sizes) != out_shape[1:]:
         raise BuildError(
@@ -143,8 +155,7 @@ def residual_mlp(
         dropout: probability of zeroing after each linear layer.
         dropout_kind: how outputs are dropped.
     """
-    advice = "put `flatten` before it"
-    features = shapes.expect(in_shape, "(D,) or (T, D)", "residual_mlp", advice)[-1]
+    features = expect_features(in_shape, "residual_mlp")
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
     branch = []
     if norm is not None:
@@ -159,7 +170,7 @@ def activation(activation: Activation = "relu") -> nn.Module:
     """An activation as a block.
 
     Args:
-        activation: the activation.
+        activation: the activation to apply.
     """
     return activation()
 
@@ -171,7 +182,7 @@ def norm(
     """A norm as a block.
 
     Args:
-        norm: the norm.
+        norm: the norm to apply.
         features: the axis of the features: first for (C, L) and (C, H, W), last for (T, D).
     """
     return norm(in_shape[-1:] if features == "last" else in_shape)
@@ -193,14 +204,13 @@ blocks.register("flatten", nn.Flatten, hide=["start_dim", "end_dim"])
 
 @blocks.register("reshape")
 class Reshape(nn.Module):
-    """Change the shape of a sample."""
+    """Change the shape of a sample.
+
+    Args:
+        shape: the new shape without the batch axis; one size may be -1, which is inferred.
+    """
 
     def __init__(self, in_shape: Shape, shape: Sequence[int] = (-1,)):
-        """Check that both shapes have the same number of elements.
-
-        Args:
-            shape: the new shape without the batch axis; one size may be -1, which is inferred.
-        """
         super().__init__()
         try:
             self.shape = torch.empty(in_shape, device="meta").reshape(tuple(shape)).shape
@@ -213,14 +223,13 @@ class Reshape(nn.Module):
 
 @blocks.register("permute")
 class Permute(nn.Module):
-    """Reorder the axes of a sample: by default (C, L) -> (L, C), from a signal to a sequence."""
+    """Reorder the axes of a sample: by default (C, L) -> (L, C), from a signal to a sequence.
+
+    Args:
+        axes: the axes of a sample, counted from 0 without the batch axis, in their new order.
+    """
 
     def __init__(self, in_shape: Shape, axes: Sequence[int] = (1, 0)):
-        """Check that `axes` names each axis once.
-
-        Args:
-            axes: the axes of a sample, counted from 0 without the batch axis, in their new order.
-        """
         super().__init__()
         if sorted(axes) != list(range(len(in_shape))):
             raise BuildError(

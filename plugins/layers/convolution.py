@@ -49,8 +49,8 @@ def conv1d(
     """
     in_channels, _ = shapes.expect(in_shape, "(C, L)", "conv1d")
     check_groups("conv1d", in_channels, channels, groups)
-    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
-    layer = nn.Conv1d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    zeros = same_padding(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv1d(in_channels, channels, kernel_size, stride, zeros, dilation, groups, bias)
     return convolution(layer, in_shape, activation, norm)
 
 
@@ -82,8 +82,8 @@ def conv2d(
     """
     in_channels, _, _ = shapes.expect(in_shape, "(C, H, W)", "conv2d")
     check_groups("conv2d", in_channels, channels, groups)
-    padding = same(kernel_size, stride, dilation) if padding == "same" else padding
-    layer = nn.Conv2d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
+    zeros = same_padding(kernel_size, stride, dilation) if padding == "same" else padding
+    layer = nn.Conv2d(in_channels, channels, kernel_size, stride, zeros, dilation, groups, bias)
     return convolution(layer, in_shape, activation, norm)
 
 
@@ -96,7 +96,7 @@ def check_groups(name: str, in_channels: int, channels: int, groups: int) -> Non
         )
 
 
-def same(kernel_size: int, stride: int, dilation: int) -> int | str:
+def same_padding(kernel_size: int, stride: int, dilation: int) -> int | str:
     """Return the padding for torch such that the output has size / stride.
 
     An even effective kernel needs uneven padding, which torch offers as "same" for stride 1 only.
@@ -167,7 +167,6 @@ def bottleneck(
     (C, H, W) -> (expansion * channels, H / stride, W / stride), rounded up (He et al. 2016,
     arXiv:1512.03385, figure 5). The 3x3 convolution has the stride: a strided 1x1 convolution
     ignores most of its input.
-    the 3x3 convolution, which loses less than a strided 1x1.
 
     Args:
         channels: channels of the 3x3 convolution.
@@ -232,17 +231,15 @@ class SqueezeExcite(nn.Module):
     """x · sigmoid(W₂ activation(W₁ mean(x))), a gate for each channel.
 
     Hu et al. 2018, arXiv:1709.01507, section 3.
+
+    Args:
+        reduction: channels per hidden feature.
+        activation: between the two linear layers.
     """
 
     def __init__(
         self, in_shape: Shape, reduction: PositiveInt = 16, activation: Activation = "relu"
     ):
-        """Build the two linear layers.
-
-        Args:
-            reduction: channels per hidden feature.
-            activation: between the two linear layers.
-        """
         super().__init__()
         channels = shapes.expect(in_shape, SIGNALS, "squeeze_excite")[0]
         hidden = max(1, channels // reduction)

@@ -16,6 +16,13 @@ class Pool(nn.Module):
 
     flatten keeps all numbers; mean, max, first and last reduce the positions. Positions are the
     first axis of (T, D), and the axes after the channels of (C, H, W).
+
+    Args:
+        in_shape: (D,), (T, D) or (C, H, W); any shape for flatten.
+        pool: flatten, mean, max, first or last.
+
+    Raises:
+        BuildError: the shape does not fit the kind of pooling.
     """
 
     def __init__(self, in_shape: Shape, pool: str):
@@ -42,14 +49,13 @@ class Pool(nn.Module):
 
 @heads.register("class", aliases=["value", "linear"])
 class LinearHead(nn.Module):
-    """Pooling and one linear layer: logits of classes or labels, or values of any shape."""
+    """Pooling and one linear layer: logits of classes or labels, or values of any shape.
+
+    Args:
+        pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
+    """
 
     def __init__(self, in_shape: Shape, out_shape: Shape, pool: Pooling = "flatten"):
-        """Build the linear layer.
-
-        Args:
-            pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
-        """
         super().__init__()
         self.out_shape = tuple(out_shape)
         self.pool = Pool(in_shape, pool)
@@ -62,7 +68,16 @@ class LinearHead(nn.Module):
 
 @heads.register("mlp")
 class MLPHead(nn.Module):
-    """Pooling, a hidden layer and a linear layer: logits, or values of any shape."""
+    """Pooling, a hidden layer and a linear layer: logits, or values of any shape.
+
+    Args:
+        width: hidden features.
+        activation: after the norm of the hidden layer.
+        norm: after the hidden layer; null for none.
+        dropout: probability of zeroing a hidden feature.
+        dropout_kind: how hidden features are dropped.
+        pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
+    """
 
     def __init__(
         self,
@@ -75,16 +90,6 @@ class MLPHead(nn.Module):
         dropout_kind: Dropout = "dropout",
         pool: Pooling = "flatten",
     ):
-        """Build the two layers.
-
-        Args:
-            width: hidden features.
-            activation: after the norm of the hidden layer.
-            norm: after the hidden layer; null for none.
-            dropout: probability of zeroing a hidden feature.
-            dropout_kind: how hidden features are dropped.
-            pool: how positions are reduced: flatten keeps all numbers; first and last need (T, D).
-        """
         super().__init__()
         self.pool = Pool(in_shape, pool)
         shape = shapes.output_shape(self.pool, in_shape)

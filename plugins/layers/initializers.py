@@ -1,4 +1,4 @@
-"""Initializers: torch.nn.init's, with spreads that suit weights, and those of other houses.
+"""Initializers of weights: those of torch.nn.init with suitable defaults, and some others.
 
 Each fills a tensor of two or more axes in place: (out, in) of a linear layer, (out, in, ...) of a
 convolution.
@@ -42,7 +42,7 @@ def constant(tensor: Tensor, val: float = 0.0) -> Tensor:
     """Fill the tensor with one value.
 
     Args:
-        val: the value.
+        val: the value of all elements.
     """
     return nn.init.constant_(tensor, val)
 
@@ -54,8 +54,8 @@ def normal(tensor: Tensor, mean: float = 0.0, std: NonNegativeFloat = 0.02) -> T
     The default of torch, std=1, is too large for weights.
 
     Args:
-        mean: mean.
-        std: standard deviation.
+        mean: mean of the distribution.
+        std: standard deviation of the distribution.
     """
     return nn.init.normal_(tensor, mean, std)
 
@@ -67,7 +67,7 @@ def trunc_normal(
     """Draw from a truncated normal distribution.
 
     Args:
-        mean: mean.
+        mean: mean of the distribution.
         std: standard deviation before truncation.
         cut: largest distance from the mean, in standard deviations.
     """

@@ -8,7 +8,12 @@ from framework import PositiveInt, Rate, Shape, blocks, shapes
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer of torch that returns one tensor: all outputs, or the last hidden state."""
+    """A recurrent layer of torch that returns one tensor: all outputs, or the last hidden state.
+
+    Args:
+        layer: an LSTM or GRU with batch_first=True.
+        outputs: all: (batch, T, D); last: (batch, D).
+    """
 
     def __init__(self, layer: nn.LSTM | nn.GRU, outputs: str):
         super().__init__()
@@ -83,7 +88,6 @@ def recurrent(
     """Build a recurrent layer with the batch as the first axis."""
     _, features = shapes.expect(in_shape, "(T, D)", name)
     between = dropout if depth > 1 else 0.0  # torch warns about dropout in a single layer
-
     built = layer(
         features, width, depth, batch_first=True, dropout=between, bidirectional=bidirectional
     )

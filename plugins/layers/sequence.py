@@ -32,6 +32,7 @@ from framework import (
     blocks,
     shapes,
 )
+from framework_plugins.modules import check_heads, dropout_or_identity
 
 FORM = "(C+1, L)"
 PICTURE = "(C+1, H, L)"
@@ -57,8 +58,8 @@ def expect_masked(in_shape: Shape, name: str, forms: str = FORM) -> Shape:
     channels, *axes = shapes.expect(in_shape, forms, name)
     if channels < 2:
         raise BuildError(
-            f"{name} expects {forms}, the last channel being the mask;"
-            f" {tuple(in_shape)} has no other channel"
+            f"{name} expects {forms} with the mask as last channel, got {tuple(in_shape)}, "
+            "which is the mask only"
         )
     return channels - 1, *axes
 
@@ -68,15 +69,13 @@ class Masked(nn.Module):
     """Apply blocks to the channels of a sequence or image with a mask: (C + 1, L) -> (C' + 1, L').
 
     If the blocks shorten an axis, the mask is subsampled with the same stride.
+
+    Args:
+        blocks: blocks for the channels (C, L) or (C, H, L); they must keep the number of axes,
+            and shorten an axis by an integer factor only.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
-        """Build the blocks and find their strides.
-
-        Args:
-            blocks: blocks for the channels (C, L) or (C, H, L); they must keep the number of axes,
-                and shorten an axis by an integer factor only.
-        """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked", f"{FORM} or {PICTURE}")
         modules, out_shape = shapes.build_chain(blocks, (channels, *axes))
@@ -102,7 +101,8 @@ def find_stride(length: int, shortened: int) -> int:
         if stride and shortened in (math.ceil(length / stride), length // stride):
             return stride
     raise BuildError(
-        f"masked: no stride shortens {length} frames to {shortened}; pad so that no frame is lost"
+        f"masked: expected a block with padding that keeps all frames: no stride reduces {length} "
+        f"frames to {shortened}"
     )
 
 
@@ -233,14 +233,12 @@ class MaskedResidual(nn.Module):
     """Skip connection around masked blocks: skip(x) + blocks(x), with the mask of the blocks.
 
     If the blocks change the channels or an axis, the skip is a strided convolution of size 1.
+
+    Args:
+        blocks: the residual branch: blocks that keep the mask, such as masked_conv1d.
     """
 
     def __init__(self, in_shape: Shape, blocks: list[Block] = ()):
-        """Build the branch.
-
-        Args:
-            blocks: the residual branch: blocks that keep the mask, such as masked_conv1d.
-        """
         super().__init__()
         channels, *axes = expect_masked(in_shape, "masked_residual", f"{FORM} or {PICTURE}")
         modules, out_shape = shapes.build_chain(blocks, tuple(in_shape))
@@ -250,10 +248,9 @@ class MaskedResidual(nn.Module):
             out_shape, "masked_residual around its blocks", form
         )
         strides = find_strides(axes, shortened)
-        layer = nn.Conv2d if len(axes) == 2 else nn.Conv1d
-        if out_channels == channels and set(strides) == {1}:
-            self.skip = nn.Identity()
-        else:
+        self.skip: nn.Module = nn.Identity()
+        if out_channels != channels or set(strides) != {1}:
+            layer: type[nn.Module] = nn.Conv2d if len(axes) == 2 else nn.Conv1d
             self.skip = layer(channels, out_channels, 1, strides, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,15 +266,13 @@ class MaskedNorm(nn.Module):
 
     For speech features this is cepstral mean and variance normalization per utterance (Viikki &
     Laurila 1998), which removes the effect of microphone and line.
+
+    Args:
+        scale: divide by the standard deviation; false: only subtract the mean.
+        eps: added to the variance.
     """
 
     def __init__(self, in_shape: Shape, scale: bool = True, eps: PositiveFloat = 1e-5):
-        """Store the settings.
-
-        Args:
-            scale: divide by the standard deviation; false: only subtract the mean.
-            eps: added to the variance.
-        """
         super().__init__()
         expect_masked(in_shape, "masked_norm")
         self.scale = scale
@@ -297,7 +292,16 @@ class MaskedBatchNorm(nn.Module):
     """Batch norm over the real frames; padding does not count.
 
     Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Args:
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running mean and variance, which are used
+            in evaluation.
+        affine: learn a scale and a shift for each channel.
     """
+
+    running_mean: Tensor
+    running_variance: Tensor
 
     def __init__(
         self,
@@ -306,14 +310,6 @@ class MaskedBatchNorm(nn.Module):
         momentum: Fraction = 0.1,
         affine: bool = True,
     ):
-        """Initialize with mean 0 and variance 1.
-
-        Args:
-            eps: added to the variance.
-            momentum: weight of the newest batch in the running mean and variance, which are used
-                in evaluation.
-            affine: learn a scale and a shift for each channel.
-        """
         super().__init__()
         channels, _ = expect_masked(in_shape, "masked_batch_norm")
         self.eps = eps
@@ -333,7 +329,7 @@ class MaskedBatchNorm(nn.Module):
             variance = ((values - mean).square() * mask).sum((0, 2)).unsqueeze(1) / frames
             self.update_running(mean, variance, frames)
         values = (values - mean) * (variance + self.eps).rsqrt()
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             values = values * self.scale + self.shift
         return join_mask(values, mask)
 
@@ -360,15 +356,13 @@ class MaskedPool(nn.Module):
     statistics: mean and standard deviation (Snyder et al. 2018, "X-vectors", section 2). attention:
     the mean weighted by softmax(vᵀ tanh(W x + b)) over time (Okabe et al. 2018, arXiv:1803.10963,
     section 2.3).
+
+    Args:
+        pool: the kind of pooling.
+        width: hidden features of the attention.
     """
 
     def __init__(self, in_shape: Shape, pool: Pooling = "mean", width: PositiveInt = 64):
-        """Build the attention for pool=attention.
-
-        Args:
-            pool: the kind of pooling.
-            width: hidden features of the attention.
-        """
         super().__init__()
         channels, _ = expect_masked(in_shape, "masked_pool")
         self.pool = pool
@@ -397,6 +391,15 @@ class MaskedTransformer(nn.Module):
 
     Self-attention, then two linear layers, each as x + branch(norm(x)) (Vaswani et al. 2017,
     arXiv:1706.03762; norms first: Xiong et al. 2020, arXiv:2002.04745). Padding is masked.
+
+    Args:
+        heads: number of attention heads; must divide C. null: the greatest common divisor of
+            C and 4.
+        expansion: hidden features of the two linear layers, per channel.
+        activation: between the two linear layers.
+        norm: normalization of each frame before each branch.
+        dropout: probability of zeroing attention weights, hidden features and each branch.
+        dropout_kind: how hidden features and branches are dropped.
     """
 
     def __init__(
@@ -409,31 +412,16 @@ class MaskedTransformer(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the two branches.
-
-        Args:
-            heads: number of attention heads; must divide C. null: the greatest common divisor of
-                C and 4.
-            expansion: hidden features of the two linear layers, per channel.
-            activation: between the two linear layers.
-            norm: normalization of each frame before each branch.
-            dropout: probability of zeroing attention weights, hidden features and each branch.
-            dropout_kind: how hidden features and branches are dropped.
-        """
         super().__init__()
         channels, length = expect_masked(in_shape, "masked_transformer")
         heads = heads or math.gcd(channels, 4)
-        if channels % heads:
-            raise BuildError(
-                f"masked_transformer: {channels} channels cannot be split into {heads} heads of"
-                " equal size"
-            )
+        check_heads(channels, heads, "masked_transformer")
         self.heads = heads
         self.p = dropout
         self.norm = norm((channels,))
         self.query_key_value = nn.Linear(channels, 3 * channels)
         self.output = nn.Linear(channels, channels)
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.feed_forward = blocks.build(
             "residual_mlp",
             (length, channels),

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from framework import Logger, PositiveInt, files, loggers
+from framework.contracts.alignment import tensors_in
 
 STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
@@ -29,15 +30,14 @@ SESSION_START = 1  # SessionLog.START
 
 @loggers.register("tensorboard", aliases=["tb"])
 class TensorBoard(Logger):
-    """Writes scalars, texts, histograms, images, graph and hyperparameters for TensorBoard."""
+    """Writes scalars, texts, histograms, images, graph and hyperparameters for TensorBoard.
+
+    Args:
+        graph: record the graph of the model.
+        bins: bars of a histogram.
+    """
 
     def __init__(self, graph: bool = True, bins: PositiveInt = 48):
-        """Store the settings; `open` creates the file.
-
-        Args:
-            graph: record the graph of the model.
-            bins: bars of a histogram.
-        """
         self.draw_graph = graph
         self.bins = bins
         self._file: EventFile | None = None
@@ -317,12 +317,11 @@ class GraphRecorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, inputs: Tensor):
         super().__init__()
         named_tensors = [*model.named_parameters(), *model.named_buffers()]
-        self.weight_names = {id(tensor): name for name, tensor in named_tensors}
+        self.weight_names = {tensor: name for name, tensor in named_tensors}
         self.nodes: list[dict[str, Any]] = []
         self.scopes = [""]  # of the modules whose forward passes run, the innermost last
         self.scope_of: dict[str, str] = {}
-        self.producers: dict[int, str] = {}  # the node of a tensor, by the tensor's id
-        self.alive: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
+        self.producers: dict[Tensor, str] = {}  # the node that returns a tensor
         self.calls: Counter[str] = Counter()
         self.add_node("input", "input", [], [inputs])
 
@@ -366,33 +365,19 @@ class GraphRecorder(TorchFunctionMode):
     ) -> None:
         """Add a node with edges from its inputs; a weight becomes a node at its first use."""
         for tensor in inputs:
-            if id(tensor) in self.weight_names and id(tensor) not in self.producers:
-                leaf = self.weight_names[id(tensor)].rpartition(".")[2]
+            if tensor in self.weight_names and tensor not in self.producers:
+                leaf = self.weight_names[tensor].rpartition(".")[2]
                 self.add_node(self.unique_name(self.scopes[-1] + leaf), "parameter", [], [tensor])
-        edges = [self.producers[id(tensor)] for tensor in inputs if id(tensor) in self.producers]
+        edges = [self.producers[tensor] for tensor in inputs if tensor in self.producers]
         node: dict[str, Any] = {"name": name, "op": operation, "input": edges}
         shapes = []
         for tensor in outputs:
             dimensions = [{"size": size} for size in tensor.shape]
             shapes.append({"dim": dimensions})
-            self.producers[id(tensor)] = name
+            self.producers[tensor] = name
         if shapes:
             node["attr"] = {"_output_shapes": {"list": {"shape": shapes}}}
         self.nodes.append(node)
-        self.alive += outputs
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    tensors = []
-    if isinstance(value, list | tuple):
-        for item in value:
-            tensors += tensors_in(item)
-    return tensors
 
 
 def flatten_settings(

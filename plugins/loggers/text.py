@@ -28,7 +28,8 @@ class JsonLines(Logger):
 
         These are the lines after `step` and those of the test.
 
-        Raises RunError when the file cannot be written.
+        Raises:
+            RunError: the file cannot be written.
         """
         if folder is None:
             warnings.warn(
@@ -42,7 +43,11 @@ class JsonLines(Logger):
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
-        """Append a complete line. Raises RunError if it cannot be written."""
+        """Append a complete line.
+
+        Raises:
+            RunError: the line cannot be written.
+        """
         if self._file is None:
             return
         row: dict[str, float | None] = {
@@ -98,7 +103,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def is_kept(line: bytes, step: int) -> bool:
-    """Whether a resumed run keeps a line: complete, not after `step`, and not of the test."""
+    """Return whether a resumed run keeps a line: a complete one up to `step`, not of the test."""
     row = files.parse_row(line) if line.endswith(b"\n") else None
     if row is None or any(name.startswith("test/") for name in row):
         return False
@@ -111,14 +116,12 @@ class Console(Logger):
     """Prints a line for each logged step: `step 450  epoch 10  3.2 s  val/loss 0.08`.
 
     The lines go to the standard output without buffering.
+
+    Args:
+        digits: significant digits of a value.
     """
 
     def __init__(self, digits: PositiveInt = 4):
-        """Store the settings.
-
-        Args:
-            digits: significant digits of a value.
-        """
         self.digits = digits
 
     def scalars(

@@ -19,6 +19,7 @@ from framework import (
     models,
     shapes,
 )
+from framework_plugins.modules import check_heads, dropout_or_identity
 
 EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
@@ -33,7 +34,18 @@ class Rotary(nn.Module):
 
     Su et al. 2021, arXiv:2104.09864, equation 34; the paper pairs neighboring features, which
     differs by a fixed permutation.
+
+    Args:
+        features: D, an even number.
+        context: maximum number of positions.
+        base: wavelengths go from 2π to 2π · base.
+
+    Raises:
+        BuildError: D is odd.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, features: int, context: int, base: float):
         super().__init__()
@@ -68,6 +80,12 @@ class RotaryAttention(nn.Module):
     """Self-attention with rotary position embedding: (T, D) -> (T, D) (Su et al. 2021).
 
     forward(x, mask) ignores padding; mask (batch, T) is true at all other positions.
+
+    Args:
+        heads: number of attention heads; must divide D.
+        causal: each position attends only to itself and to earlier positions.
+        dropout: probability of zeroing an attention weight.
+        base: wavelengths of the rotations go from 2π to 2π · base.
     """
 
     def __init__(
@@ -78,21 +96,9 @@ class RotaryAttention(nn.Module):
         dropout: Rate = 0.0,
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the projections.
-
-        Args:
-            heads: number of attention heads; must divide D.
-            causal: each position attends only to itself and to earlier positions.
-            dropout: probability of zeroing an attention weight.
-            base: wavelengths of the rotations go from 2π to 2π · base.
-        """
         super().__init__()
         context, features = shapes.expect(in_shape, "(T, D)", "rotary_attention")
-        if features % heads:
-            raise BuildError(
-                f"rotary_attention: {features} features cannot be split into {heads} heads of"
-                " equal size"
-            )
+        check_heads(features, heads, "rotary_attention")
         self.heads = heads
         self.causal = causal
         self.p = dropout
@@ -128,7 +134,18 @@ class RotaryAttention(nn.Module):
 class GatedTransformer(nn.Module):
     """Pre-norm transformer layer with rotary attention and SwiGLU, no biases: (T, D) -> (T, D).
 
-    Touvron et al. 2023, arXiv:2302.13971, section 2.2; SwiGLU: Shazeer 2020, arXiv:2002.05202.
+    Touvron et al. 2023, arXiv:2302.13971, section 2.2; SwiGLU: Shazeer 2020, arXiv:2002.05202. The
+    last linear layer of each branch starts at zero, so a new layer is the identity.
+
+    Args:
+        heads: number of attention heads; must divide D.
+        hidden: features between the two linear layers; null: 8/3 D, rounded up to a multiple of
+            16.
+        norm: normalization of each position before each branch.
+        causal: each position attends only to itself and to earlier positions.
+        dropout: probability of zeroing attention weights and each branch.
+        dropout_kind: how branches are dropped.
+        base: base of the wavelengths of the positions.
     """
 
     def __init__(
@@ -142,18 +159,6 @@ class GatedTransformer(nn.Module):
         dropout_kind: Dropout = "dropout",
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the layer. The last linear layer of each branch is zero: it starts as the identity.
-
-        Args:
-            heads: number of attention heads; must divide D.
-            hidden: features between the two linear layers; null: 8/3 D, rounded up to a multiple of
-                16.
-            norm: normalization of each position before each branch.
-            causal: each position attends only to itself and to earlier positions.
-            dropout: probability of zeroing attention weights and each branch.
-            dropout_kind: how branches are dropped.
-            base: base of the wavelengths of the positions.
-        """
         super().__init__()
         _, features = shapes.expect(in_shape, "(T, D)", "gated_transformer")
         hidden = hidden or math.ceil(8 * features / 48) * 16
@@ -164,7 +169,7 @@ class GatedTransformer(nn.Module):
         )
         self.input = nn.Linear(features, 2 * hidden, bias=False)
         self.output = nn.Linear(hidden, features, bias=False)
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         for last in (self.attention.output, self.output):
             nn.init.zeros_(last.weight)
 
@@ -181,6 +186,11 @@ class NGrams(nn.Module):
 
     The lengths are 2 to `longest`. Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, equations
     2 to 5, with one table for all lengths. Zeros precede the first token.
+
+    Args:
+        longest: the largest length, at least 2.
+        buckets: size of the table.
+        width: features of a vector.
     """
 
     PRIME = 1_000_003
@@ -217,6 +227,25 @@ class Decoder(nn.Module):
     (T,) -> (T, vocabulary). The layers are those of Llama (see `gated_transformer`), with rotary
     positions. T is the context: a longer input is an error, and text is generated in a sliding
     window (see `sample`).
+
+    Muon takes the last matrix to be the output layer: here that is the embedding, or the output
+    layer itself. The table of n-grams is the first matrix (for Muon: optimizer.embedding=true).
+
+    Args:
+        width: features of a position.
+        depth: number of stacked layers.
+        heads: number of attention heads; must divide width.
+        hidden: features between the two linear layers; null: 8/3 width, rounded up to a
+            multiple of 16.
+        tied: the output layer shares the weights of the embedding (Press & Wolf 2017,
+            arXiv:1608.05859).
+        ngrams: largest length of the n-grams that add vectors to those of tokens (see
+            `NGrams`); 1: no n-grams.
+        buckets: size of the hash table of n-gram vectors.
+        norm: normalization of each position before each branch and after the last layer.
+        dropout: probability of zeroing embedded features, attention weights and each branch.
+        dropout_kind: how features and branches are dropped.
+        base: base of the wavelengths of the positions.
     """
 
     def __init__(
@@ -235,27 +264,6 @@ class Decoder(nn.Module):
         dropout_kind: Dropout = "dropout",
         base: PositiveFloat = 10_000.0,
     ):
-        """Build the layers.
-
-        Muon takes the last matrix to be the output layer: here that is the embedding, or the output
-        layer itself. The table of n-grams is the first matrix (for Muon: optimizer.embedding=true).
-
-        Args:
-            width: features of a position.
-            depth: number of stacked layers.
-            heads: number of attention heads; must divide width.
-            hidden: features between the two linear layers; null: 8/3 width, rounded up to a
-                multiple of 16.
-            tied: the output layer shares the weights of the embedding (Press & Wolf 2017,
-                arXiv:1608.05859).
-            ngrams: largest length of the n-grams that add vectors to those of tokens (see
-                `NGrams`); 1: no n-grams.
-            buckets: size of the hash table of n-gram vectors.
-            norm: normalization of each position before each branch and after the last layer.
-            dropout: probability of zeroing embedded features, attention weights and each branch.
-            dropout_kind: how features and branches are dropped.
-            base: base of the wavelengths of the positions.
-        """
         super().__init__()
         (self.context,) = shapes.expect(in_shape, "token ids (T,)", "decoder")
         self.ngrams = NGrams(ngrams, buckets, width) if ngrams > 1 else None
@@ -270,7 +278,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(layer((self.context, width)) for _ in range(depth))
         self.norm = norm((width,))
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.embedding = nn.Embedding(out_shape[-1], width)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         self.output = nn.Linear(width, out_shape[-1], bias=False)

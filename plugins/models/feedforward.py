@@ -100,7 +100,7 @@ def cnn(
     if len(channels) > most:
         raise BuildError(
             f"cnn: each of the {len(channels)} `channels` halves the image, but {tuple(in_shape)}"
-            f" can be halved {most} times"
+            f" can be halved only {most} times"
         )
     layers = []
     for count in channels:
@@ -290,8 +290,10 @@ def token_layers(name: str, in_shape: Shape, vocabulary: int | None, width: int)
     """
     ranks = (2, 3) if vocabulary is None else (1,)
     if len(in_shape) not in ranks:
-        forms = "(T, D) or images (C, H, W), or with a `vocabulary` token ids (T,)"
-        raise BuildError(f"{name} expects {forms}, gets {tuple(in_shape)}")
+        raise BuildError(
+            f"{name} expects (T, D) or images (C, H, W), or with a `vocabulary` token ids (T,),"
+            f" got {tuple(in_shape)}"
+        )
     if vocabulary is None:
         return []
     return [blocks.maker("embedding", vocabulary=vocabulary, width=width)]

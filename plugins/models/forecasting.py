@@ -35,7 +35,19 @@ from framework.contracts.state import Cadence
 
 
 class SeasonalNaive(nn.Module):
-    """Repeat the last season of the first channel for the next `horizon` values."""
+    """Repeat the last season of the first channel for the next `horizon` values.
+
+    Args:
+        in_shape: (lookback, channels).
+        out_shape: (horizon,).
+        season: steps of the season, at most lookback.
+        name: the name of the model, for messages.
+
+    Raises:
+        BuildError: the season is longer than the lookback.
+    """
+
+    rows: Tensor
 
     def __init__(self, in_shape: Shape, out_shape: Shape, season: int, name: str):
         super().__init__()
@@ -67,7 +79,17 @@ class LinearForecast(nn.Module):
 
 
 class NBeatsBlock(nn.Module):
-    """Linear layers, then one linear layer for the backcast and one for the forecast."""
+    """Linear layers, then a linear layer for the backcast and one for the forecast, which is zero.
+
+    Args:
+        inputs: number of inputs: the past, and the other channels of the last step.
+        lookback: number of values of the backcast.
+        horizon: number of values of the forecast.
+        width: features of each linear layer.
+        layers: number of linear layers before the last ones.
+        activation: after each of these layers.
+        dropout: probability of zeroing a feature of these layers.
+    """
 
     def __init__(
         self,
@@ -86,6 +108,8 @@ class NBeatsBlock(nn.Module):
             self.body.append(layer((width,)))
         self.backcast = nn.Linear(width, lookback)
         self.forecast = nn.Linear(width, horizon)
+        nn.init.zeros_(self.forecast.weight)
+        nn.init.zeros_(self.forecast.bias)
 
     def forward(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.body(torch.cat([past, now], dim=1))
@@ -99,6 +123,16 @@ class NBeats(nn.Module):
     Oreshkin et al. 2020, arXiv:1905.10437, section 3. In addition, all blocks read the other
     channels of the last step (the calendar), the past is given as differences to its last value,
     and the forecast starts from that value, or with a `season` from the values one season before.
+    The last layers of the blocks start at zero, so the initial forecast is the naive one.
+
+    Args:
+        season: number of steps of the season that the forecast starts from; 0: start from the
+            last value.
+        depth: number of blocks.
+        layers: number of linear layers of a block.
+        width: features of each linear layer.
+        activation: after each linear layer.
+        dropout: probability of zeroing a feature.
     """
 
     def __init__(
@@ -112,25 +146,11 @@ class NBeats(nn.Module):
         activation: Activation = "relu",
         dropout: Rate = 0.0,
     ):
-        """Build the blocks. Their last layers are zero: the initial forecast is the naive one.
-
-        Args:
-            season: number of steps of the season that the forecast starts from; 0: start from the
-                last value.
-            depth: number of blocks.
-            layers: number of linear layers of a block.
-            width: features of each linear layer.
-            activation: after each linear layer.
-            dropout: probability of zeroing a feature.
-        """
         super().__init__()
         lookback, channels = shapes.expect(in_shape, "(T, D)", "nbeats")
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
         self.naive = SeasonalNaive(in_shape, out_shape, season or 1, "nbeats")
         self.blocks = nn.ModuleList(NBeatsBlock(*sizes, activation, dropout) for _ in range(depth))
-        for block in self.blocks:
-            nn.init.zeros_(block.forecast.weight)
-            nn.init.zeros_(block.forecast.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         past = x[:, :, 0] - x[:, -1:, 0]
@@ -168,6 +188,11 @@ class Predictions(Callback):
     With one value per sample: predicted (y axis) against true values (x axis), darker for more
     samples, with a red diagonal. With several values, such as a forecast: a few samples as curves,
     the true one black and the predicted one red.
+
+    Args:
+        every: how often images are logged.
+        curves: number of samples shown as curves, evenly spaced in the split.
+        samples: largest number of samples in a scatter plot.
     """
 
     changes_training = False
@@ -175,13 +200,6 @@ class Predictions(Callback):
     def __init__(
         self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096
     ):
-        """Store the settings.
-
-        Args:
-            every: how often images are logged.
-            curves: number of samples shown as curves, evenly spaced in the split.
-            samples: largest number of samples in a scatter plot.
-        """
         self.cadence = Cadence(every)
         self.curves = curves
         self.samples = samples
@@ -207,7 +225,9 @@ class Predictions(Callback):
 
     @torch.no_grad()
     def _log_images(self, trainer: Context) -> None:
-        split = trainer.val_batches.split  # type: ignore[union-attr]
+        assert trainer.val_batches is not None
+        split = trainer.val_batches.split
+        assert isinstance(split, TensorSplit)
         several = split.tensors[-1][0].numel() > 1
         count = min(self.curves if several else self.samples, len(split))
         inputs, targets = split[torch.linspace(0, len(split) - 1, count).long()]

@@ -1,7 +1,7 @@
 """Models for sequences of floats of unequal length, with the blocks of `layers/sequence.py`."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from framework import (
     Activation,
     Block,
     Dropout,
+    Maker,
     NonNegativeInt,
     Norm,
     PositiveInt,
@@ -56,9 +57,7 @@ def sequence_cnn(
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
     layers = list(front)
     for width in channels:
-        branch = blocks.maker("masked_conv1d", channels=width, **rest, **drop)
-        layers.append(blocks.maker("masked_conv1d", channels=width, stride=stride, **rest))
-        layers.append(blocks.maker("masked_residual", blocks=[branch]))
+        layers += stage("masked_conv1d", width, stride, rest, drop)
     return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
 
@@ -95,11 +94,9 @@ def spectrogram_cnn(
     """
     rest = {"kernel_size": kernel_size, "activation": activation, "norm": norm}
     drop = {"dropout": dropout, "dropout_kind": dropout_kind}
-    layers = [*front, blocks.maker("as_picture")]
+    layers: list[Block] = [*front, blocks.maker("as_picture")]
     for width in channels:
-        branch = blocks.maker("masked_conv2d", channels=width, **rest, **drop)
-        layers.append(blocks.maker("masked_conv2d", channels=width, stride=stride, **rest))
-        layers.append(blocks.maker("masked_residual", blocks=[branch]))
+        layers += stage("masked_conv2d", width, stride, rest, drop)
     layers.append(blocks.maker("as_sequence"))
     return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
@@ -161,10 +158,27 @@ def sequence_transformer(
     return pooled_model(in_shape, out_shape, layers, pool, dropout, dropout_kind)
 
 
+def stage(
+    convolution: str, channels: int, stride: int, rest: dict[str, Any], drop: dict[str, Any]
+) -> list[Maker]:
+    """Return a strided convolution and a residual one.
+
+    Args:
+        convolution: the name of the block.
+        channels: output channels of both convolutions.
+        stride: of the first convolution.
+        rest: other settings of both convolutions.
+        drop: settings of the dropout of the residual branch.
+    """
+    strided = blocks.maker(convolution, channels=channels, stride=stride, **rest)
+    branch = blocks.maker(convolution, channels=channels, **rest, **drop)
+    return [strided, blocks.maker("masked_residual", blocks=[branch])]
+
+
 def pooled_model(
     in_shape: Shape,
     out_shape: Shape,
-    layers: list,
+    layers: list[Block],
     pool: str,
     dropout: float,
     dropout_kind: Dropout,

@@ -9,6 +9,12 @@ from framework import Block, Head, Shape, models, shapes
 class Stack(nn.Module):
     """A sequence of blocks, each built for the output shape of the one before it, then a head.
 
+    Each part is run once on zeros when the model is built.
+
+    Args:
+        blocks: the hidden blocks in order; without blocks, the class head is a linear model.
+        head: maps the output of the last block to the outputs of the task.
+
     Raises:
         BuildError: a block or the head does not take its input shape, such as "block 4 (conv2d)
             expects (C, H, W), gets (128,)".
@@ -17,12 +23,6 @@ class Stack(nn.Module):
     def __init__(
         self, in_shape: Shape, out_shape: Shape, blocks: list[Block] = (), head: Head = "class"
     ):
-        """Build all parts and run each once on zeros.
-
-        Args:
-            blocks: the hidden blocks in order; without blocks, the class head is a linear model.
-            head: maps the output of the last block to the outputs of the task.
-        """
         super().__init__()
         modules, shape = shapes.build_chain(blocks, in_shape)
         self.blocks = nn.Sequential(*modules)

@@ -14,7 +14,6 @@ from framework import (
     Activation,
     BuildError,
     Dropout,
-    Maker,
     NonNegativeInt,
     Norm,
     PositiveFloat,
@@ -22,7 +21,6 @@ from framework import (
     Rate,
     Shape,
     blocks,
-    heads,
     models,
     shapes,
 )
@@ -36,29 +34,34 @@ class Columns(nn.Module):
 
     Args:
         in_shape: (columns,).
-        sizes: for each column 0 for a number, or the number of categories; None: all columns are
-            numbers.
+        sizes: for each column 0 for a number, or the number of categories; None: all numbers.
         width: features of a vector.
-        name: of the block, for messages.
+        name: the name of the part, for messages.
     """
+
+    number_at: Tensor
+    index_at: Tensor
+    starts: Tensor
 
     def __init__(self, in_shape: Shape, sizes: Sequence[int] | None, width: int, name: str):
         super().__init__()
         (inputs,) = shapes.expect(in_shape, "columns (D,)", name)
-        sizes = torch.tensor(sizes or [0] * inputs)
+        sizes = sizes or [0] * inputs
         if len(sizes) != inputs:
             raise BuildError(f"{name}: expected sizes of {inputs} columns, got {len(sizes)}")
-        numbers = (sizes == 0).nonzero()[:, 0]
-        indices = sizes.nonzero()[:, 0]
+        column_sizes = torch.tensor(sizes)
+        numbers = (column_sizes == 0).nonzero()[:, 0]
+        indices = column_sizes.nonzero()[:, 0]
         self.numbers = len(numbers)
         self.categories = len(indices)
         if not self.categories:
             return
-        starts = sizes[indices].cumsum(0) - sizes[indices]
+        table_sizes = column_sizes[indices]
+        starts = table_sizes.cumsum(0) - table_sizes
         self.register_buffer("number_at", numbers, persistent=False)
         self.register_buffer("index_at", indices, persistent=False)
         self.register_buffer("starts", starts, persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), width)
+        self.table = nn.Embedding(int(table_sizes.sum()), width)
         bound = width**-0.5  # as in the code of the authors, Gorishniy et al. 2021
         with torch.no_grad():
             self.table.weight.uniform_(-bound, bound)
@@ -77,18 +80,16 @@ class FeatureTokenizer(nn.Module):
 
     It is b + x w for a number x, and b + a learned vector for a category. The tokens of numbers
     come first (Gorishniy et al. 2021, arXiv:2106.11959, section 3.3).
+
+    Args:
+        width: features of a token.
+        sizes: for each column 0 for a number, or the number of categories; null: all columns
+            are numbers.
     """
 
     def __init__(
         self, in_shape: Shape, width: PositiveInt = 64, sizes: list[NonNegativeInt] | None = None
     ):
-        """Build the vectors.
-
-        Args:
-            width: features of a token.
-            sizes: for each column 0 for a number, or the number of categories; null: all columns
-                are numbers.
-        """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "feature_tokenizer")
         bound = width**-0.5
@@ -105,18 +106,17 @@ class FeatureTokenizer(nn.Module):
 
 @blocks.register("column_embedding")
 class ColumnEmbedding(nn.Module):
-    """The numbers unchanged, then a learned vector for each category: (columns,) -> (D,)."""
+    """The numbers unchanged, then a learned vector for each category: (columns,) -> (D,).
+
+    Args:
+        width: features of a category's vector.
+        sizes: for each column 0 for a number, or the number of categories; null: all columns
+            are numbers.
+    """
 
     def __init__(
         self, in_shape: Shape, width: PositiveInt = 16, sizes: list[NonNegativeInt] | None = None
     ):
-        """Build the vectors.
-
-        Args:
-            width: features of a category's vector.
-            sizes: for each column 0 for a number, or the number of categories; null: all columns
-                are numbers.
-        """
         super().__init__()
         self.columns = Columns(in_shape, sizes, width, "column_embedding")
 
@@ -170,7 +170,7 @@ def tabular_resnet(
     layers += [block] * depth
     layers.append(blocks.maker("norm", norm=norm))
     layers.append(blocks.maker("activation", activation=activation))
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=heads.maker("class"))
+    return models.build("stack", in_shape, out_shape, blocks=layers, head="class")
 
 
 @models.register("ft_transformer")
@@ -219,9 +219,5 @@ def ft_transformer(
     layers += [layer] * depth
     layers.append(blocks.maker("norm", norm=norm, features="last"))
     layers.append(blocks.maker("activation", activation="relu"))
-    return models.build("stack", in_shape, out_shape, blocks=layers, head=class_token_head())
-
-
-def class_token_head() -> Maker:
-    """Return the head that reads the class token (`heads` in ft_transformer is a setting)."""
-    return heads.maker("class", pool="first")
+    head = {"name": "class", "pool": "first"}  # reads the class token
+    return models.build("stack", in_shape, out_shape, blocks=layers, head=head)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models, shapes
+from framework_plugins.modules import dropout_or_identity
 
 UNKNOWN = 1
 Vocabulary = Annotated[int, Range("[2, inf)")]
@@ -48,6 +49,15 @@ class EmbeddingBag(nn.Module):
     """The mean of the word vectors of a text, then a linear layer.
 
     Joulin et al. 2017, arXiv:1607.01759, with words (and pairs) instead of n-grams of any length.
+
+    Args:
+        vocabulary: number of token ids.
+        width: features of a vector.
+        pairs: also use vectors of pairs of neighboring words, hashed into `buckets` (section
+            2.1 of the paper).
+        buckets: size of the hash table of pair vectors.
+        dropout: probability of zeroing a feature of the mean.
+        dropout_kind: how features are dropped.
     """
 
     def __init__(
@@ -61,22 +71,11 @@ class EmbeddingBag(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the tables.
-
-        Args:
-            vocabulary: number of token ids.
-            width: features of a vector.
-            pairs: also use vectors of pairs of neighboring words, hashed into `buckets` (section
-                2.1 of the paper).
-            buckets: size of the hash table of pair vectors.
-            dropout: probability of zeroing a feature of the mean.
-            dropout_kind: how features are dropped.
-        """
         super().__init__()
         shapes.expect(in_shape, "token ids (T,)", "embedding_bag")
         self.words = Words(vocabulary, width)
         self.pairs = nn.Embedding(buckets, width) if pairs else None
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -92,7 +91,17 @@ class EmbeddingBag(nn.Module):
 
 @models.register("text_lstm")
 class TextLSTM(nn.Module):
-    """LSTMs over a text in one or both directions, the mean of all steps, then a linear layer."""
+    """LSTMs over a text in one or both directions, the mean of all steps, then a linear layer.
+
+    Args:
+        vocabulary: number of token ids.
+        embedding: features of the vector of a token.
+        cell: the recurrent layer.
+        width: features of its hidden state, for each direction.
+        bidirectional: also read the text backwards, from its last word.
+        dropout: probability of zeroing a feature of a vector, and of the mean.
+        dropout_kind: how features are dropped.
+    """
 
     def __init__(
         self,
@@ -106,24 +115,13 @@ class TextLSTM(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the layers.
-
-        Args:
-            vocabulary: number of token ids.
-            embedding: features of the vector of a token.
-            cell: the recurrent layer.
-            width: features of its hidden state, for each direction.
-            bidirectional: also read the text backwards, from its last word.
-            dropout: probability of zeroing a feature of a vector, and of the mean.
-            dropout_kind: how features are dropped.
-        """
         super().__init__()
         shapes.expect(in_shape, "token ids (T,)", "text_lstm")
         self.words = Words(vocabulary, embedding)
         shape = (in_shape[0], embedding)
         self.forwards = blocks.build(cell, shape, width=width)
         self.backwards = blocks.build(cell, shape, width=width) if bidirectional else None
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width * (1 + bidirectional), out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -144,6 +142,18 @@ class TextTransformer(nn.Module):
     Padding is masked.
 
     The layers are those of `gated_transformer`, not causal. T is the length of the longest text.
+
+    Args:
+        vocabulary: number of token ids.
+        width: features of a position.
+        depth: number of stacked layers.
+        heads: number of attention heads; must divide width.
+        hidden: features between the two linear layers; null: 8/3 width, rounded up to a
+            multiple of 16.
+        norm: normalization of each position before each branch and after the last layer.
+        dropout: probability of zeroing features of word vectors, attention weights, branches
+            and features of the mean.
+        dropout_kind: how features and branches are dropped.
     """
 
     def __init__(
@@ -159,20 +169,6 @@ class TextTransformer(nn.Module):
         dropout: Rate = 0.0,
         dropout_kind: Dropout = "dropout",
     ):
-        """Build the layers.
-
-        Args:
-            vocabulary: number of token ids.
-            width: features of a position.
-            depth: number of stacked layers.
-            heads: number of attention heads; must divide width.
-            hidden: features between the two linear layers; null: 8/3 width, rounded up to a
-                multiple of 16.
-            norm: normalization of each position before each branch and after the last layer.
-            dropout: probability of zeroing features of word vectors, attention weights, branches
-                and features of the mean.
-            dropout_kind: how features and branches are dropped.
-        """
         super().__init__()
         shapes.expect(in_shape, "token ids (T,)", "text_transformer")
         self.words = Words(vocabulary, width)
@@ -187,7 +183,7 @@ class TextTransformer(nn.Module):
             dropout_kind=dropout_kind,
         )
         self.layers = nn.ModuleList(layer((in_shape[0], width)) for _ in range(depth))
-        self.dropout = dropout_kind(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = dropout_or_identity(dropout_kind, dropout)
         self.output = nn.Linear(width, out_shape[-1])
 
     def forward(self, tokens: Tensor) -> Tensor:

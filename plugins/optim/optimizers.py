@@ -265,7 +265,7 @@ class Muon(optim.Optimizer):
             "adjust_lr": adjust_lr,
         }
         super().__init__(params, defaults)
-        matrices = []
+        matrices: list[Tensor] = []
         for group in self.param_groups:
             if any(p.is_complex() for p in group["params"]):
                 raise SettingError("optimizer=muon: expected real parameters, got complex ones")

@@ -32,19 +32,24 @@ def steps(length: float, total_steps: int) -> int:
     return round(length * total_steps if length < 1 else length)
 
 
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Return the factor of a warm-up: (step + 1) / (warmup_steps + 1), and 1 after it."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
 def after_warmup(total_steps: int, warmup: float, main: Callable[[int, int], float]) -> Factor:
     """Return a warm-up followed by main(step, span).
 
     `step` and the number of remaining steps `span` (at least 1) are counted from the end of the
     warm-up.
     """
-    rise = steps(warmup, total_steps)
-    span = max(1, total_steps - rise)
+    warmup_steps = steps(warmup, total_steps)
+    span = max(1, total_steps - warmup_steps)
 
     def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        return main(step - rise, span)
+        if step < warmup_steps:
+            return warmup_factor(step, warmup_steps)
+        return main(step - warmup_steps, span)
 
     return factor
 
@@ -52,18 +57,30 @@ def after_warmup(total_steps: int, warmup: float, main: Callable[[int, int], flo
 def decay_after_warmup(
     total_steps: int, warmup: float, final: float, shape: Callable[[float], float]
 ) -> Factor:
-    """Return a warm-up followed by final + (1 - final) shape(progress), progress from 0 to 1."""
+    """Return a warm-up followed by a decay to `final` at the end of the run.
+
+    Args:
+        total_steps: of the run.
+        warmup: steps (or, below 1, fraction of the run) of the warm-up.
+        final: factor at the end of the run.
+        shape: maps the progress, from 0 to 1, to a number from 1 to 0; see `interpolate`.
+    """
 
     def decay(step: int, span: int) -> float:
-        return final + (1 - final) * shape(min(1.0, step / span))
+        return interpolate(final, shape(min(1.0, step / span)))
 
     return after_warmup(total_steps, warmup, decay)
 
 
 def times_warmup(total_steps: int, warmup: float, main: Factor) -> Factor:
     """Return a warm-up times main(step), for schedules over all steps of the run."""
-    rise = steps(warmup, total_steps)
-    return lambda step: min(1.0, (step + 1) / (rise + 1)) * main(step)
+    warmup_steps = steps(warmup, total_steps)
+    return lambda step: warmup_factor(step, warmup_steps) * main(step)
+
+
+def interpolate(low: float, share: float) -> float:
+    """Return `low` for share 0 and 1 for share 1, and linearly between."""
+    return low + (1 - low) * share
 
 
 def half_cosine(progress: float) -> float:
@@ -190,7 +207,7 @@ def one_cycle(
     def factor(step: int) -> float:
         if step < peak:
             return 1 - (1 - start) * half_cosine(step / peak)
-        return final + (1 - final) * half_cosine(min(1.0, (step - peak) / fall))
+        return interpolate(final, half_cosine(min(1.0, (step - peak) / fall)))
 
     return factor
 
@@ -226,7 +243,7 @@ def wsd(
 
     def fall(step: int) -> float:
         progress = min(1.0, max(0.0, (step - begin) / length))
-        return final + (1 - final) * SHAPES[shape](progress)
+        return interpolate(final, SHAPES[shape](progress))
 
     return times_warmup(total_steps, warmup, fall)
 
@@ -240,10 +257,12 @@ def inverse_sqrt(total_steps: int, warmup: NonNegativeFloat = 0.0) -> Factor:
     Args:
         warmup: steps (or, below 1, fraction of the run) in which the factor rises from near 0.
     """
-    rise = steps(warmup, total_steps)
-    return after_warmup(
-        total_steps, warmup, lambda step, span: math.sqrt((rise + 1) / (step + rise + 1))
-    )
+    warmup_steps = steps(warmup, total_steps)
+
+    def decay(step: int, span: int) -> float:
+        return math.sqrt((warmup_steps + 1) / (step + warmup_steps + 1))
+
+    return after_warmup(total_steps, warmup, decay)
 
 
 @schedulers.register("cosine_restarts", aliases=["sgdr"])
@@ -274,7 +293,7 @@ def cosine_restarts(
         while position >= length:
             position -= length
             length *= growth
-        return final + (1 - final) * half_cosine(position / length)
+        return interpolate(final, half_cosine(position / length))
 
     return after_warmup(total_steps, warmup, with_restarts)
 
@@ -309,7 +328,7 @@ class ReduceOnPlateau(Schedule):
         cooldown: NonNegativeInt = 0,
         min_factor: Fraction = 0.0,
     ):
-        self.rise = steps(warmup, total_steps)
+        self.warmup_steps = steps(warmup, total_steps)
         self.monitor = monitor
         self.mode = mode
         self.factor = factor
@@ -323,7 +342,7 @@ class ReduceOnPlateau(Schedule):
         self.best: float | None = None
 
     def __call__(self, step: int) -> float:
-        return min(1.0, (step + 1) / (self.rise + 1)) * self.scale
+        return warmup_factor(step, self.warmup_steps) * self.scale
 
     def observe(self, metrics: dict[str, float]) -> None:
         if self.monitor not in metrics:

@@ -34,7 +34,7 @@ Network = Literal["mlp", "conv"]
 
 def encoder(
     kind: Network, in_shape: Shape, outputs: int, widths: Sequence[int], activation: Activation
-) -> nn.Module:
+) -> nn.Sequential:
     """Return a network from an input to a number of outputs.
 
     Args:
@@ -131,7 +131,15 @@ def norm_and_activation(shape: Shape, activation: Activation, norm: Norm | None)
 
 @models.register("autoencoder")
 class Autoencoder(nn.Module):
-    """An encoder to a short code and a decoder to the output (Hinton and Salakhutdinov 2006)."""
+    """An encoder to a short code and a decoder to the output (Hinton and Salakhutdinov 2006).
+
+    Args:
+        code: numbers in the code.
+        network: mlp, or conv for images: encoder layers halve the image, decoder layers double
+            it.
+        widths: features (channels) of the encoder's hidden layers; the decoder reverses them.
+        activation: after each hidden layer.
+    """
 
     def __init__(
         self,
@@ -142,15 +150,6 @@ class Autoencoder(nn.Module):
         widths: Sequence[PositiveInt] = (256,),
         activation: Activation = "relu",
     ):
-        """Build encoder and decoder.
-
-        Args:
-            code: numbers in the code.
-            network: mlp, or conv for images: encoder layers halve the image, decoder layers double
-                it.
-            widths: features (channels) of the encoder's hidden layers; the decoder reverses them.
-            activation: after each hidden layer.
-        """
         super().__init__()
         self.code = code
         self.encode = encoder(network, in_shape, self.encoder_outputs, widths, activation)
@@ -198,6 +197,18 @@ class Gan(nn.Module):
 
     (Goodfellow et al. 2014, arXiv:1406.2661.) The forward pass returns the discriminator's logits.
     `sample` generates inputs from latent numbers drawn from a standard normal.
+
+    Args:
+        latent: latent numbers of a generated input.
+        network: mlp, or conv for images: discriminator layers halve the image, generator layers
+            double it.
+        widths: features (channels) of the discriminator's hidden layers; the generator reverses
+            them.
+        activation: after each hidden layer.
+        norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434);
+            null for none.
+        output: after the generator's last layer, such as sigmoid for inputs from 0 to 1; null
+            for none.
     """
 
     def __init__(
@@ -211,20 +222,6 @@ class Gan(nn.Module):
         norm: Norm | None = None,
         output: Activation | None = None,
     ):
-        """Build generator and discriminator.
-
-        Args:
-            latent: latent numbers of a generated input.
-            network: mlp, or conv for images: discriminator layers halve the image, generator layers
-                double it.
-            widths: features (channels) of the discriminator's hidden layers; the generator reverses
-                them.
-            activation: after each hidden layer.
-            norm: before each activation of the generator (Radford et al. 2016, arXiv:1511.06434);
-                null for none.
-            output: after the generator's last layer, such as sigmoid for inputs from 0 to 1; null
-                for none.
-        """
         super().__init__()
         self.latent = latent
         self.discriminator = encoder(network, in_shape, prod(out_shape), widths, activation)
@@ -265,15 +262,13 @@ class Reconstruction(OfInputs):
     """Reconstructs the inputs: the loss is the mean squared error of each number.
 
     With noise it is the task of a denoising autoencoder.
+
+    Args:
+        noise: standard deviation of the noise added to inputs in training (Vincent et al.
+            2008).
     """
 
     def __init__(self, noise: NonNegativeFloat = 0.0):
-        """Store the settings.
-
-        Args:
-            noise: standard deviation of the noise added to inputs in training (Vincent et al.
-                2008).
-        """
         self.noise = noise
         self.row_size = 1  # numbers of an input; known after `check`
 
@@ -298,11 +293,16 @@ class Reconstruction(OfInputs):
 
 @tasks.register("variational")
 class Variational(OfInputs):
-    """Minimises the negative evidence lower bound, in nats per sample.
+    """Minimizes the negative evidence lower bound, in nats per sample.
 
     (Kingma and Welling 2014, equation 10, with one draw of the code.) Evaluation draws the same
     codes each time, from its own generator. The two terms of the loss, `reconstruction` and
     `divergence`, are logged too.
+
+    Args:
+        beta: weight of the divergence (Higgins et al. 2017); 1 gives the bound.
+        likelihood: bernoulli takes inputs from 0 to 1 and outputs as logits; gaussian takes any
+            inputs, with variance 1.
     """
 
     def __init__(
@@ -310,13 +310,6 @@ class Variational(OfInputs):
         beta: NonNegativeFloat = 1.0,
         likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
     ):
-        """Store the settings.
-
-        Args:
-            beta: weight of the divergence (Higgins et al. 2017); 1 gives the bound.
-            likelihood: bernoulli takes inputs from 0 to 1 and outputs as logits; gaussian takes any
-                inputs, with variance 1.
-        """
         self.beta = beta
         self.likelihood = likelihood
 
@@ -365,6 +358,12 @@ class Adversarial(Task):
     discriminator gives to inputs (`real`) and samples (`fake`); with a penalty also `slope`, the
     mean squared norm of the discriminator's gradient. train/loss is the mean over the phases.
     Evaluation measures the discriminator without the penalty.
+
+    Args:
+        loss: logistic, or hinge (Lim and Ye 2017, arXiv:1705.02894).
+        critic_steps: updates of the discriminator for each update of the generator.
+        penalty: γ in γ/2 E ‖∇D(x)‖², which keeps the discriminator flat at the inputs (R1:
+            Mescheder et al. 2018, arXiv:1801.04406, section 4.1); 0: none.
     """
 
     def __init__(
@@ -373,14 +372,6 @@ class Adversarial(Task):
         critic_steps: PositiveInt = 1,
         penalty: NonNegativeFloat = 0.0,
     ):
-        """Store the settings.
-
-        Args:
-            loss: logistic, or hinge (Lim and Ye 2017, arXiv:1705.02894).
-            critic_steps: updates of the discriminator for each update of the generator.
-            penalty: γ in γ/2 E ‖∇D(x)‖², which keeps the discriminator flat at the inputs (R1:
-                Mescheder et al. 2018, arXiv:1801.04406, section 4.1); 0: none.
-        """
         self.loss = loss
         self.penalty = penalty
         discriminator = Phase("discriminator", ["discriminator.*"])
@@ -401,8 +392,8 @@ class Adversarial(Task):
         return Step(loss, logits, torch.ones_like(logits), {"generator_loss": loss})
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        penalised = self.penalty > 0 and model.training
-        inputs = batch[0].detach().requires_grad_(penalised)
+        penalized = self.penalty > 0 and model.training
+        inputs = batch[0].detach().requires_grad_(penalized)
         with torch.no_grad():
             samples = model.sample(len(inputs)).to(inputs.dtype)  # type: ignore[operator]
         real = model.discriminator(inputs)  # type: ignore[operator]
@@ -418,7 +409,7 @@ class Adversarial(Task):
             "real": real.sigmoid().mean(),
             "fake": fake.sigmoid().mean(),
         }
-        if penalised:
+        if penalized:
             (gradient,) = torch.autograd.grad(real.sum(), inputs, create_graph=True)
             values["slope"] = gradient.flatten(1).square().sum(1).mean()
             loss = loss + self.penalty / 2 * values["slope"]

@@ -94,7 +94,7 @@ class LanguageModelling(Task):
         if characters is None and data.target != "class":
             name = type(data).__name__
             raise DataError(
-                f"data {name} contains no tokens: choose a text, such as data=stdlib_source"
+                f"data {name} contains no tokens; choose a text, such as data=stdlib_source"
             )
         self.criterion.characters = None if characters is None else characters.float()
 
@@ -171,7 +171,7 @@ def sample(
         cached: cache keys and values of earlier tokens, if the model can; the tokens are the same.
 
     Raises:
-        SettingError: for a temperature, top_k or top_p out of range.
+        SettingError: temperature, top_k or top_p is out of range.
     """
     check_sampling(temperature, top_k, top_p)
     text = list(tokens) or [1]
@@ -235,7 +235,18 @@ def draw_token(
 
 @callbacks.register("text_samples")
 class TextSamples(Callback):
-    """Logs text that a language model generates after a prompt, with the same draws each time."""
+    """Logs text that a language model generates after a prompt, with the same draws each time.
+
+    Args:
+        every: how often to generate text.
+        prompt: text to continue.
+        length: number of generated tokens.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_k: draw from the k most likely tokens; null for all.
+        top_p: draw from the most likely tokens that together have this probability; null for
+            all.
+        seed: of the draws.
+    """
 
     changes_training = False
 
@@ -249,18 +260,6 @@ class TextSamples(Callback):
         top_p: Fraction | None = None,
         seed: NonNegativeInt = 0,
     ):
-        """Store the settings.
-
-        Args:
-            every: how often to generate text.
-            prompt: text to continue.
-            length: number of generated tokens.
-            temperature: divides the logits; 0 selects the most likely token.
-            top_k: draw from the k most likely tokens; null for all.
-            top_p: draw from the most likely tokens that together have this probability; null for
-                all.
-            seed: of the draws.
-        """
         self.cadence = Cadence(every)
         self.prompt = prompt
         self.sampling: dict[str, Any] = {
@@ -279,7 +278,7 @@ class TextSamples(Callback):
         """Generate a text and pass it to the loggers as a markdown code block."""
         split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError("text_samples: the data is no text for a language model")
+            raise SettingError("text_samples: expected the text data of a language model")
         tokenizer = split.facts["tokenizer"]
         prompt = tokenizer.encode(self.prompt)
         tokens = sample(trainer.model, prompt, split.length, **self.sampling)

@@ -49,6 +49,11 @@ class Contrastive(Task):
     view. Evaluation draws the same views each time, from its own generator. The loss compares the
     samples of a batch with each other. Therefore `trainer.micro_batch` cannot split batches, and
     `trainer.accumulate` does not compare samples of different batches.
+
+    Args:
+        views: transforms that make a view of an input, in this order.
+        dimensions: of the embeddings, which are the outputs of the model.
+        temperature: divides the cosine similarities.
     """
 
     splits_batches = False
@@ -59,13 +64,6 @@ class Contrastive(Task):
         dimensions: PositiveInt = 64,
         temperature: PositiveFloat = 0.5,
     ):
-        """Store the settings.
-
-        Args:
-            views: transforms that make a view of an input, in this order.
-            dimensions: of the embeddings, which are the outputs of the model.
-            temperature: divides the cosine similarities.
-        """
         self.views = list(views)
         self.dimensions = dimensions
         self.temperature = temperature
@@ -127,6 +125,12 @@ class Distillation(Classification):
 
     (Hinton et al. 2015, arXiv:1503.02531.) It also logs `distillation`, the teacher's part of the
     loss. Class weights and ignored targets of the loss apply to the samples of both parts.
+
+    Args:
+        teacher: run folder of a trained classifier of the same inputs and classes.
+        temperature: T, which softens the outputs of teacher and student.
+        weight: of the teacher's part of the loss; the labels have the rest.
+        loss: of logits and class indices.
     """
 
     def __init__(
@@ -136,14 +140,6 @@ class Distillation(Classification):
         weight: Fraction = 0.9,
         loss: Loss = "cross_entropy",
     ):
-        """Store the settings.
-
-        Args:
-            teacher: run folder of a trained classifier of the same inputs and classes.
-            temperature: T, which softens the outputs of teacher and student.
-            weight: of the teacher's part of the loss; the labels have the rest.
-            loss: of logits and class indices.
-        """
         super().__init__(loss)
         self.path = teacher
         self.temperature = temperature
@@ -157,14 +153,18 @@ class Distillation(Classification):
         classes = run.facts["classes"]
         if shape != tuple(data.in_shape) or list(classes) != list(data.classes):
             raise DataError(
-                f"task.teacher={self.path}: it takes {shape} and knows the classes "
-                f"{', '.join(classes)}; {type(data).__name__} has {tuple(data.in_shape)} and "
-                f"{', '.join(data.classes)}"
+                f"task.teacher={self.path}: expected inputs of shape {shape} and the classes "
+                f"{', '.join(classes)}, got {tuple(data.in_shape)} and {', '.join(data.classes)} "
+                f"({type(data).__name__})"
             )
         self.teacher = run.model.eval().requires_grad_(False)
 
     def open_teacher_run(self) -> Any:
-        """Return the run of the teacher. Raises SettingError without one."""
+        """Return the run of the teacher.
+
+        Raises:
+            SettingError: there is no teacher, or its run cannot be opened.
+        """
         from framework import open_run  # a slow import that only this task needs
 
         if self.path is None:
@@ -207,6 +207,11 @@ class MultiTask(Classification):
     the logits. It also logs the parts of the loss without their weights: `classification` and
     `reconstruction` (mean squared error). Class weights and ignored targets of the loss apply to
     the samples of both parts.
+
+    Args:
+        classification: weight of the loss of the classes.
+        reconstruction: weight of the mean squared error of the input's numbers.
+        loss: of logits and class indices.
     """
 
     def __init__(
@@ -215,13 +220,6 @@ class MultiTask(Classification):
         reconstruction: NonNegativeFloat = 1.0,
         loss: Loss = "cross_entropy",
     ):
-        """Store the weights.
-
-        Args:
-            classification: weight of the loss of the classes.
-            reconstruction: weight of the mean squared error of the input's numbers.
-            loss: of logits and class indices.
-        """
         super().__init__(loss)
         self.weights = {"classification": classification, "reconstruction": reconstruction}
 
@@ -261,8 +259,14 @@ RIDGES = tuple(10.0**power for power in range(-1, 5))
 class LinearProbe(Callback):
     """Logs val/probe_accuracy, the accuracy of a linear classifier on the model's features.
 
-    The classifier is a ridge regression on standardised features, fitted to samples of the training
+    The classifier is a ridge regression on standardized features, fitted to samples of the training
     split and measured on the validation split. The model itself does not learn the classes.
+
+    Args:
+        layer: name of the module whose outputs are the features, as `framework plan` shows it.
+        count: samples of the training split for the fit.
+        ridge: added to the diagonal of the features' mean second moments, in thousandths; null:
+            the power of ten from 0.1 to 10,000 with the smallest leave-one-out error.
     """
 
     changes_training = False
@@ -270,14 +274,6 @@ class LinearProbe(Callback):
     def __init__(
         self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None
     ):
-        """Store the settings.
-
-        Args:
-            layer: name of the module whose outputs are the features, as `framework plan` shows it.
-            count: samples of the training split for the fit.
-            ridge: added to the diagonal of the features' mean second moments, in thousandths; null:
-                the power of ten from 0.1 to 10,000 with the smallest leave-one-out error.
-        """
         self.layer = layer
         self.count = count
         self.ridge = ridge

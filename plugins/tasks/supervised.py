@@ -81,7 +81,11 @@ class Supervised(Task):
             check_first(self.criterion, step.outputs, step.targets)
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the targets in shape and type of the loss. Raises DataError if they do not fit."""
+        """Return the targets in shape and type of the loss.
+
+        Raises:
+            DataError: the targets do not fit the loss.
+        """
         return same_shape(outputs, targets if targets.is_floating_point() else targets.float())
 
     def check(self, data: Data) -> None:
@@ -135,15 +139,14 @@ class Supervised(Task):
         if user_code.user_place(error) is None:
             kind = TARGET_NAMES[self.target]
             shape = tuple(outputs.shape[1:])
-            reason = user_code.text_of(error)
             return DataError(
-                f"the loss {name} cannot take {kind} with outputs of shape {shape}: {reason}"
+                f"the loss {name} cannot take {kind} with outputs of shape {shape}:"
+                f" {user_code.text_of(error)}"
             )
-        shapes = (
-            f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        return DataError(
+            f"{user_code.describe(error)}, while computing the loss {name} of outputs of shape"
+            f" {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
         )
-        description = user_code.describe(error)
-        return DataError(f"{description}, while computing the loss {name} of {shapes}")
 
 
 @tasks.register("classification")

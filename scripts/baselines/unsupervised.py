@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import framework as fw
 import framework_conf
 from framework.experiment.load import open_run
-from framework_plugins.callbacks.generated_images import discrepancy, neighbours
+from framework_plugins.callbacks.generated_images import discrepancy, precision_and_coverage
 from framework_plugins.tasks.representation import least_squares
 
 
@@ -72,7 +72,7 @@ def quality(samples, count=1000):
     ((real, _),) = splits(False, "val")
     generated = samples.flatten(1)
     expected = real[:count].flatten(1).double()
-    values = [discrepancy(generated, expected), *neighbours(generated, expected)]
+    values = [discrepancy(generated, expected), *precision_and_coverage(generated, expected)]
     return "distance {:.4f} precision {:.3f} coverage {:.3f}".format(*map(float, values))
 
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from framework.cli.output import root_option, run_arguments
 from framework.cli.part_tables import find_part, overrides_for
-from framework.composition.catalogue import build
+from framework.composition.catalogue import build_index
 from framework.errors.paths import typed
 from framework.experiment.load import open_run
 from framework.registry.registry import Registry
@@ -173,7 +173,7 @@ def test_a_value_is_written_in_a_form_that_is_parsed_as_the_same_value(value, te
 
 @pytest.fixture(scope="module")
 def index():
-    return build([], [])[0]
+    return build_index([], [])[0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from framework.cli.main import COMMANDS
-from framework.composition.catalogue import build, cache_file, cached_index, entry_point_files
+from framework.composition.catalogue import build_index, cache_file, cached_index, entry_point_files
 from framework.registry.discovery import load_plugin, plugin_files
 from framework.registry.registry import Registry
 
@@ -118,7 +118,7 @@ class Project:
         importlib.invalidate_caches()
         self.built += 1
         plugins = [str((self.folder / name).resolve()) for name in self.plugins]
-        return build(plugins, [], self.trusted)
+        return build_index(plugins, [], self.trusted)
 
 
 def forget(folder):

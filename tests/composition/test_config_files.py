@@ -3,7 +3,7 @@
 import pytest
 
 from framework.composition.config_files import check_file, chosen_in, expand_choices, experiments_in
-from framework.composition.sources import Sources, line_of, read_yaml
+from framework.composition.sources import Sources, line_of, read_config_file
 from framework.errors import ConfigError
 
 TEXT = """\
@@ -176,7 +176,7 @@ def test_a_syntax_error_is_reported_with_its_line(tmp_path, monkeypatch, text, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.yaml") as error:
-        read_yaml(tmp_path / "x.yaml")
+        read_config_file(tmp_path / "x.yaml")
     assert message in str(error.value)
 
 

@@ -67,7 +67,7 @@ def test_the_class_of_a_sweeper_or_launcher_can_be_imported(plugin):
         pytest.importorskip(plugin.replaces.rpartition(".")[0])
     if plugin.needs is not None:
         pytest.importorskip(plugin.needs)
-    assert isinstance(sections.load(plugin.owner), type)
+    assert isinstance(sections.import_owner(plugin.owner), type)
 
 
 def test_the_process_of_a_job_registers_the_same_sections():

@@ -290,7 +290,7 @@ def test_the_command_stores_lists_and_removes(folder, command):
 def test_without_a_terminal_there_is_no_question(folder, command, monkeypatch):
     status, _, err = command("trust")
     assert status == 2
-    assert "no terminal" in err
+    assert "without a terminal" in err
     assert "--trust" in err
     assert not trust.is_trusted(folder)
 

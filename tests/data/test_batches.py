@@ -290,7 +290,7 @@ class Lengthless(Dataset):
         (3, "expected a split, a Data .* got 3"),
         (None, "got None"),
         (Lengthless(), "Lengthless has no `__len__`"),
-        ([((X, X), Y)], r"got tuple \(tuple of tuple, Tensor\); a Task of your own"),
+        ([((X, X), Y)], r"got tuple \(tuple of tuple, Tensor\); a custom Task"),
         ([(X.numpy(), Y.numpy())], r"got tuple \(tuple of ndarray, ndarray\); torch.as_tensor"),
         ([X.numpy()], r"got ndarray \(ndarray\); torch.as_tensor"),
         ([{"x": X, "y": Y}], r"got dict \(x, y\)"),

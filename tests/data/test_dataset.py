@@ -10,7 +10,7 @@ from framework.data.dataset import Data, TensorSplit, check_data
 from framework.errors import DataError, SettingError
 from framework_plugins.datasets.array_data import ArrayData
 from framework_plugins.datasets.readers.arrays import as_batch_of, numbers, read_array
-from framework_plugins.datasets.readers.scaling import moments, standardise
+from framework_plugins.datasets.readers.scaling import moments, standardize
 from framework_plugins.datasets.readers.splits import split_rows
 from framework_plugins.datasets.readers.targets import as_targets
 
@@ -89,7 +89,7 @@ def test_moments_are_per_feature_or_channel(shape, axes, kept):
 
 def test_a_constant_feature_becomes_zero():
     mean, std = moments(torch.full((1000, 1), 0.1))
-    assert standardise(torch.full((2, 1), 0.1), {"mean": mean, "std": std}).abs().max() < 1e-6
+    assert standardize(torch.full((2, 1), 0.1), {"mean": mean, "std": std}).abs().max() < 1e-6
 
 
 def test_statistics_are_measured_on_the_training_split_only():

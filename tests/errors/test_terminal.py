@@ -170,7 +170,7 @@ def test_without_escapes_an_untrusted_run_controls_the_terminal(run, command, mo
 
 
 def test_the_holder_in_a_lock_file_is_escaped(run, command, monkeypatch):
-    monkeypatch.setattr("framework.runs.folder.PATIENCE", 0.0)
+    monkeypatch.setattr("framework.system.locks.PATIENCE", 0.0)
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(f"process 1 on {HOSTILE}")

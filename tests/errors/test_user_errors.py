@@ -324,7 +324,7 @@ def test_a_part_that_breaks_its_contract_is_an_error(trained, settings, said):
 
 
 def test_an_error_in_on_exception_does_not_hide_the_first_error(trained):
-    said = r"on_exception of a callback fails too: KeyError.*mine.py:9"
+    said = r"on_exception of a callback also failed: KeyError.*mine.py:9"
     with pytest.warns(UserWarning, match=said):
         status, err = trained("callbacks=[c] callbacks.c.place=exception optimizer=o")
     assert status == 1
@@ -630,7 +630,7 @@ def test_a_wrong_return_value_of_user_code_is_an_error(arguments, said):
 
 
 def test_a_loss_that_depends_on_no_parameter_gives_a_warning():
-    with pytest.warns(UserWarning, match="depends on no parameter of the optimizer"):
+    with pytest.warns(UserWarning, match="does not depend on any parameter of the optimizer"):
         fit(task=lambda *_: torch.ones((), requires_grad=True))
 
 
@@ -800,7 +800,7 @@ optimizers.register("lbfgs", torch.optim.LBFGS)
             "train optimizer=withoutrate scheduler=null parameters.layer_decay=0.5",
             "framework: parameters.layer_decay: optimizer/withoutrate has no learning rate",
         ),
-        ("train optimizer=flagged", "an optimizer gets a list of "),
+        ("train optimizer=flagged", "an optimizer receives a list of "),
         ("plan optimizer=withoutrate scheduler=null", ""),
     ],
 )

@@ -244,7 +244,7 @@ def test_a_sweep_copied_without_links_resumes(command):
     shutil.rmtree(next(sweep.glob("001_*")))
     status, out, err = command(f"{swept} resume=auto run.root=copy")
     assert status == 0, err
-    assert "of which 1 trials are done" in out
+    assert "of which 1 trials are finished" in out
     assert (sweep / "best/config.yaml").resolve().parent.parent == sweep.resolve()
     assert (sweep / "best/config.yaml").resolve().parent.name.startswith("00")
     assert "seed: " + before.partition("seed: ")[2][0] in (sweep / "best/config.yaml").read_text()
@@ -282,7 +282,7 @@ def test_data_with_the_same_content_may_move_to_another_path(monkeypatch):
 OTHER = {
     "one_value": (
         {"value": "0.25"},
-        r"data .*has changed since it began \(.*other content in the .* split.*--inexact",
+        r"data .*has changed since it began \(.*the content of the .* split differs.*--inexact",
     ),
     "fewer_rows": ({"rows": 100}, r"has changed since it began \(.*samples: .*--inexact"),
 }
@@ -307,7 +307,10 @@ def test_other_content_at_the_same_path_gives_a_note(monkeypatch):
     rows[7] += 1
     np.savez("x.npz", x=rows, y=np.arange(40) % 2)
     _, messages = train_run(*lines, "resume=auto")
-    assert "the data has changed since the run began: other content in the train split" in messages
+    assert (
+        "the data has changed since the run began: the content of the train split differs"
+        in messages
+    )
 
 
 def test_the_data_of_a_run_of_an_older_version_may_not_move(monkeypatch):

@@ -222,7 +222,7 @@ def test_plan_as_json_and_on_a_terminal():
     shown = output.getvalue()
     assert "train 100 (4.69 KiB), val 3" in shown
     assert "40 = 10 epochs of 4, batches of 32" in shown
-    assert "960 FLOPs a sample forward" in shown
+    assert "960 FLOPs per sample forward" in shown
     assert "about 3.69 M to train" in shown
     assert "32 of 517 parameters" in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -260,7 +260,7 @@ def test_groups_of_parameters_are_shown_with_their_rates_and_decays():
 
 
 @pytest.mark.parametrize(
-    ("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 groups more")]
+    ("count", "last"), [(8, "8: 2, lr x 8, no weight decay"), (11, "and 3 more groups")]
 )
 def test_groups_without_names_are_numbered_and_many_are_cut_short(count, last):
     layers = [nn.Linear(2, 1, bias=False) for _ in range(count)]

@@ -158,7 +158,7 @@ def test_the_state_of_a_callback_after_the_checkpoint_callback_is_restored(
     [
         (
             "model.width=8",
-            r"another model: .*bias has shape \(16,\) in its checkpoint, and \(8,\) here",
+            r"another model: .*bias has shape \(16,\) in the checkpoint and \(8,\) in the config",
         ),
         ("optimizer=sgd", "another optimizer"),
         ("parameters.decay=all", "other groups of parameters"),
@@ -222,7 +222,7 @@ def test_a_finished_run_is_not_changed():
     finished, _ = train_run("run.name=a")
     before = weights(finished.folder)
     again, messages = train_run("run.name=a", "resume=auto")
-    assert messages == ["runs/default/a is done already"]
+    assert messages == ["runs/default/a is already finished"]
     assert again.metrics["test/accuracy"] == finished.metrics["test/accuracy"]
     assert weights(again.folder) == before
 
@@ -310,7 +310,7 @@ def test_a_run_is_initialized_from_the_weights_of_another_run():
     assert "of another shape" in messages[0]
     with pytest.raises(
         RunError,
-        match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there",
+        match=r"only 1 of 6 tensors match, .*of the 3 weight matrices: .*the source has \(16, 64\)",
     ):
         train_run(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
     with pytest.raises(

@@ -441,10 +441,7 @@ def test_an_inexact_resume_uses_the_groups_of_a_new_run(older, monkeypatch):
 def test_a_schedule_over_a_new_length_gives_a_note():
     train_run()
     _, messages = train_run("resume=auto", "trainer.max_steps=4")
-    assert any(
-        line.startswith("scheduler=cosine is laid out anew over 4 steps (was 3)")
-        for line in messages
-    )
+    assert any(line.startswith("scheduler=cosine covers 4 steps (was 3)") for line in messages)
     before = Path("runs/default/a/config.yaml").read_bytes()
     with pytest.raises(SettingError, match=r"max_exp_avg_sq.*amsgrad"):
         train_run("resume=auto", "trainer.max_steps=4", "optimizer.amsgrad=true", inexact=True)

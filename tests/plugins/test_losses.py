@@ -185,7 +185,7 @@ def test_focal_stays_finite_on_certain_outputs_and_explains_alpha():
     outputs = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
     fw.losses.build("focal", gamma=0.5)(outputs, torch.tensor([0, 0])).backward()
     assert outputs.grad.isfinite().all()
-    with pytest.raises(DataError, match=r"alpha=\[0.2, 0.8\]"):
+    with pytest.raises(DataError, match=r"loss.alpha=.* alpha=\[0.2, 0.8\]"):
         fw.losses.build("focal", alpha=0.25)(outputs, torch.tensor([0, 0]))
 
 

@@ -280,7 +280,7 @@ def is_between(row, one, other):
 )
 def test_a_transform_of_images_refuses_other_shapes_when_it_is_built(name):
     with pytest.raises(
-        (BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), gets \(64,\)"
+        (BuildError, ConfigError), match=rf"{name} expects images \(C, H, W\), got \(64,\)"
     ):
         fw.transforms.build(name, (64,), (10,))
 
@@ -476,7 +476,7 @@ def test_the_augmented_callback_changes_no_weights_and_needs_images():
     model = nn.Linear(6, 4)
     trainer = Trainer(max_steps=1, device="cpu", callbacks=[fw.callbacks.build("augmented")])
     with pytest.raises(
-        SettingError, match=r"callbacks.augmented: it shows images .* are torch.float32 \(6,\)"
+        SettingError, match=r"callbacks.augmented: expected images .* got torch.float32 \(6,\)"
     ):
         trainer.fit(
             model, split, task=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD(model.parameters())

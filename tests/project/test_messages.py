@@ -9,7 +9,7 @@ import messages
 
 def collect(source):
     tree = ast.parse(source)
-    return messages.messages_of(tree, messages.BUILT_IN_ERRORS | {"DataError"})
+    return messages.messages_of(tree, messages.BUILT_IN_ERRORS | {"DataError", "DataErrors"})
 
 
 def test_the_snapshot_has_all_messages():
@@ -31,6 +31,13 @@ def test_the_snapshot_has_all_messages():
         ),
         ("def reason(path) -> str:\n    return f'no {path}'", "reason: no {path}"),
         ("warnings.warn('no rows', stacklevel=2)", "warn: no rows"),
+        ("reader.problem('data.path', path, 'no rows')", "problem: no rows"),
+        ("raise DataErrors([f'{path} has no rows'])", "DataErrors: {path} has no rows"),
+        ("EMPTY = 'the file is empty'", "EMPTY: the file is empty"),
+        ("def read(path):\n    yield f'{path} is empty'", "read: {path} is empty"),
+        ("def read():\n    problems.append('the file is empty')", "read: the file is empty"),
+        ("def read():\n    text = 'the file is empty'", "read: the file is empty"),
+        ("class Reader:\n    doc: str = 'reads the file'", "doc: reads the file"),
     ],
 )
 def test_a_message_is_found(source, line):
@@ -38,7 +45,15 @@ def test_a_message_is_found(source, line):
 
 
 @pytest.mark.parametrize(
-    "source", ["raise OtherError('no rows')", "rows = 'no rows'", "DataError(text)"]
+    "source",
+    [
+        "raise OtherError('no rows')",
+        "rows = 'no rows'",
+        "DataError(text)",
+        "re.compile('the file is empty')",
+        "def read():\n    'Read all the rows.'",
+        "def read(path: 'Path or text or None'):\n    pass",
+    ],
 )
 def test_other_texts_are_not_messages(source):
     assert collect(source) == []

@@ -11,7 +11,7 @@ import yaml
 from framework.composition.spec import read_spec
 from framework.errors import RunError
 from framework.experiment.experiment import train
-from framework.runs.folder import RunFolder, code, package_version, provenance, read_config
+from framework.runs.folder import RunFolder, git_state, package_version, provenance, read_config
 
 
 def test_a_folder_is_named_by_the_user_or_by_the_time(tmp_path):
@@ -44,7 +44,7 @@ def test_a_name_cannot_lead_out_of_the_root(tmp_path, name):
 
 def test_a_root_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/default.* cannot be made: .*run\.root=.*file"):
+    with pytest.raises(RunError, match=r"file/default.* cannot be created: .*run\.root=.*file"):
         RunFolder(tmp_path / "file", "mine")
 
 
@@ -65,7 +65,7 @@ def test_written_files_are_read_back(tmp_path):
     [
         (None, "it has no config.yaml"),
         ("a: [", "is not valid YAML"),
-        ("- a", "holds no config"),
+        ("- a", "does not contain a config"),
         (b"\xff", "is not valid YAML"),
     ],
 )
@@ -156,13 +156,13 @@ def test_provenance_contains_the_uncommitted_changes(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-qm", "first")
     (tmp_path / "part.py").write_text("two\n")
-    code.cache_clear()  # another process
+    git_state.cache_clear()  # another process
     inside = provenance({})
     (tmp_path / "part.py").write_text("three\n")
     assert (
         provenance({})["git_diff"] == inside["git_diff"]
     )  # what is loaded is still what was read first
-    code.cache_clear()
+    git_state.cache_clear()
     assert inside["git_commit"] == git("rev-parse", "HEAD")
     assert "-one\n+two" in inside["git_diff"]
     json.dumps(inside)

@@ -396,7 +396,7 @@ def test_a_transform_may_reuse_its_memory_if_a_step_has_one_batch():
     assert_same(reusing.model, expected.model)
     accuracy = expected.state.metrics["train/accuracy"]
     assert reusing.state.metrics["train/accuracy"] == pytest.approx(accuracy)
-    with pytest.raises(fw.errors.SettingError, match=r"transforms=SameMemory: .* writes into"):
+    with pytest.raises(fw.errors.SettingError, match=r"transforms=SameMemory: .* overwrites"):
         fit(in_order(), SameMemory(), accumulate=2)
 
 

@@ -98,7 +98,7 @@ def test_a_failed_write_leaves_no_file_and_names_the_path(tmp_path):
     with pytest.raises(RunError, match=r"folder cannot be written: Is a directory"):
         write_file(tmp_path, "folder", "x")
     assert os.listdir(tmp_path) == ["folder"]
-    with pytest.raises(RunError, match="does not exist any more"):
+    with pytest.raises(RunError, match="no longer exists"):
         write_file(tmp_path / "removed", "file", "x")
 
 

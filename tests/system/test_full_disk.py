@@ -120,7 +120,7 @@ def test_a_deleted_folder_is_named_and_not_created_again(tmp_path, name):
     if name == "output":  # waits until the run has a folder
         append()
     else:
-        with pytest.raises(RunError, match=f"{folder} does not exist any more"):
+        with pytest.raises(RunError, match=f"{folder} no longer exists"):
             append()
     assert not folder.exists()
 
@@ -208,7 +208,7 @@ def test_a_run_with_a_deleted_or_renamed_folder_ends_and_creates_no_other(tmp_pa
         else:
             folder.rename(tmp_path / "moved")
 
-    with pytest.raises((RunError, CheckpointError), match=f"{folder} does not exist any more"):
+    with pytest.raises((RunError, CheckpointError), match=f"{folder} no longer exists"):
         fit(folder, saving(), At(4, act))
     assert not folder.exists()
 
@@ -331,7 +331,7 @@ def test_a_finished_run_with_torn_metrics_is_done_already(command):
         file.write(b'\xff\n{"step": 40, "ep')
     status, out, err = command(f"resume {run}")
     assert (status, err) == (0, "")
-    assert "is done already" in out
+    assert "is already finished" in out
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(command):
@@ -362,7 +362,7 @@ def test_only_the_trial_with_a_deleted_folder_fails(command, tmp_path, monkeypat
         "failed",
         "done",
     ]
-    assert "does not exist any more" in out
+    assert "no longer exists" in out
     assert not list(Path("runs/default/s").glob("001*"))
 
 
@@ -376,7 +376,7 @@ def test_a_sweep_with_a_deleted_folder_ends(command, monkeypatch):
     small = "data=blobs trainer.max_epochs=1 callbacks=[] loggers=[json_lines]"
     status, _, err = command(f"train -m {small} seed=0,1 sweep.name=s")
     assert status == 2
-    assert err.splitlines()[-1].endswith("the folder runs/default/s does not exist any more")
+    assert err.splitlines()[-1].endswith("the folder runs/default/s no longer exists")
     assert err.count("\n") == 1
     assert not Path("runs/default/s").exists()
 
@@ -442,9 +442,9 @@ def undisturbed(tmp_path_factory):
 
 FULL_AT = {
     "checkpoint": (ONE_BY_ONE, (writing, "write"), 1),
-    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder": (ONE_BY_ONE, (framework.runs.folder, "WriterLock"), 1),
     "checkpoint-as-one": (AS_ONE, (writing, "write"), 1),
-    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "only_writer"), 1),
+    "run-folder-as-one": (AS_ONE, (framework.runs.folder, "WriterLock"), 1),
 }
 
 
@@ -506,7 +506,7 @@ def test_a_search_with_a_deleted_folder_ends(fresh, monkeypatch):
     monkeypatch.setattr(Trains, "log_training", deleting)
     status, _, err = fresh(f"{SEARCH} {ONE_BY_ONE}")
     assert status == 2
-    assert err.splitlines()[-1].endswith("/runs/default/s does not exist any more")
+    assert err.splitlines()[-1].endswith("/runs/default/s no longer exists")
     assert not Path("runs/default/s").exists()
 
 
@@ -533,13 +533,13 @@ def test_errors_before_and_after_the_training_are_in_the_status(command, monkeyp
 
 
 def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
-    from framework.composition.catalogue import keep
+    from framework.composition.catalogue import write_cache
 
     content = {"stamps": {}, "index": "x" * 1000}
     with largest_file(100):
-        keep(tmp_path / "cache" / "index.json", 2**62, content)
+        write_cache(tmp_path / "cache" / "index.json", 2**62, content)
     assert not list((tmp_path / "cache").iterdir())
-    keep(tmp_path / "cache" / "index.json", 2**62, content)
+    write_cache(tmp_path / "cache" / "index.json", 2**62, content)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
 
 

@@ -198,7 +198,7 @@ def test_outside_of_a_repository_there_is_no_commit_and_no_diff(tmp_path):
 def test_a_large_diff_is_cut(repository):
     Path("part.py").write_text("line\n" * 300_000)
     diff = commit_and_diff(repository)[1]
-    assert len(diff) < git.MOST_BYTES + 100
+    assert len(diff) < git.MOST_DIFF_BYTES + 100
     assert diff.endswith(git.CUT)
 
 

@@ -245,7 +245,7 @@ def refused(command, tmp_path):
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,3:1,2:a"),
-            "c.ts, line 5: its channels have [3, 2] frames",
+            "c.ts, line 5: expected channels of equal length, got [3, 2] frames",
         ),
         (
             "sequences",
@@ -255,7 +255,7 @@ def refused(command, tmp_path):
         (
             "sequences",
             lambda: row("c.ts", 4, "1,2,3:1,2,3:"),
-            "c.ts, line 5: the class at its end is missing",
+            "c.ts, line 5: the class at the end of the line is missing",
         ),
         # texts and arrays
         (

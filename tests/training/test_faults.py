@@ -55,13 +55,13 @@ def numbers(loader, epoch=0, start=0):
 @pytest.mark.parametrize(
     ("fault", "how"),
     [
-        (lambda: os._exit(3), "exit status 3"),
+        (lambda: os._exit(3), "exited with status 3"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), r"SIGKILL \(out of memory\?\)"),
         (lambda: os.kill(os.getpid(), signal.SIGUSR2), "SIGUSR2"),
     ],
 )
 def test_the_error_of_a_dead_worker_has_its_sample_and_its_exit_status(fault, how):
-    with pytest.raises(DataError, match=f"^data worker reading sample 17 .* {how}$"):
+    with pytest.raises(DataError, match=f"^data worker reading sample 17 .*{how}$"):
         numbers(Loader(Squares([17], fault), eval_batch_size=5, workers=2))
     assert not multiprocessing.active_children()
 

@@ -202,7 +202,7 @@ LOSS = nn.CrossEntropyLoss()
             r"metrics: .* got 'accuracy'; .*fw\.metrics\.build\('accuracy'\)",
         ),
         ({"metrics": [Nameless()]}, "Nameless has no `name`"),
-        ({"metrics": [fw.metrics.build("accuracy")] * 2}, "two are logged by the name 'accuracy'"),
+        ({"metrics": [fw.metrics.build("accuracy")] * 2}, "two metrics have the name 'accuracy'"),
         ({"task": "classification"}, r"task: .* got 'classification'; .*fw\.tasks\.build"),
         ({"task": 3}, "task: .* got 3;"),
         (

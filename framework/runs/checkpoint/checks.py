@@ -16,7 +16,7 @@ from framework.system.files import MOST_DEPTH, levels
 
 MOST_PICKLE = 64 * 2**20  # bytes of the pickle in a torch file
 MOST_VALUES = 10_000_000  # in a training state; a shared value counts each time
-GLOBALS = re.compile(
+ALLOWED_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|tensor_v3|sparse_tensor)"
     r"|torch \w+Storage|torch\.storage UntypedStorage"
     r"|torch\.serialization _get_layout|torch Size|torch [a-z]\w*"
@@ -45,7 +45,7 @@ def check_size(file: BinaryIO, expected: int, path: Path) -> None:
             start = os.lseek(file.fileno(), end, os.SEEK_DATA)
         except OSError:  # no more data
             raise CheckpointError(
-                f"{path} has {size:,} bytes, but data for {data:,} bytes only"
+                f"{path} is a sparse file: {size:,} bytes, of which {data:,} are stored"
             ) from None
         end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
         data += end - start
@@ -91,7 +91,7 @@ def check_pickle(content: bytes) -> None:
             raise CheckpointError(
                 f"it has the instruction {code.name}, which is not allowed in a checkpoint"
             )
-        if code.name == "GLOBAL" and GLOBALS.fullmatch(str(argument)) is None:
+        if code.name == "GLOBAL" and ALLOWED_GLOBALS.fullmatch(str(argument)) is None:
             raise CheckpointError(
                 f"it names {short(argument, most=100, quote=False)}, "
                 "which is neither a tensor nor a plain type"
@@ -105,7 +105,7 @@ def check_training_size(training: dict[str, Any]) -> None:
         count += len(level)
         if count > MOST_VALUES or depth > MOST_DEPTH:
             raise CheckpointError(
-                f"its state has more than {MOST_VALUES:,} values, or is more than {MOST_DEPTH} deep"
+                f"its state has more than {MOST_VALUES:,} values, or more than {MOST_DEPTH} levels"
             )
         for value in level:
             if isinstance(value, Tensor):

@@ -15,8 +15,8 @@ TRAINING = "training.pt"
 MANIFEST = "MANIFEST.json"
 FILES = (MODEL, TRAINING, MANIFEST)
 SCHEMA = 1
-VISIBLE = re.compile(r"step-(\d{8,})")
-HIDDEN = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
+CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})")
+HIDDEN_FOLDER = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
 TEMPORARY_LINK = ".best"  # the link `best` before its rename
 
 
@@ -24,7 +24,7 @@ def listed(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder by step, also damaged ones."""
     if not folder.is_dir():
         return []
-    checkpoints = [path for path in folder.iterdir() if VISIBLE.fullmatch(path.name)]
+    checkpoints = [path for path in folder.iterdir() if CHECKPOINT_FOLDER.fullmatch(path.name)]
     return sorted(checkpoints, key=step_of)
 
 
@@ -52,7 +52,7 @@ def target_of(checkpoint: Path) -> Path:
         return checkpoint
     name = os.readlink(checkpoint)
     target = checkpoint.parent / name
-    if VISIBLE.fullmatch(name) is None or target.is_symlink():
+    if CHECKPOINT_FOLDER.fullmatch(name) is None or target.is_symlink():
         raise CheckpointError(
             f"{checkpoint} is a symbolic link to {name!r}; expected a checkpoint in the same folder"
         )

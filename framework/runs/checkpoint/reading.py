@@ -17,7 +17,7 @@ from .checks import check_memory, check_size, check_torch_file, check_training_s
 from .layout import MANIFEST, MODEL, SCHEMA, TRAINING, listed, own_sha256, target_of
 
 # Errors of a JSON document that has another form than the written one.
-FORM_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+JSON_FORM_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,7 +29,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = load_model(checkpoint)
     checkpoint = target_of(checkpoint)
     try:
-        with opened(checkpoint, TRAINING) as file:
+        with open_checkpoint_file(checkpoint, TRAINING) as file:
             check_torch_file(file)
             file.seek(0)
             training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
@@ -49,7 +49,7 @@ def load_model(checkpoint: Path) -> dict[str, Tensor]:
     verify(checkpoint, to_load=True)
     try:
         with (
-            opened(checkpoint, MODEL) as opened_file,
+            open_checkpoint_file(checkpoint, MODEL) as opened_file,
             safe_open(path_of(opened_file), "pt", device="cpu") as file,
         ):
             names = file.keys()  # `file` itself cannot be iterated
@@ -95,13 +95,13 @@ def verify(checkpoint: Path, to_load: bool = False) -> dict[str, Any]:
     checkpoint = target_of(checkpoint)
     files = manifest["files"]
     for name, expected in files.items():
-        with opened(checkpoint, name) as file:
+        with open_checkpoint_file(checkpoint, name) as file:
             check_size(file, expected["bytes"], checkpoint / name)
     if to_load:
         check_memory(checkpoint, sum(expected["bytes"] for expected in files.values()))
     for name, expected in files.items():
-        with opened(checkpoint, name) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        with open_checkpoint_file(checkpoint, name) as file:
+            digest = sha256_of(file)
         if digest != expected["sha256"]:
             raise CheckpointError(
                 f"{checkpoint / name} is damaged: its sha256 is not the one in {MANIFEST}"
@@ -132,7 +132,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         ) from None
     except RunError as error:
         raise CheckpointError(str(error)) from error
-    except (*FORM_ERRORS, RecursionError) as error:
+    except (*JSON_FORM_ERRORS, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
     for name in files.keys() - {MODEL, TRAINING}:
         raise CheckpointError(f"{path} lists {short(name)}, which is not a file of a checkpoint")
@@ -170,18 +170,18 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     checkpoint = target_of(checkpoint)
     path = checkpoint / MODEL
     try:
-        with opened(checkpoint, MODEL) as file:
+        with open_checkpoint_file(checkpoint, MODEL) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MOST_BYTES:
                 raise CheckpointError(f"{path} cannot be read: its header has {length:,} bytes")
             header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
         return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
-    except (*FORM_ERRORS, RunError, OverflowError) as error:
+    except (*JSON_FORM_ERRORS, RunError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def opened(checkpoint: Path, name: str) -> BinaryIO:
+def open_checkpoint_file(checkpoint: Path, name: str) -> BinaryIO:
     """Open a file of a checkpoint for reading.
 
     Raises:
@@ -194,6 +194,12 @@ def opened(checkpoint: Path, name: str) -> BinaryIO:
         raise CheckpointError(f"{missing} is missing") from None
     except (OSError, RunError) as error:
         raise CheckpointError(first_line(error)) from error
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the sha256 of the rest of a file."""
+    reader: Any = file  # typeshed wants a raw or buffered file, which a BinaryIO need not be
+    return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def path_of(file: BinaryIO) -> str:

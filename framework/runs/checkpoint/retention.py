@@ -10,7 +10,7 @@ from framework.system.files import TEMPORARY
 
 from .layout import (
     FILES,
-    HIDDEN,
+    HIDDEN_FOLDER,
     MANIFEST,
     TEMPORARY_LINK,
     discard,
@@ -53,7 +53,7 @@ def clean(folder: Path) -> None:
     if link.is_symlink() or link.is_file():
         link.unlink()
     for path in sorted(folder.iterdir()):
-        match = HIDDEN.fullmatch(path.name)
+        match = HIDDEN_FOLDER.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
         checkpoint = folder / match[1]
@@ -95,7 +95,7 @@ def link_to(saved: Path, name: str) -> None:
         else:
             os.replace(temporary, link)
     except OSError as error:
-        raise save_error(error)(f"the link {link} cannot be made: {error.strerror}") from error
+        raise save_error(error)(f"the link {link} cannot be created: {error.strerror}") from error
 
 
 def set_aside(folder: Path, chosen: Path) -> None:

@@ -23,7 +23,7 @@ def failure_cause(error: BaseException, folder: Path, needed: int) -> str:
         needed: the bytes of the checkpoint, which are named if the disk is full.
     """
     if not folder.parent.exists():
-        return f"the folder {folder.parent} does not exist any more"
+        return f"the folder {folder.parent} no longer exists"
     number = error_number(error)
     if number is None:
         return first_line(error)

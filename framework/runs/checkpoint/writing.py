@@ -77,9 +77,8 @@ def commit(folder: Path, state: Snapshot) -> Path:
         write(hidden, state)
         return publish(hidden, folder / folder_name(state.step))
     except UNWRITABLE as error:
-        cause = failure_cause(error, folder, needed)
         raise save_error(error)(
-            f"step {state.step} cannot be saved in {folder}: {cause}"
+            f"step {state.step} cannot be saved in {folder}: {failure_cause(error, folder, needed)}"
         ) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)  # after a success it has been renamed
@@ -121,7 +120,7 @@ def write_model(path: Path, state: Snapshot) -> None:
         raise CheckpointError(
             f"step {state.step} cannot be saved: the model's state: {first_line(error)}"
         ) from error
-    # safetensors makes a private file, whatever the umask
+    # safetensors makes a private file, whatever the umask.
     os.chmod(path, path.parent.stat().st_mode & 0o666)
 
 
@@ -140,7 +139,7 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 def holds_nan(tensor: Tensor) -> bool:
-    """Whether a tensor has a NaN; infinity is allowed, as in a mask."""
+    """Return whether a tensor has a NaN; infinity is allowed, as in a mask."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return False
     if tensor.element_size() == 1:

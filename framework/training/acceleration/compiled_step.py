@@ -1,7 +1,15 @@
-"""`torch.compile` of the model, of forward and backward, or of a step with its update."""
+"""`torch.compile` of the model, of forward and backward, or of a step with its update.
+
+`select_step` in `training/step.py` chooses:
+
+- compile=model: `Compiled` is the model of the eager step.
+- compile=step: `CompiledStep`; it passes steps of one batch to `CompiledSingleCall` if it can.
+
+Both are run by `ExplainedStep`.
+"""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,26 +62,30 @@ class Compiled:
         try:
             result = self.function(*inputs)
         except CompilationError as error:
-            cause = str(error)
-            folder = torch.__path__[0]
-            if " " in folder:
-                cause = f"it does not work from a folder with a space in its name ({folder})"
-            raise FrameworkError(
-                f"compile={self.setting}: torch cannot compile this; use compile=off: {cause}"
-            ) from error
+            raise self._compilation_error(error) from error
         if self.function.compile_seconds:
-            self.clock.add("compiling", self.function.compile_seconds)
-            self.compilations += 1
-            if self.compilations > EXPECTED_COMPILATIONS:
-                self._warn()
+            self._count_compilation(self.function.compile_seconds)
         return result
 
-    def _warn(self) -> None:
+    def _compilation_error(self, error: CompilationError) -> FrameworkError:
+        cause = str(error)
+        folder = torch.__path__[0]
+        if " " in folder:
+            cause = f"it does not work from a folder with a space in its name ({folder})"
+        return FrameworkError(
+            f"compile={self.setting}: torch cannot compile this; use compile=off: {cause}"
+        )
+
+    def _count_compilation(self, seconds: float) -> None:
+        self.clock.add("compiling", seconds)
+        self.compilations += 1
+        if self.compilations <= EXPECTED_COMPILATIONS:
+            return
         reason = self.function.reason() or "torch gives no reason"
         reason = " ".join(reason.splitlines()[0].partition("#")[0].split())
         warnings.warn(
-            f"compile={self.setting}: compiled {self.compilations} times ({reason}); "
-            f"after {self.function.limit} times torch runs other inputs eagerly",
+            f"compile={self.setting}: compiled {self.compilations} times ({reason});"
+            f" after {self.function.limit} times torch runs other inputs eagerly",
             stacklevel=2,
         )
 
@@ -120,7 +132,7 @@ class CompiledStep:
         if share is None and self.single_call is not None and self.single_call.is_ready():
             with self.clock.detail("forward, backward and update"):
                 return self.single_call(batch)
-        factor = self._factor(share)
+        factor = self._loss_factor(share)
         with self.clock.detail("forward and backward"):
             result, gradients = self.compiled_gradients(batch, factor)
         for parameter, gradient in zip(self.parameters.optimized, gradients, strict=True):
@@ -132,7 +144,7 @@ class CompiledStep:
                 parameter.grad = parameter.grad + gradient
         return result, False
 
-    def _factor(self, share: float | Tensor | None) -> Tensor | None:
+    def _loss_factor(self, share: float | Tensor | None) -> Tensor | None:
         """Return the factor on the loss: its share in the step, times the scale of fp16."""
         device = self.precision.device
         factor = None if share is None else torch.as_tensor(share, device=device)
@@ -143,13 +155,14 @@ class CompiledStep:
         return self.precision.scaled(factor)
 
     def _gradients(self, batch: Batch, factor: Tensor | None) -> tuple[Step, list[Tensor | None]]:
+        """Return the result, and the gradient of each optimized parameter (compiled)."""
         with self.precision.autocast():
             result = self.task.step(self.model, batch)
         loss = result.loss if factor is None else result.loss * factor
         parameters = self.parameters.optimized
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
-        gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
+        computed = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+        gradients = [next(computed) if p.requires_grad else None for p in parameters]
         return result.detach(), gradients
 
 
@@ -182,14 +195,14 @@ class CompiledSingleCall(SingleCallStep):
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
         """Run the step; not updated if the loss or a gradient is not finite."""
-        settings = [settings_without_tensors(group) for group in self.optimizer.param_groups]
+        settings = [constant_settings(group) for group in self.optimizer.param_groups]
         self.set_learning_rates()
         result, gradients, finite = self.compiled(batch, self.learning_rates, settings)
-        updated = not self.checks_finite or bool(finite)
-        if not updated:
-            for parameter, gradient in zip(self.trainable, gradients, strict=True):
-                parameter.grad = gradient
-        return result, updated
+        if not self.checks_finite or bool(finite):
+            return result, True
+        for parameter, gradient in zip(self.trainable, gradients, strict=True):
+            parameter.grad = gradient
+        return result, False
 
     def is_supported(self) -> bool:
         """Return whether the optimizer has the pure update that the function was compiled with."""
@@ -217,28 +230,50 @@ class CompiledSingleCall(SingleCallStep):
         except KeyError:
             return False
 
-    def _step(self, batch: Batch, rates: list[Tensor], settings: list[dict[str, Any]]) -> Any:
-        assert self.update is not None
+    def _step(
+        self, batch: Batch, rates: list[Tensor], settings: list[dict[str, Any]]
+    ) -> tuple[Step, Sequence[Tensor | None], Tensor | None]:
+        """Run the step; the function that is compiled.
+
+        Args:
+            batch: the batch.
+            rates: the learning rate of each group.
+            settings: the other settings of each group, which are constants of the compiled code.
+
+        Returns:
+            The result; and if the step checks whether the loss and the gradients are finite, the
+            gradients, and whether they are.
+        """
         with self.precision.autocast():
             result = self.task.step(self.model, batch)
         gradients = torch.autograd.grad(result.loss, self.trainable, allow_unused=True)
-        finite = None
-        if self.checks_finite:
-            finite = all_finite([result.loss, *gradients])
+        if not self.checks_finite:
+            self._update_parameters(gradients, rates, settings, None)
+            return result.detach(), (), None
+        finite = all_finite([result.loss, *gradients])
+        self._update_parameters(gradients, rates, settings, finite)
+        return result.detach(), gradients, finite
+
+    def _update_parameters(
+        self,
+        gradients: Sequence[Tensor | None],
+        rates: list[Tensor],
+        settings: list[dict[str, Any]],
+        condition: Tensor | None,
+    ) -> None:
+        """Update parameters and state in place if the condition is None or true (compiled)."""
+        assert self.update is not None
         with torch.no_grad():
             for parameter, gradient, state, index in zip(
                 self.trainable, gradients, self.states, self.group_indices, strict=True
             ):
                 if gradient is None:
                     continue
-                own = {**settings[index], "lr": rates[index]}
-                new, new_state = self.update(parameter, gradient, state, own)
-                write_if(finite, parameter, new)
+                group = {**settings[index], "lr": rates[index]}
+                new_parameter, new_state = self.update(parameter, gradient, state, group)
+                write_if(condition, parameter, new_parameter)
                 for name, tensor in new_state.items():
-                    write_if(finite, state[name], tensor)
-        if not self.checks_finite:
-            return result.detach(), (), None
-        return result.detach(), gradients, finite
+                    write_if(condition, state[name], tensor)
 
 
 class ExplainedStep:
@@ -285,8 +320,8 @@ class ExplainedStep:
         check_result(self.task, result, self.parameters.optimized)
 
 
-def settings_without_tensors(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group without its parameters and learning rate."""
+def constant_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group but its learning rate, which the call reads as a tensor."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 

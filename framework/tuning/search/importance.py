@@ -81,7 +81,7 @@ def importance_table(study: Study, metrics: Sequence[str]) -> Iterator[str]:
         for name, share in shares.items():
             bar = f"{'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {share:4.0%}"
             value = ranked[0].params.get(name)
-            best = "" if value is None else value_text(value)
+            best = "" if value is None else short_value(value)
             rows.append((name, bar, best, value_range(best_quarter, name)))
         yield ""
         yield from aligned(rows)
@@ -104,14 +104,14 @@ def value_range(trials: Sequence[FrozenTrial], name: str) -> str:
     if not values:
         return ""
     if all(isinstance(value, int | float) for value in values):
-        low = value_text(min(values))
-        high = value_text(max(values))
+        low = short_value(min(values))
+        high = short_value(max(values))
         return low if low == high else f"{low} to {high}"
     counts = Counter(map(str, values))
     return ", ".join(choice for choice, _ in counts.most_common())
 
 
-def value_text(value: Any) -> str:
+def short_value(value: Any) -> str:
     """Return a value as text, a real number with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -201,7 +201,7 @@ class AxisScale:
     def labels(self) -> list[tuple[float, str]]:
         """Return the height and text of each label."""
         values = self.choices or sorted({self.low, self.high})
-        return [(self(value), value_text(value)) for value in values]
+        return [(self(value), short_value(value)) for value in values]
 
 
 def draw_parallel(study: Study, names: Sequence[str], metric: str, objective: int = 0) -> Tensor:

@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial as OptunaTrial, TrialState
 
 from framework.composition.cached_composer import Composer
 from framework.composition.hydra_internals import result_of
-from framework.composition.overrides import own_settings, rewrite
+from framework.composition.overrides import own_settings
 from framework.contracts.direction import Direction
 from framework.contracts.duration import duration_seconds
 from framework.contracts.logger import Logger
@@ -35,11 +30,11 @@ from framework.runs.folder import read_config
 from framework.runtime.seeds import derive
 from framework.system.signals import received
 from framework.tuning.sweep.folder import SweepFolder, Trial
-from framework.tuning.sweep.sweeper import TrialSweeper
+from framework.tuning.sweep.sweeper import TrialSweeper, rewrite_params
 
 from .importance import charts, completed_trials, importance_table, objective_sign, ranked_trials
-from .settings import SECTION, Search, read_search
-from .space import Space
+from .settings import Search, read_search
+from .space import Distribution, Space
 from .study import OptunaDirection, create_study, make_sampler
 
 ENDED = ("done", "pruned", "failed")
@@ -80,15 +75,13 @@ class TrialProposer:
     def _draw(self, trial: OptunaTrial) -> list[str]:
         _ = trial.relative_params  # Optuna draws them on the first access: now, with this seed
 
-        def choose(name: str, distribution: BaseDistribution) -> Any:
+        def choose(name: str, distribution: Distribution) -> Any:
             self._reseed(trial.number, name)
             if isinstance(distribution, CategoricalDistribution):
                 return trial.suggest_categorical(name, distribution.choices)
             suggest: Any = trial.suggest_float
             if isinstance(distribution, IntDistribution):
                 suggest = trial.suggest_int
-            elif not isinstance(distribution, FloatDistribution):
-                raise TypeError(f"{name}: expected a number or choices, got {distribution}")
             return suggest(
                 name,
                 distribution.low,
@@ -201,19 +194,27 @@ class SearchLoop:
 
 
 class OptunaSweeper(TrialSweeper):
-    """The sweeper `hydra/sweeper=optuna`."""
+    """The sweeper `hydra/sweeper=optuna`.
+
+    Args:
+        settings: those of `Search`; they are checked when the metrics are known.
+    """
 
     def __init__(self, **settings: Any):
-        """Keep the settings; they are checked when the metrics are known."""
         self.settings = settings
 
     def sweep(self, arguments: list[str]) -> None:
-        """Search with the overrides of the command line. Raises ConfigError with their problems."""
+        """Search with the overrides of the command line.
+
+        Raises:
+            ConfigError: an override or a setting of the search is invalid.
+            RunError: the folder is that of another search, or cannot be written.
+        """
         runner = self.runner
         metrics = list(runner.objectives)
         search = read_search(self.settings, metrics)
         search.parallel = search.parallel or getattr(self.trial_launcher, "default_parallel", 1)
-        space = Space([*self.written(search), *arguments], self.loader)
+        space = Space([*self.settings_overrides(search), *arguments], self.loader)
         self.declare_swept(space)
         for choose in (lowest, highest):  # finds most mistakes before a folder is created
             self.composer.job(space.sample(choose), 0)
@@ -238,15 +239,11 @@ class OptunaSweeper(TrialSweeper):
     def composer(self) -> Composer:
         return self.runner.required_composer
 
-    def written(self, search: Search) -> list[str]:
+    def settings_overrides(self, search: Search) -> list[str]:
         """Return the overrides for the settings `params` and `pruner`."""
         composing = self.runner.composing
         params = [f"{key}={text}" for key, text in (search.params or {}).items()]
-        space = rewrite(params, composing.folders, True)
-        if space.problems:
-            place = f"({SECTION}.params)"
-            raise ConfigError([text.replace("(command line)", place) for text in space.problems])
-        arguments = [*space.arguments]
+        arguments = [*rewrite_params(params, composing).arguments]
         if search.pruner == "none":
             return arguments
         prune = {"callbacks.prune.pruner": search.pruner, "callbacks.prune.warmup": search.warmup}
@@ -277,7 +274,7 @@ class OptunaSweeper(TrialSweeper):
             if not self.compose(number, texts):
                 del composed[number]
         for first, overrides in consecutive(composed):
-            cause = "its process ended without an error"
+            cause = "its process ended without a result"
             try:
                 for job in self.trial_launcher.launch(overrides, initial_job_idx=first):
                     result_of(job)  # raises the error of a launcher's process
@@ -302,25 +299,30 @@ class OptunaSweeper(TrialSweeper):
             job = self.composer.job(overrides, number)
             runner.composed_jobs[number] = runner.assign_folder(job)
         except ConfigError as error:
-            settings = own_settings(overrides, runner.composing.overrides)
-            cause = "; ".join(error.problems)
-            runner.finish(Trial(number, settings, state="failed", error=cause, exit_status=2))
+            trial = Trial(
+                number,
+                own_settings(overrides, runner.composing.overrides),
+                state="failed",
+                error="; ".join(error.problems),
+                exit_status=2,
+            )
+            runner.finish(trial)
             return False
         return True
 
 
-def lowest(name: str, distribution: BaseDistribution) -> Any:
+def lowest(name: str, distribution: Distribution) -> Any:
     """Return the first choice, or the lowest number."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
-    return distribution.low  # type: ignore[attr-defined]
+    return distribution.low
 
 
-def highest(name: str, distribution: BaseDistribution) -> Any:
+def highest(name: str, distribution: Distribution) -> Any:
     """Return the last choice, or the highest number."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[-1]
-    return distribution.high  # type: ignore[attr-defined]
+    return distribution.high
 
 
 def report_search(study: Study, metrics: Sequence[str], folder: SweepFolder) -> None:

@@ -47,14 +47,23 @@ class Search:
 
 
 def read_search(settings: dict[str, Any], metrics: Sequence[str]) -> Search:
-    """Check and convert the settings of a search. Raises ConfigError with all problems."""
+    """Check and convert the settings of a search.
+
+    Args:
+        settings: by name, as in the config.
+        metrics: the metrics that trials are compared by.
+
+    Raises:
+        ConfigError: with all problems.
+    """
     known = read_settings(Search)
     values = {}
     problems = []
     for name, value in settings.items():
         if name not in known:
-            advice = did_you_mean(name, known)
-            problems.append(f"{SECTION}.{name}: there is no such setting; {advice}")
+            problems.append(
+                f"{SECTION}.{name}: there is no such setting; {did_you_mean(name, known)}"
+            )
             continue
         try:
             values[name] = known[name].convert(value)
@@ -79,10 +88,9 @@ def conflicts(search: Search, metrics: Sequence[str]) -> Iterator[str]:
         if search.sampler == "cma_es":
             yield f"{SECTION}.sampler=cma_es: expected one sweep.metric, got {len(metrics)}"
     if search.pruner != "none" and metrics[0].startswith("test/"):
-        advice = "use a metric of val/... or pruner=none"
         yield (
-            f"{SECTION}.pruner={search.pruner}: "
-            f"{metrics[0]} is measured after the trial has ended; {advice}"
+            f"{SECTION}.pruner={search.pruner}: {metrics[0]} is measured after the trial has "
+            "ended; use a metric of val/... or pruner=none"
         )
     if search.sampler == "cma_es" and find_spec("cmaes") is None:
         yield f"{SECTION}.sampler=cma_es: needs cmaes: pip install 'framework[tuning]'"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import (
-    BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
@@ -37,7 +36,8 @@ from framework.registry.schema import Setting, accepts
 
 LOG = "log"
 PER = "per "
-Choose = Callable[[str, BaseDistribution], Any]
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+Choose = Callable[[str, Distribution], Any]
 """Returns a value for the name and distribution of a hyperparameter."""
 
 
@@ -54,7 +54,7 @@ class Axis:
 
     key: str
     written: str
-    distribution: BaseDistribution
+    distribution: Distribution
     per: str | None = None
 
     @property
@@ -67,11 +67,21 @@ class Axis:
 class Space:
     """The hyperparameters of a search, and the overrides that all its trials share.
 
-    Raises ConfigError with all problems.
+    Attributes:
+        axes: the hyperparameters, in the order in which they are drawn.
+        fixed: the overrides that all trials share.
+        fixed_values: the values of these overrides, by key.
     """
 
     def __init__(self, arguments: Sequence[str], loader: ConfigLoader | None = None):
-        """Read Hydra's overrides; the last one of a key counts."""
+        """Read Hydra's overrides; the last one of a key counts.
+
+        Args:
+            loader: matches glob(...) with the options of a group.
+
+        Raises:
+            ConfigError: with all problems.
+        """
         parsed = parse_overrides(arguments, loader)
         by_key = {typed_key(override): override for override in parsed}
         self.problems: list[str] = []
@@ -87,15 +97,15 @@ class Space:
                 self._add_axis(key, override)
             else:
                 self.fixed_values[key] = override.value()
-        self.axes.sort(key=lambda axis: (axis.per is not None, key_depth(axis.key)))
+        self.axes.sort(key=lambda axis: (axis.per is not None, axis.key.count(".")))
         for axis in self.axes:
             self._check_owner(axis)
             self._check_count(axis)
         if "fold" in swept:
             text = as_typed(str(swept["fold"].input_line))
             self.problems.append(
-                f"{text}: a search would choose the easiest fold: expected one fold, such as "
-                "fold=1/5; for all folds of some settings, sweep without optuna"
+                f"{text}: expected one fold, such as fold=1/5, since a search would select "
+                "the fold with the best values; for several folds, sweep without optuna"
             )
         if not swept:
             self.problems.append(
@@ -107,7 +117,7 @@ class Space:
 
     @property
     def texts(self) -> list[str]:
-        """Descriptions of the axes, by which a resumed search recognizes its space."""
+        """Return a text for each axis, by which a resumed search recognizes its space."""
         texts = []
         for axis in self.axes:
             per = f" per {axis.per}" if axis.per else ""
@@ -138,15 +148,16 @@ class Space:
         if owner is None:
             return
         if not any(has_setting(owner.key, option, setting) for option in owner.options):
-            options = ", ".join(owner.options)
-            self.problems.append(f"{axis.key}: none of {options} has a setting {setting!r}")
+            self.problems.append(
+                f"{axis.key}: none of {', '.join(owner.options)} has a setting {setting!r}"
+            )
 
     def _check_count(self, axis: Axis) -> None:
         """Check that the number of values of a list is known."""
         if axis.per is None or axis.per in self.fixed_values or self._find_axis(axis.per):
             return
         advice = did_you_mean(axis.per, [each.key for each in self.axes if each.per is None])
-        self.problems.append(f"{axis.key}: per {axis.per}: this setting has no value; {advice}")
+        self.problems.append(f"{axis.key}: per {axis.per}: {axis.per} is not set; {advice}")
 
     def _find_axis(self, key: str) -> Axis | None:
         for axis in self.axes:
@@ -170,7 +181,7 @@ class Space:
         overrides = [*self.fixed]
         for axis in self.axes:
             if axis.key in chosen:
-                overrides += expand_job(f"{axis.written}={value_text(chosen[axis.key], axis)}")
+                overrides += expand_job(f"{axis.written}={override_value(chosen[axis.key], axis)}")
         return overrides
 
 
@@ -179,18 +190,16 @@ def typed_key(override: Override) -> str:
     return as_typed(f"{override.key_or_group}=_").partition("=")[0].replace("/", ".")
 
 
-def parent(key: str) -> str:
-    """Return the key of the part or section that a key belongs to."""
-    return key.rpartition(".")[0]
+def read_distribution(key: str, override: Override, log: bool) -> Distribution:
+    """Return the distribution of an override with several values.
 
+    Args:
+        key: the key as typed.
+        log: draw numbers on a logarithmic scale.
 
-def key_depth(key: str) -> int:
-    """Return how deeply a key is nested."""
-    return key.count(".")
-
-
-def read_distribution(key: str, override: Override, log: bool) -> BaseDistribution:
-    """Return the distribution of an override with several values. Raises ValueError."""
+    Raises:
+        ValueError: the values are not those of a distribution.
+    """
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         low = float(value.start or 0)
@@ -209,8 +218,12 @@ def read_distribution(key: str, override: Override, log: bool) -> BaseDistributi
     return CategoricalDistribution(choices)
 
 
-def range_distribution(series: Sequence[Any], step: Any, log: bool) -> BaseDistribution:
-    """Return the distribution of a series of numbers in ascending order. Raises ValueError."""
+def range_distribution(series: Sequence[Any], step: Any, log: bool) -> Distribution:
+    """Return the distribution of a series of numbers in ascending order.
+
+    Raises:
+        ValueError: the series is empty, or not one that can be drawn on a logarithmic scale.
+    """
     if log and step != 1:
         raise ValueError("the tag log needs a step of 1, or interval(...)")
     if not series:
@@ -240,11 +253,9 @@ def find_settings(key: str) -> list[Setting]:
 
 def settings_named(name: str, registries: Sequence[Registry]) -> list[Setting]:
     """Return the settings of that name of all parts."""
-    found = []
+    found: list[Setting] = []
     for registry in registries:
-        for entry in registry:
-            if name in entry.settings:
-                found += [entry.settings[name]]
+        found += [entry.settings[name] for entry in registry if name in entry.settings]
     return found
 
 
@@ -257,9 +268,9 @@ def find_registries(path: str) -> list[Registry]:
     by_key = Registry.by_key()
     if path in by_key:
         return [by_key[path]]
-    if parent(path) in by_key and by_key[parent(path)].kind.many:
-        return [by_key[parent(path)]]
-    name = path.rpartition(".")[2]
+    owner, _, name = path.rpartition(".")
+    if owner in by_key and by_key[owner].kind.many:
+        return [by_key[owner]]
     found = {}
     for setting in settings_named(name, list(Registry.every.values())):
         if setting.part:
@@ -277,10 +288,10 @@ def has_setting(path: str, name: str, setting: str) -> bool:
     return False
 
 
-def value_text(value: Any, axis: Axis) -> str:
+def override_value(value: Any, axis: Axis) -> str:
     """Return the text of a value in an override, a real number with its significant digits."""
     if isinstance(value, list):
-        texts = [value_text(each, axis) for each in value]
+        texts = [override_value(each, axis) for each in value]
         return f"[{','.join(texts)}]"
     distribution = axis.distribution
     if not isinstance(value, float) or not isinstance(distribution, FloatDistribution):

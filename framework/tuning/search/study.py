@@ -42,8 +42,8 @@ from optuna.trial import FrozenTrial, Trial
 
 Sampler = Literal["tpe", "cma_es", "random", "nsga2"]
 OptunaDirection = Literal["minimize", "maximize"]
-FILE = "study.journal"
-NAME = "search"
+JOURNAL_FILE = "study.journal"
+STUDY_NAME = "search"
 BLOCK_BYTES = 4096
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the table of the sweep shows the results
@@ -89,16 +89,20 @@ class Journal(BaseJournalBackend):
                         logs.append(log)
                     number += 1
         except OSError as error:
-            reason = failure_reason(self.path, error)
-            raise RunError(f"{self.path} cannot be read: {reason}") from error
+            raise RunError(
+                f"{self.path} cannot be read: {failure_reason(self.path, error)}"
+            ) from error
         self.logs_read = number
         self.bytes_read = offset
         return logs
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append lines in one write. Raises RunError when they cannot be written.
+        """Append lines in one write.
 
         Part of a line at the end of the file, left by a kill, is removed.
+
+        Raises:
+            RunError: the lines cannot be written.
         """
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
         journal = AppendFile(self.folder, self.path.name)
@@ -135,18 +139,22 @@ def end_of_last_line(file: BinaryIO) -> int:
 @lru_cache(maxsize=4)
 def cached_storage(folder: Path) -> JournalStorage:
     """Return the storage of a sweep folder, one for a process, so that it reads each line once."""
-    return JournalStorage(Journal(folder / FILE))
+    return JournalStorage(Journal(folder / JOURNAL_FILE))
 
 
 def open_storage(folder: Path) -> JournalStorage:
-    """Return the storage of a sweep folder. Raises RunError when its journal is damaged."""
+    """Return the storage of a sweep folder.
+
+    Raises:
+        RunError: the journal is damaged.
+    """
     try:
         return cached_storage(folder.resolve())
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        # Optuna does not check the types in a journal
-        cause = f"{type(error).__name__}: {error}"
+        # Optuna does not check the types in a journal.
         raise RunError(
-            f"{folder / FILE} is damaged, the search cannot be resumed: {cause}"
+            f"{folder / JOURNAL_FILE} is damaged, the search cannot be resumed: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -160,10 +168,14 @@ def create_study(
         directions: the direction of each objective.
         request: settings that must stay the same when a search goes on, by name.
 
-    Raises RunError when the existing study was created for another request.
+    Raises:
+        RunError: the existing study was created for another request.
     """
     study = optuna.create_study(
-        storage=open_storage(folder), study_name=NAME, directions=directions, load_if_exists=True
+        storage=open_storage(folder),
+        study_name=STUDY_NAME,
+        directions=directions,
+        load_if_exists=True,
     )
     for name, value in request.items():
         before = study.user_attrs.get(name)
@@ -218,11 +230,23 @@ class Judge:
     """
 
     def __init__(self, sweep: Path, number: int, pruner: BasePruner):
-        """Load the study. Raises RunError for a folder without one, and for an unknown trial."""
-        if not (sweep / FILE).is_file():
-            raise RunError(f"{sweep} is not the folder of a search: it contains no {FILE}")
+        """Load the study.
+
+        Args:
+            sweep: the sweep folder.
+            number: the number of the trial.
+            pruner: decides by the reported values.
+
+        Raises:
+            RunError: the folder has no study, or the study no such trial.
+        """
+        if not (sweep / JOURNAL_FILE).is_file():
+            raise RunError(f"{sweep} is not the folder of a search: it contains no {JOURNAL_FILE}")
         study = optuna.load_study(
-            study_name=NAME, storage=open_storage(sweep), sampler=RandomSampler(), pruner=pruner
+            study_name=STUDY_NAME,
+            storage=open_storage(sweep),
+            sampler=RandomSampler(),
+            pruner=pruner,
         )
         trials = study.get_trials(deepcopy=False)
         if number >= len(trials):

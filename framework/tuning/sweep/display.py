@@ -189,8 +189,8 @@ def make_display(
 class OutputCapture(io.TextIOBase):
     """Writes the output of a trial to a file in its run folder, and shows the last line.
 
-    Output is held back until the folder exists. Raises RunError once when the file cannot be
-    written; later output, such as the message of that error, is dropped.
+    Output is held back until the folder exists. If the file cannot be written, `write` raises
+    RunError once; later output, such as the message of that error, is dropped.
     """
 
     def __init__(self, folder: Path, display: Display):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from framework.errors import RunError
-from framework.runs.folder import NAME, check_encoding, claim, locked, only_writer
+from framework.runs.folder import FOLDER_NAME, check_encoding, claim, locked
 from framework.system.files import (
     MOST_LINE_BYTES,
     MOST_ROWS_BYTES,
@@ -33,9 +33,9 @@ from framework.system.files import (
     unwritable,
     write_file,
 )
-from framework.system.locks import HeldLock, are_off, lock
+from framework.system.locks import WriterLock, lock, locks_disabled
 
-State = Literal["running", "done", "pruned", "failed", "stopped"]
+TrialStatus = Literal["running", "done", "pruned", "failed", "stopped"]
 REQUEST = "sweep.json"
 ROWS = "sweep.jsonl"
 LOCK = "sweep.lock"
@@ -73,7 +73,7 @@ class Trial:
     number: int
     settings: dict[str, Any]
     folder: str = ""
-    state: State = "running"
+    state: TrialStatus = "running"
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
@@ -83,7 +83,7 @@ class Trial:
 
     @property
     def is_finished(self) -> bool:
-        """Whether a resumed sweep skips it; failed and stopped trials run again."""
+        """Return whether a resumed sweep skips it; failed and stopped trials run again."""
         return self.state in ("done", "pruned")
 
 
@@ -92,7 +92,7 @@ class SweepFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lock: BinaryIO | HeldLock | None = None
+        self.lock: BinaryIO | WriterLock | None = None
         self.rows: dict[int, Trial] = {}  # the last row of each trial, as far as read
         self.offset = 0
 
@@ -100,10 +100,22 @@ class SweepFolder:
     def claim(
         cls, root: Path, experiment: str, name: str | None, request: Mapping[str, Any]
     ) -> "SweepFolder":
-        """Create a folder and save the request. Raises RunError for an invalid or taken name."""
-        if name is not None and (not re.fullmatch(NAME, name) or ".." in name):
-            expected = "letters, digits, '.', '_' and '-' (at most 128)"
-            raise RunError(f"sweep.name: expected {expected}, got {name!r}")
+        """Create a folder and save the request.
+
+        Args:
+            root: the folder of all runs.
+            experiment: the name of the experiment.
+            name: of the folder; None for the date and time.
+            request: the content of sweep.json.
+
+        Raises:
+            RunError: the name is invalid or taken, or the folder cannot be created.
+        """
+        if name is not None and (not re.fullmatch(FOLDER_NAME, name) or ".." in name):
+            raise RunError(
+                "sweep.name: expected letters, digits, '.', '_' and '-' (at most 128), "
+                f"got {name!r}"
+            )
         parent = root / experiment
         check_encoding(parent.resolve())
         try:
@@ -138,10 +150,14 @@ class SweepFolder:
         return request if is_request(request) else {}
 
     def acquire(self) -> None:
-        """Lock the sweep until `release`. Raises RunError when another process runs it."""
+        """Lock the sweep until `release`.
+
+        Raises:
+            RunError: another process runs the sweep.
+        """
         path = self.path / LOCK
-        if are_off():
-            self.lock = only_writer(self.path, LOCK)
+        if locks_disabled():
+            self.lock = WriterLock(self.path, LOCK)
             return
         try:
             file = open_file(self.path, LOCK, "a")
@@ -149,8 +165,9 @@ class SweepFolder:
             raise unwritable(path, error) from error
         if not lock(file, path, wait=False):
             file.close()
-            advice = "wait for it, or choose another sweep.name"
-            raise RunError(f"{self.path} is run by another process: {advice}")
+            raise RunError(
+                f"{self.path} is run by another process: wait for it, or choose another sweep.name"
+            )
         self.lock = file
 
     def release(self) -> None:
@@ -160,7 +177,8 @@ class SweepFolder:
     def record(self, trial: Trial) -> None:
         """Append a row in one write, on its own line also after one that a kill left incomplete.
 
-        Raises RunError when it cannot be written; then no part of it is.
+        Raises:
+            RunError: the row cannot be written; then no part of it is.
         """
         row = asdict(trial)
         for name, value in trial.metrics.items():
@@ -228,8 +246,9 @@ class SweepFolder:
 def check_unused(path: Path) -> None:
     """Raise RunError when a folder is one of a sweep or run."""
     if (path / REQUEST).exists() or (path / "config.yaml").exists():
-        advice = "choose another sweep.name, or continue it with resume=auto"
-        raise RunError(f"{path} exists already: {advice}")
+        raise RunError(
+            f"{path} exists already: choose another sweep.name, or continue it with resume=auto"
+        )
 
 
 def is_request(content: Any) -> bool:
@@ -268,10 +287,10 @@ def parse_trial(line: bytes) -> Trial | None:
         trial.metrics[name] = math.nan if value is None else value
     if not all(isinstance(value, Number) for value in trial.metrics.values()):
         return None
-    if trial.state not in get_args(State):
+    if trial.state not in get_args(TrialStatus):
         return None
-    is_inside = re.fullmatch(NAME, trial.folder) and ".." not in trial.folder
-    return trial if is_inside or not trial.folder else None
+    is_name = re.fullmatch(FOLDER_NAME, trial.folder) and ".." not in trial.folder
+    return trial if is_name or not trial.folder else None
 
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:

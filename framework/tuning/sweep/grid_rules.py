@@ -26,7 +26,7 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
 }
 COMPARISON = re.compile(r"([\w.]+)\s*(!=|<=|>=|=|<|>)\s*(.+)")
-EXPECTED = "a rule like model=rnn -> norm=layer, or like model!=rnn or norm=layer"
+RULE_FORM = "a rule like model=rnn -> norm=layer, or like model!=rnn or norm=layer"
 Axes = Mapping[str, Sequence[str]]
 """By key as typed: an override for each of its values."""
 
@@ -34,7 +34,12 @@ Axes = Mapping[str, Sequence[str]]
 def combinations(axes: Axes, zipped: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Return all combinations of overrides, the last key changing fastest.
 
-    Raises ConfigError when `zipped` is invalid.
+    Args:
+        axes: the overrides with several values.
+        zipped: groups of keys whose values are paired.
+
+    Raises:
+        ConfigError: `zipped` is invalid.
     """
     problems: list[str] = []
     for keys in zipped:
@@ -45,14 +50,14 @@ def combinations(axes: Axes, zipped: Sequence[Sequence[str]]) -> list[tuple[str,
     if problems:
         raise ConfigError(problems)
     joined: list[list[tuple[str, ...]]] = []
-    done: set[str] = set()
+    seen: set[str] = set()
     for key in axes:
-        if key in done:
+        if key in seen:
             continue
         group = next((keys for keys in zipped if key in keys), [key])
         members = [axes[each] for each in axes if each in group]
         joined.append(list(zip(*members, strict=True)))
-        done.update(group)
+        seen.update(group)
     return [tuple(chain(*combination)) for combination in product(*joined)]
 
 
@@ -111,12 +116,19 @@ class Rule:
     """
 
     def __init__(self, text: str, known: Iterable[str]):
-        """Parse a rule. Raises ConfigError; `known`: the keys that it may contain."""
+        """Parse a rule.
+
+        Args:
+            known: the keys that it may contain.
+
+        Raises:
+            ConfigError: the rule has another form or an unknown key.
+        """
         self.text = text
         self.known = sorted(known)
         sides = re.split(r"\s*->\s*", text.strip())
         if len(sides) > 2:
-            raise ConfigError([f"sweep.where={text}: expected {EXPECTED}"])
+            raise ConfigError([f"sweep.where={text}: expected {RULE_FORM}"])
         self.sides = [self._side(side) for side in sides]
 
     def _side(self, text: str) -> Side:
@@ -129,12 +141,12 @@ class Rule:
     def _comparison(self, text: str) -> Comparison:
         match = COMPARISON.fullmatch(text.strip())
         if match is None:
-            problem = f"expected {EXPECTED}; cannot parse {text.strip()!r}"
-            raise ConfigError([f"sweep.where={self.text}: {problem}"])
+            raise ConfigError(
+                [f"sweep.where={self.text}: expected {RULE_FORM}; cannot parse {text.strip()!r}"]
+            )
         key, symbol, value = match.groups()
         if key not in self.known:
-            advice = did_you_mean(key, self.known)
-            problem = f"{key} is not set in this sweep; {advice}"
+            problem = f"{key} is not set in this sweep; {did_you_mean(key, self.known)}"
             raise ConfigError([f"sweep.where={self.text}: {problem}"])
         return Comparison(key, symbol, parse_value(value))
 
@@ -147,11 +159,12 @@ class Rule:
 
 def parse_value(text: str) -> Any:
     """Return the number, truth value, null or text; 1e-3 is a number, as in an override."""
+    if re.fullmatch(r"null|true|false", text, re.IGNORECASE):
+        return yaml.safe_load(text)
     try:
         if re.fullmatch(r"[+-]?\d+", text):
             return int(text)
         number = float(text)
     except ValueError:
-        is_constant = re.fullmatch(r"null|true|false", text, re.IGNORECASE)
-        return yaml.safe_load(text) if is_constant else text.strip("'\"")
+        return text.strip("'\"")
     return number if math.isfinite(number) else text

@@ -5,12 +5,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from framework.composition.sections import HYDRA_PLUGINS, HydraPlugin, load, plugin_settings
+from framework.composition.sections import HYDRA_PLUGINS, HydraPlugin, import_owner, plugin_settings
 from framework.errors import ConfigError, FrameworkError, SettingError
 from framework.tuning.sections import DEFAULTS
 
 
-def build(config: DictConfig, group: str, chosen: bool) -> Any:
+def build_plugin(config: DictConfig, group: str, chosen: bool) -> Any:
     """Return the sweeper or launcher of a composed config, or None for one of a Hydra plugin.
 
     Args:
@@ -19,7 +19,9 @@ def build(config: DictConfig, group: str, chosen: bool) -> Any:
         chosen: whether the user chose it; otherwise the default of sweeps replaces Hydra's, with
             the settings that both have.
 
-    Raises ConfigError for invalid settings, and FrameworkError when a required package is missing.
+    Raises:
+        ConfigError: settings are invalid.
+        FrameworkError: a required package is missing.
     """
     name = config.hydra.runtime.choices[f"hydra/{group}"]
     settings: Any = OmegaConf.to_container(config.hydra[group], resolve=True)
@@ -41,16 +43,19 @@ def build(config: DictConfig, group: str, chosen: bool) -> Any:
 def load_owner(plugin: HydraPlugin) -> Any:
     """Import the class of a sweeper or launcher.
 
-    Raises FrameworkError when a required package is missing.
+    Raises:
+        FrameworkError: a required package is missing.
     """
     try:
-        return load(plugin.owner)
+        return import_owner(plugin.owner)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if plugin.needs is None or missing != plugin.needs:
             raise
-        needed = f"hydra/{plugin.group}={plugin.name} needs {plugin.needs}"
-        raise FrameworkError(f"{needed}: pip install 'framework[tuning]'") from None
+        raise FrameworkError(
+            f"hydra/{plugin.group}={plugin.name} needs {plugin.needs}: "
+            "pip install 'framework[tuning]'"
+        ) from None
 
 
 def setting_problems(plugin: HydraPlugin, settings: Mapping[str, Any]) -> Iterator[str]:

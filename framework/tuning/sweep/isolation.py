@@ -21,7 +21,7 @@ def set_path(path: list[str]) -> None:
 
 GetterAndSetter = tuple[Callable[[], Any], Callable[[Any], Any]]
 
-GLOBALS: list[GetterAndSetter] = [
+GLOBAL_STATE: list[GetterAndSetter] = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -42,7 +42,7 @@ def isolated() -> Iterator[None]:
     Global state is: random generators, settings of torch, environment variables, the working
     folder, `sys.path`, warnings and loggers.
     """
-    before = [get() for get, _ in GLOBALS]
+    before = [get() for get, _ in GLOBAL_STATE]
     cudnn = {name: getattr(torch.backends.cudnn, name) for name in CUDNN_FLAGS}
     environment = dict(os.environ)
     loggers = [(logger, logger_state(logger)) for logger in all_loggers()]
@@ -50,7 +50,7 @@ def isolated() -> Iterator[None]:
         with seeds.undisturbed(), warnings.catch_warnings():
             yield
     finally:
-        for (get, set_value), value in zip(GLOBALS, before, strict=True):
+        for (get, set_value), value in zip(GLOBAL_STATE, before, strict=True):
             if get() != value:
                 set_value(value)
         for name, value in cudnn.items():
@@ -60,7 +60,7 @@ def isolated() -> Iterator[None]:
             os.environ.clear()
             os.environ.update(environment)
         restore_loggers(loggers)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch does not type it
             gc.collect()  # tensors in reference cycles
             torch.cuda.empty_cache()
 
@@ -94,4 +94,5 @@ def restore_loggers(loggers: list[tuple[logging.Logger, dict[str, Any]]]) -> Non
                 handler.close()
         for name, value in state.items():
             setattr(logger, name, value)
-    logging.root.manager._clear_cache()  # type: ignore[attr-defined]  # of effective levels
+    # The cache of effective levels; typeshed does not list the private method.
+    logging.root.manager._clear_cache()  # type: ignore[attr-defined]

@@ -37,8 +37,8 @@ class Joblib(JoblibLauncher):  # type: ignore[misc]  # the package is not typed
         """Run jobs in workers; after a signal, jobs that have not started return as stopped."""
         settings = self.joblib
         results: Sequence[JobReturn]
-        if effective_n_jobs(settings.get("n_jobs", 1)) == 1:  # in this process
-            results = super().launch(job_overrides, initial_job_idx)
+        if effective_n_jobs(settings.get("n_jobs", 1)) == 1:
+            results = super().launch(job_overrides, initial_job_idx)  # in this process
             return results
         self.joblib = settings | {"initializer": InitWorker(os.getpid())}
         with forwarding(worker_pids) as forward, watching(forward):
@@ -85,7 +85,7 @@ def watching(forward: Forward) -> Iterator[None]:
             thread.join()
 
 
-def executor() -> Any:
+def worker_executor() -> Any:
     """Return joblib's executor of workers, or None if it has none."""
     module: Any = sys.modules.get("joblib.externals.loky.reusable_executor")
     return getattr(module, "_executor", None)
@@ -93,11 +93,11 @@ def executor() -> Any:
 
 def worker_pids() -> list[int]:
     """Return the process ids of joblib's workers."""
-    return list(getattr(executor(), "_processes", None) or ())
+    return list(getattr(worker_executor(), "_processes", None) or ())
 
 
 def stop_workers() -> None:
     """End joblib's workers."""
-    running = executor()
-    if running is not None:
-        running.shutdown(wait=True, kill_workers=True)
+    executor = worker_executor()
+    if executor is not None:
+        executor.shutdown(wait=True, kill_workers=True)

@@ -12,7 +12,7 @@ from framework.composition.compose import Job
 from framework.system.signals import received
 
 from .folder import Trial
-from .trial_runner import TrialRunner, check_task
+from .trial_runner import TrialRunner, check_task_function
 
 
 class OneByOne(Launcher):
@@ -26,7 +26,7 @@ class OneByOne(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.runner = check_task(task_function)
+        self.runner = check_task_function(task_function)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -37,7 +37,7 @@ class OneByOne(Launcher):
             ended = self.run(jobs)
         results = []
         for trial, job in zip(ended, jobs, strict=False):
-            results.append(completed(self.runner.task_result(trial), job.overrides))
+            results.append(completed_job(self.runner.task_result(trial), job.overrides))
         return results
 
     def run(self, jobs: list[Job]) -> list[Trial]:
@@ -50,7 +50,7 @@ class OneByOne(Launcher):
         return ended
 
 
-def completed(value: Any, overrides: Sequence[str]) -> JobReturn:
+def completed_job(value: Any, overrides: Sequence[str]) -> JobReturn:
     """Return the result of a job in the form that Hydra's sweepers expect."""
     result = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     result.return_value = value

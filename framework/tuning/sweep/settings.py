@@ -3,29 +3,33 @@
 from collections.abc import Sequence
 from typing import Literal
 
-Mode = Literal["auto", "min", "max"]
+ObjectiveMode = Literal["auto", "min", "max"]
 
 
 class Sweep:
-    """The name of a sweep, the objective of its trials, and the combinations that it leaves out."""
+    """The name of a sweep, the objective of its trials, and the combinations that it leaves out.
+
+    Args:
+        name: name of the sweep's folder; null: the date and time.
+        metric: metric to compare trials by; a list for a search with several objectives.
+        mode: min or max; auto: the better direction of the metric; a list if `metric` is one.
+        zip: settings whose values are paired instead of crossed: [a, b], or [[a, b], [c, d]].
+        where: a rule for combinations: "model=rnn -> norm=layer"; or a list of rules.
+
+    Attributes:
+        metrics, modes: one of each for each objective.
+        zipped: the groups of settings that are paired.
+        rules: the rules for combinations.
+    """
 
     def __init__(
         self,
         name: str | None = None,
         metric: str | Sequence[str] = "val/loss",
-        mode: Mode | Sequence[Mode] = "auto",
+        mode: ObjectiveMode | Sequence[ObjectiveMode] = "auto",
         zip: Sequence[str] | Sequence[Sequence[str]] = (),  # noqa: A002  # the name of a setting
         where: str | Sequence[str] = "",
     ):
-        """Convert single values to lists.
-
-        Args:
-            name: name of the sweep's folder; null: the date and time.
-            metric: metric to compare trials by; a list for a search with several objectives.
-            mode: min or max; auto: the better direction of the metric; a list if `metric` is one.
-            zip: settings whose values are paired instead of crossed: [a, b], or [[a, b], [c, d]].
-            where: a rule for combinations: "model=rnn -> norm=layer"; or a list of rules.
-        """
         self.name = name
         self.metrics = [metric] if isinstance(metric, str) else list(metric)
         self.modes = [mode] * len(self.metrics) if isinstance(mode, str) else list(mode)

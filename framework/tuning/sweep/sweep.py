@@ -9,10 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from framework.composition.cached_composer import Composer
-from framework.composition.compose import CommandLine, Composing, Job, notes, opened, to_tree
+from framework.composition.compose import (
+    CommandLine,
+    Composing,
+    Job,
+    opened_composition,
+    print_override_notes,
+    to_tree,
+)
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
 from framework.composition.override_checks import hydra_fault
 from framework.composition.override_syntax import of_hydra
@@ -24,18 +32,20 @@ from framework.errors.terminal import print_line
 from framework.experiment.result import Result
 from framework.registry.registry import Registry
 from framework.runtime.console import console
-from framework.system.signals import interruptible
+from framework.system.signals import Interrupt, interruptible
 
 from .folder import REQUEST, SweepFolder
-from .hydra_plugins import build
-from .settings import Sweep
+from .hydra_plugins import build_plugin
+from .settings import ObjectiveMode, Sweep
 from .table import Objectives, results_table, summary
-from .trial_runner import Plan, TrialRunner
+from .trial_runner import PlanLines, TrialRunner
 
 Explain = Callable[[Exception], Sequence[str]]
-IGNORED = re.compile(r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))")
+NOT_COMPARED = re.compile(
+    r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
+)
 """Overrides that may differ between a command and the one that resumes its sweep without a name."""
-CHANGEABLE = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
+NOT_COMPARED_BY_NAME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
 """Keys that may differ between a command and one that resumes its sweep by name."""
 
 
@@ -43,7 +53,7 @@ def sweep(
     line: CommandLine,
     task: Callable[[Job], Result | None],
     explain: Explain = lambda error: [str(error)],
-    plan: Plan | None = None,
+    plan: PlanLines | None = None,
 ) -> None:
     """Compose a sweep, run a task on each of its jobs, and print a table of the results.
 
@@ -55,20 +65,23 @@ def sweep(
         explain: returns the lines of an error message.
         plan: yields lines about the jobs, which are printed instead of running them.
 
-    Raises ConfigError before the first job runs, with all problems; PluginError for plugins that
-    cannot be loaded; and FrameworkError with the number of failed trials.
+    Raises:
+        ConfigError: the experiment, the sweep or one of its jobs has problems.
+        PluginError: a plugin cannot be loaded.
+        DiskFull: a trial found a full disk.
+        FrameworkError: trials failed, or none measured the metric.
     """
-    with opened(line) as (composing, hydra):
-        notes(composing.overrides.notes)
+    with opened_composition(line) as (composing, hydra):
+        print_override_notes(composing.overrides.notes)
         config = compose_config(hydra, composing.arguments, multirun=True)
         typed = composing.overrides.typed
-        sweeper = build(config, "sweeper", "hydra.sweeper" in typed)
-        launcher = build(config, "launcher", "hydra.launcher" in typed)
+        sweeper = build_plugin(config, "sweeper", "hydra.sweeper" in typed)
+        launcher = build_plugin(config, "launcher", "hydra.launcher" in typed)
         choices = config.hydra.runtime.choices
         check_hydra(composing, choices["hydra/launcher"])
         if plan is not None and choices["hydra/sweeper"] not in ("basic", "grid"):
             raise ConfigError(
-                ["plan -m lists the trials of a grid; a search draws its trials while it runs"]
+                ["plan -m lists the trials of a grid; a search samples its trials while it runs"]
             )
         runner = prepare_sweep(composing, config, task, explain)
         runner.composer = Composer(hydra.config_loader, config, composing)
@@ -77,14 +90,20 @@ def sweep(
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         with nullcontext() if launcher is None else launcher_in_use(launcher):
             sweeper = set_up_sweeper(sweeper, hydra, config, runner)
-            try:
-                with interruptible() as interrupt:
-                    sweeper.sweep(overrides)
-            finally:
-                if runner.opened is not None:
-                    print_results(runner.opened, runner.objectives)
-                    runner.opened.release()
+            interrupt = run_sweeper(sweeper, runner, overrides)
     exit_or_raise(runner, interrupt.received)
+
+
+def run_sweeper(sweeper: Sweeper, runner: TrialRunner, overrides: list[str]) -> Interrupt:
+    """Run a sweeper, and print the results also after an error; return the signal handler."""
+    try:
+        with interruptible() as interrupt:
+            sweeper.sweep(overrides)
+    finally:
+        if runner.opened is not None:
+            print_results(runner.opened, runner.objectives)
+            runner.opened.release()
+    return interrupt
 
 
 def check_hydra(composing: Composing, launcher: str) -> None:
@@ -101,25 +120,31 @@ def check_hydra(composing: Composing, launcher: str) -> None:
 
 
 def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain) -> TrialRunner:
-    """Return the runner for a composed config. Raises ConfigError."""
-    experiment = config.hydra.runtime.choices.get("experiment") or "default"
-    line = composing.line
-    swept = composing.overrides.swept
+    """Return the runner for a composed config.
+
+    Raises:
+        ConfigError: settings of the sweep are invalid.
+    """
     rest = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     tree = to_tree(rest, composing.sources)
+    raw: Any = OmegaConf.to_container(rest)
+    swept = composing.overrides.swept
     reader = Reader(tree, composing.sources)
     sections = {}
     for name in ("sweep", "run"):
         sections[name] = reader.settings(name, section_settings(name), tree[name], name)
     metrics = reader.many(Registry.every["metric"].kind)
     if tree.get("resume") not in ("never", "auto"):
-        advice = "continues a single run; use resume=auto for a sweep"
-        reader.problem("resume", tree["resume"], advice)
-    raw: Any = OmegaConf.to_container(rest)
+        reader.problem(
+            "resume", tree["resume"], "continues a single run; use resume=auto for a sweep"
+        )
     run_name = raw["run"].get("name")
     if run_name is not None and "${" not in str(run_name) and "run.name" not in swept:
-        advice = "each trial has its own run name; name the sweep with sweep.name=..."
-        reader.problem("run.name", run_name, advice)
+        reader.problem(
+            "run.name",
+            run_name,
+            "each trial has its own run name; name the sweep with sweep.name=...",
+        )
     if reader.problems:
         raise ConfigError(reader.problems)
     section = Sweep(**sections["sweep"])
@@ -128,12 +153,13 @@ def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain
         directions = metric_directions(make() for make in metrics)
     objectives = read_objectives(section, directions)
     request = {
-        "command": line.overrides,
-        "plugins": line.plugins,
+        "command": composing.line.overrides,
+        "plugins": composing.line.plugins,
         "by": objectives,
         "swept": sorted(swept),
     }
     root = Path(sections["run"]["root"])
+    experiment = config.hydra.runtime.choices.get("experiment") or "default"
     open_folder = partial(open_sweep, root, experiment, section.name, tree["resume"], request)
     return TrialRunner(composing, task, explain, section, objectives, open_folder)
 
@@ -146,33 +172,59 @@ def read_objectives(section: Sweep, directions: Mapping[str, Direction]) -> dict
         directions: the direction of the loss and of each metric of the experiment; empty if the
             metrics are swept. Metrics that callbacks log are not known.
 
-    Raises ConfigError for a metric that no trial measures.
+    Raises:
+        ConfigError: no trial measures a metric, or its direction is unknown.
     """
     if len(section.modes) != len(section.metrics):
         counts = f"{len(section.modes)} for {len(section.metrics)} metrics"
         raise ConfigError([f"sweep.mode: expected one, or one for each sweep.metric, got {counts}"])
+    objectives: dict[str, Direction] = {}
+    for metric, mode in zip(section.metrics, section.modes, strict=True):
+        check_objective(metric, directions)
+        objectives[metric] = objective_direction(metric, mode, directions)
+    return objectives
+
+
+def check_objective(metric: str, directions: Mapping[str, Direction]) -> None:
+    """Raise ConfigError if no trial measures a metric.
+
+    Args:
+        metric: a name such as "val/loss".
+        directions: as for `read_objectives`.
+    """
     known = []
     for split in ("val", "test"):
         known += [f"{split}/{name}" for name in (directions or ["loss"])]
-    objectives: dict[str, Direction] = {}
-    for metric, mode in zip(section.metrics, section.modes, strict=True):
-        split, _, name = metric.partition("/")
-        advice = did_you_mean(metric, known)
-        has_metrics = len(directions) > 1  # otherwise only trials know their metrics
-        if has_metrics and metric not in known and split in ("val", "test"):
-            raise ConfigError([f"sweep.metric={metric}: no trial measures it; {advice}"])
-        if not name:
-            raise ConfigError([f"sweep.metric={metric}: expected e.g. val/{metric}; {advice}"])
-        if mode != "auto":
-            objectives[metric] = mode
-        elif name == "loss":
-            objectives[metric] = "min"
-        elif name in directions:
-            objectives[metric] = directions[name]
-        else:
-            advice = "set the better direction with sweep.mode=min or max"
-            raise ConfigError([f"sweep.metric={metric}: {advice}"])
-    return objectives
+    split, _, name = metric.partition("/")
+    has_metrics = len(directions) > 1  # otherwise only trials know their metrics
+    if has_metrics and metric not in known and split in ("val", "test"):
+        raise ConfigError(
+            [f"sweep.metric={metric}: no trial measures it; {did_you_mean(metric, known)}"]
+        )
+    if not name:
+        raise ConfigError(
+            [f"sweep.metric={metric}: expected e.g. val/{metric}; {did_you_mean(metric, known)}"]
+        )
+
+
+def objective_direction(
+    metric: str, mode: ObjectiveMode, directions: Mapping[str, Direction]
+) -> Direction:
+    """Return the direction of a metric: that of `mode`, or for "auto" the metric's own.
+
+    Raises:
+        ConfigError: the direction of the metric is unknown.
+    """
+    name = metric.partition("/")[2]
+    if mode != "auto":
+        return mode
+    if name == "loss":
+        return "min"
+    if name in directions:
+        return directions[name]
+    raise ConfigError(
+        [f"sweep.metric={metric}: set the better direction with sweep.mode=min or max"]
+    )
 
 
 def open_sweep(
@@ -180,32 +232,46 @@ def open_sweep(
 ) -> SweepFolder:
     """Return the folder of a new sweep, or with resume=auto that of the one to continue.
 
-    Raises RunError.
+    Raises:
+        RunError: the folder cannot be created, or belongs to another sweep or process.
     """
     found = find_sweep(root / experiment, name, request) if resume == "auto" else None
     folder = found or SweepFolder.claim(root, experiment, name, request)
     folder.acquire()
     if found is not None:
         finished = sum(trial.is_finished for trial in folder.trials())
-        print_line(f"going on with {folder.path}, of which {finished} trials are done")
+        print_line(f"going on with {folder.path}, of which {finished} trials are finished")
     return folder
 
 
 def find_sweep(parent: Path, name: str | None, request: Mapping[str, Any]) -> SweepFolder | None:
     """Return the sweep of a name, or without a name the newest of the same command.
 
-    Raises RunError when the named sweep was started by a command with other trials.
+    Raises:
+        RunError: the named sweep was started by a command with other trials.
     """
     if name is None:
         return newest_sweep(parent, request)
     folder = SweepFolder(parent / name)
     if not (folder.path / REQUEST).is_file():
         return None
-    before = folder.request()
+    check_same_sweep(folder.path, folder.request(), request)
+    return folder
+
+
+def check_same_sweep(folder: Path, before: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Raise RunError if a command would run other trials than the sweep that it resumes.
+
+    Args:
+        folder: the folder of the sweep.
+        before: the request of the command that started it.
+        request: the request of the command that resumes it.
+    """
     if before.get("swept", []) != request["swept"]:
-        keys = ", ".join(before.get("swept", []))
-        other_keys = ", ".join(request["swept"])
-        raise RunError(f"{folder.path} sweeps {keys}, not {other_keys}: choose another sweep.name")
+        raise RunError(
+            f"{folder} is a sweep of {', '.join(before.get('swept', []))}, "
+            f"got {', '.join(request['swept'])}: choose another sweep.name"
+        )
     shared = shared_settings(before)
     other_shared = shared_settings(request)
     differences = []
@@ -215,10 +281,9 @@ def find_sweep(parent: Path, name: str | None, request: Mapping[str, Any]) -> Sw
         differences.append(f"without {' '.join(sorted(other_shared - shared))}")
     if differences:
         raise RunError(
-            f"{folder.path} was started {' and '.join(differences)}: "
+            f"{folder} was started {' and '.join(differences)}: "
             "use the same settings, or choose another sweep.name"
         )
-    return folder
 
 
 def newest_sweep(parent: Path, request: Mapping[str, Any]) -> SweepFolder | None:
@@ -237,7 +302,7 @@ def newest_sweep(parent: Path, request: Mapping[str, Any]) -> SweepFolder | None
 
 def command_key(request: Mapping[str, Any]) -> tuple[list[str], Any]:
     """Return the parts of a request that are the same in a command that resumes its sweep."""
-    command = [text for text in request.get("command", ()) if not IGNORED.match(text)]
+    command = [text for text in request.get("command", ()) if not NOT_COMPARED.match(text)]
     return sorted(command), request.get("plugins")
 
 
@@ -247,7 +312,7 @@ def shared_settings(request: Mapping[str, Any]) -> set[str]:
     shared = set()
     for text in request.get("command", ()):
         key = text.lstrip("+~").partition("=")[0]
-        if key not in swept and not key.startswith(CHANGEABLE):
+        if key not in swept and not key.startswith(NOT_COMPARED_BY_NAME):
             shared.add(text)
     return shared
 
@@ -272,8 +337,9 @@ def exit_or_raise(runner: TrialRunner, received: int | None) -> None:
         runner: the runner of the sweep.
         received: the signal that was received, perhaps after the last step of the last trial.
 
-    Raises DiskFull when a trial found a full disk, and FrameworkError when trials failed, or none
-    measured the metric.
+    Raises:
+        DiskFull: a trial found a full disk.
+        FrameworkError: trials failed, or none measured the metric.
     """
     if received is not None:
         sys.exit(128 + received)
@@ -293,5 +359,6 @@ def exit_or_raise(runner: TrialRunner, received: int | None) -> None:
     metric = next(iter(runner.objectives))
     if done and not any(metric in trial.metrics for trial in done):
         measured = [name for name in done[0].metrics if "/" in name]
-        advice = did_you_mean(metric, measured)
-        raise FrameworkError(f"sweep.metric={metric}: no trial measured it; {advice}")
+        raise FrameworkError(
+            f"sweep.metric={metric}: no trial measured it; {did_you_mean(metric, measured)}"
+        )

@@ -58,7 +58,7 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return repr(sorted(settings.items()))
 
 
-def is_seed(key: str) -> bool:
+def is_repeat(key: str) -> bool:
     """Return whether a setting repeats a trial: a seed or a fold."""
     name = key.rpartition(".")[2]
     return name in ("seed", "fold") or name.endswith("_seed")
@@ -68,7 +68,7 @@ def grouped(trials: Sequence[Trial]) -> list[Group]:
     """Return the trials grouped by their settings without seeds."""
     groups: dict[str, Group] = {}
     for trial in trials:
-        rest = {key: value for key, value in trial.settings.items() if not is_seed(key)}
+        rest = {key: value for key, value in trial.settings.items() if not is_repeat(key)}
         groups.setdefault(settings_key(rest), Group(rest)).trials.append(trial)
     return list(groups.values())
 
@@ -132,15 +132,15 @@ def results_table(
     groups = ranked(grouped(trials), objectives)
     settings = varied_settings(trials)
     metrics = shown_metrics(trials, objectives)
-    has_seeds = any(len(group.trials) > 1 for group in groups)
+    has_repeats = any(len(group.trials) > 1 for group in groups)
     front = pareto_front(groups, objectives) if len(objectives) > 1 else []
 
     def row(group: Group) -> list[str]:
         cells = []
-        if not has_seeds:
+        if not has_repeats:
             cells.append(f"{group.trials[0].number:03}")
         cells += [table_text(group.settings.get(key, "")) for key in settings]
-        if has_seeds:
+        if has_repeats:
             cells.append(str(len(group.values(next(iter(objectives))))))
         cells += [mean_text(group, metric) for metric in metrics]
         if front:
@@ -149,7 +149,7 @@ def results_table(
 
     names = short_keys(settings)
     columns = [names[key] for key in settings]
-    if has_seeds:
+    if has_repeats:
         columns.append(repeats_label(trials))
     else:
         columns.insert(0, "trial")
@@ -170,7 +170,7 @@ def varied_settings(trials: Sequence[Trial]) -> list[str]:
     varied = []
     for key in dict.fromkeys(chain.from_iterable(trial.settings for trial in trials)):
         texts = {repr(trial.settings.get(key, "")) for trial in trials}
-        if len(texts) > 1 and not is_seed(key):
+        if len(texts) > 1 and not is_repeat(key):
             varied.append(key)
     return varied
 
@@ -189,7 +189,7 @@ def repeats_label(trials: Sequence[Trial]) -> str:
     """Return the heading of the number of trials in a group: seeds, folds or (both) runs."""
     keys: set[str] = set()
     for trial in trials:
-        keys.update(filter(is_seed, trial.settings))
+        keys.update(filter(is_repeat, trial.settings))
     if "fold" not in keys:
         return "seeds"
     return "folds" if keys == {"fold"} else "runs"

@@ -20,12 +20,12 @@ from framework.system.signals import received
 from framework.system.streams import prepare_streams
 
 from .display import Display, LineDisplay, OutputCapture, make_display
-from .folder import State, SweepFolder, Trial, run_name
+from .folder import SweepFolder, Trial, run_name
 from .isolation import isolated
 from .settings import Sweep
 from .table import Objectives, best_trial
 
-Plan = Callable[[Sequence[Job]], Iterator[str]]
+PlanLines = Callable[[Sequence[Job]], Iterator[str]]
 PRUNE = "prune"  # the callback that prunes trials
 
 
@@ -58,7 +58,7 @@ class TrialRunner:
     open_folder: Callable[[], SweepFolder]
     composer: Composer | None = None
     returns_metric: bool = False
-    plan: Plan | None = None
+    plan: PlanLines | None = None
     composed_jobs: dict[int, Job] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     planned: int | None = None
@@ -104,7 +104,7 @@ class TrialRunner:
         trial = self.run(job)
         is_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         if is_slurm and trial.exit_status == 128 + signal.SIGTERM:
-            # without a result submitit waits for SLURM, which queues the job again
+            # Without a result submitit waits for SLURM, which queues the job again.
             sys.exit(trial.exit_status)
         return self.task_result(trial)
 
@@ -115,7 +115,11 @@ class TrialRunner:
         return trial.metrics.get(next(iter(self.objectives)), math.nan)
 
     def jobs(self, overrides: Iterable[Sequence[str]], first: int) -> list[Job]:
-        """Return the jobs of overrides, numbered from `first` on. Raises ConfigError."""
+        """Return the jobs of overrides, numbered from `first` on.
+
+        Raises:
+            ConfigError: a job has problems.
+        """
         jobs = []
         for number, each in enumerate(overrides, first):
             job = self.composed_jobs.get(number)
@@ -192,10 +196,9 @@ class TrialRunner:
 
         One that found a full disk is stopped, and left for a resumed sweep.
         """
-        state: State = "stopped" if isinstance(error, DiskFull) else "failed"
         return replace(
             trial,
-            state=state,
+            state="stopped" if isinstance(error, DiskFull) else "failed",
             error="; ".join(self.explain(error)),
             exit_status=error.exit_status if isinstance(error, FrameworkError) else 1,
             seconds=total_seconds(trial, seconds),
@@ -227,10 +230,11 @@ class TrialRunner:
             self.display = None
 
 
-def check_task(task: Any) -> TrialRunner:
+def check_task_function(task: Any) -> TrialRunner:
     """Return the task function of a sweeper or launcher.
 
-    Raises FrameworkError when Hydra runs it in another program than `framework train -m`.
+    Raises:
+        FrameworkError: Hydra runs it in another program than `framework train -m`.
     """
     if not isinstance(task, TrialRunner):
         raise FrameworkError(
@@ -241,9 +245,13 @@ def check_task(task: Any) -> TrialRunner:
 
 
 def number_of(job: Job) -> int:
-    """Return the number of a job. Raises FrameworkError for a job without one."""
+    """Return the number of a job.
+
+    Raises:
+        FrameworkError: the job has none.
+    """
     if job.number is None:
-        raise FrameworkError("a job of a sweep needs a number")
+        raise FrameworkError("the job of a sweep has no number (hydra.job.num)")
     return job.number
 
 
@@ -270,7 +278,11 @@ def total_seconds(trial: Trial, seconds: float) -> float:
 
 
 def compose_all(runner: TrialRunner, overrides: Sequence[Sequence[str]]) -> list[Job]:
-    """Compose all jobs of a sweep without running them. Raises ConfigError with all problems."""
+    """Compose all jobs of a sweep without running them.
+
+    Raises:
+        ConfigError: with the problems of all jobs.
+    """
     problems: list[str] = []
     jobs: list[Job] = []
     for number, each in enumerate(overrides):

@@ -434,7 +434,7 @@ def find_update(optimizer: Optimizer) -> Update:
         return kernel_update(fused)
     pure = pure_updates.find(optimizer)
     if pure is None:
-        raise NotStackable(f"{type(optimizer).__name__} has no pure update")
+        raise NotStackable(f"{type(optimizer).__name__} has no update for stacked trials")
     return pure_update(pure)
 
 

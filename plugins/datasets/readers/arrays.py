@@ -15,7 +15,7 @@ from torch import Tensor
 from framework import DataError
 
 from .data_files import READ_ERRORS, check_member, check_memory, one_line, open_data
-from .scaling import standardise
+from .scaling import standardize
 
 ZIP = b"PK"
 ARRAY_ERRORS = (
@@ -37,7 +37,11 @@ class Arrays(Mapping[str, Any]):
     """
 
     def __init__(self, path: Path):
-        """List the arrays. Raises DataError."""
+        """List the arrays.
+
+        Raises:
+            DataError: the file cannot be read, or is not an array file.
+        """
         if path.suffix not in (".npy", ".npz"):
             raise DataError(
                 f"{path}: expected a .npy or .npz file, "
@@ -140,10 +144,10 @@ def read_batch(path: Path, facts: dict[str, Any]) -> Tensor:
 
     Args:
         path: the file; `read_array` says which array of a .npz file is read.
-        facts: "in_shape", and optionally "array" and those of `standardise`.
+        facts: "in_shape", and optionally "array" and those of `standardize`.
     """
     inputs = read_array(path, facts.get("array"))
-    return standardise(as_batch_of(inputs, facts["in_shape"], path), facts)
+    return standardize(as_batch_of(inputs, facts["in_shape"], path), facts)
 
 
 def as_batch_of(inputs: Tensor, in_shape: Sequence[int], path: Path) -> Tensor:

@@ -152,7 +152,11 @@ def parse_texts(cells: Any) -> Tensor | None:
 
 
 def to_float64(cells: Any) -> Tensor:
-    """Return booleans, numbers or texts as float64. Raises ArrowInvalid for other texts."""
+    """Return booleans, numbers or texts as float64.
+
+    Raises:
+        ArrowInvalid: a text is not a number.
+    """
     import numpy
     import pyarrow
 

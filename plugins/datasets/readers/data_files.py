@@ -79,7 +79,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    r"""Return the content of a UTF-8 file, with all line ends replaced by \n. Raises DataError."""
+    r"""Return the content of a UTF-8 file, with all line ends replaced by \n.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
     with file_errors(path):
         text = read_bytes(path).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -123,7 +127,11 @@ def check_member(member: zipfile.ZipInfo, path: Path) -> None:
 
 
 def read_packed(packed: IO[bytes] | gzip.GzipFile, path: Path) -> bytes:
-    """Return the unpacked content. Raises DataError as soon as it exceeds the available memory."""
+    """Return the unpacked content.
+
+    Raises:
+        DataError: the content exceeds the available memory; raised as soon as it does.
+    """
     unpacked = bytearray()
     available = memory.available_bytes()
     while chunk := packed.read(CHUNK):
@@ -154,7 +162,9 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except READ_ERRORS as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except RuntimeError as error:  # zipfile has no own class for a missing password
@@ -163,11 +173,6 @@ def file_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is encrypted; unpack it") from error
     except MemoryError as error:
         raise DataError(f"{path} cannot be read: it needs more memory than is available") from error
-
-
-def not_utf8(path: Path, byte: int) -> DataError:
-    """Return the error of a file that is not UTF-8."""
-    return DataError(f"{path} is not UTF-8 text (byte {byte}); save it as UTF-8")
 
 
 def one_line(error: BaseException, max_length: int = 200) -> str:

@@ -14,10 +14,10 @@ Per = Literal["feature", "all"]
 FAR = 1000
 """At so many deviations from 0, float32 still holds 1e-4 of a deviation, which is enough."""
 MAX_LOSS = 0.01
-"""Share of a deviation that rounding to float32 may cost if nothing is standardised."""
+"""Share of a deviation that rounding to float32 may cost if nothing is standardized."""
 
 
-def standardise(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
+def standardize(inputs: Tensor, facts: dict[str, Any]) -> Tensor:
     """Return (inputs - mean) / std as new float32.
 
     Args:
@@ -83,8 +83,8 @@ def fit_scale(amounts: Tensor, rows: Tensor, scaling: AutoScaling, name: str) ->
         amounts: the targets, shape (rows, values).
         rows: the numbers of the training rows, by which the scale is fitted.
         scaling: standard: mean 0 and deviation 1; log: the same of their logarithms; none: as they
-            are; auto: centred if they are too far from 0 for float32 (see `needs_float64`),
-            standardised if their deviation is below 1e-6 or above 1e6, which few optimizers handle.
+            are; auto: centered if they are too far from 0 for float32 (see `needs_float64`),
+            standardized if their deviation is below 1e-6 or above 1e6, which few optimizers handle.
         name: the name of the data set, for errors.
 
     Raises:
@@ -186,9 +186,9 @@ def check_digits(inputs: Tensor, where: str, advice: str) -> None:
     std = known.std(axes, correction=0)
     is_lost = (known.amin(axes) != known.amax(axes)) & (error > MAX_LOSS * std)
     if is_lost.any():
-        place = int(is_lost.flatten().nonzero()[0, 0])
-        largest = float(known.abs().amax(axes).flatten()[place])
-        spread = float(std.flatten()[place])
+        index = int(is_lost.flatten().nonzero()[0, 0])
+        largest = float(known.abs().amax(axes).flatten()[index])
+        spread = float(std.flatten()[index])
         raise DataError(
             f"{where}: float32 cannot hold numbers up to {largest:.6g} with a deviation of "
             f"{spread:.3g}; use {advice}"

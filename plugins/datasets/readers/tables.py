@@ -52,7 +52,11 @@ def count_rows(table: Table) -> int:
 
 
 def require_column(table: Table, label: str, path: Path) -> Cells:
-    """Return a column. Raises DataError if the table does not have it."""
+    """Return a column.
+
+    Raises:
+        DataError: the table does not have the column.
+    """
     if label not in table:
         raise DataError(f"{path} has no column {label!r}; {did_you_mean(label, table)}")
     return table[label]
@@ -83,7 +87,11 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
 def csv_rows(
     content: bytes, delimiter: str, path: Path
 ) -> Generator[tuple[int, list[str]], None, None]:
-    """Yield the line number and the cells of each row. Raises DataError for malformed CSV."""
+    """Yield the line number and the cells of each row.
+
+    Raises:
+        DataError: the CSV is malformed.
+    """
     lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
     limit = csv.field_size_limit(MAX_BLOCK_BYTES)
     first_line = 1  # of the row that is read
@@ -134,7 +142,11 @@ def check_rows(content: bytes, columns: int, delimiter: str, path: Path) -> None
 def parse_rows(
     content: bytes, header: Sequence[str], delimiter: str, has_quotes: bool, path: Path
 ) -> Table:
-    """Parse the rows after the header with Arrow. Raises DataError for malformed rows."""
+    """Parse the rows after the header with Arrow.
+
+    Raises:
+        DataError: a row is malformed.
+    """
     import pyarrow
     from pyarrow import csv as arrow_csv
 
@@ -167,7 +179,11 @@ def parse_rows(
 
 
 def read_parquet(path: Path) -> Table:
-    """Return the columns of a Parquet file. Raises DataError if it cannot be read."""
+    """Return the columns of a Parquet file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     import pyarrow
     import pyarrow.parquet
 

@@ -148,6 +148,10 @@ class Words(ListTokenizer):
 
     Decoded words are separated by a space, so spaces and capitals are lost: for classification, not
     for language models.
+
+    Args:
+        vocabulary: maximum number of ids; rarer words are unknown.
+        min_count: words that are less frequent in training are unknown.
     """
 
     separator = " "
@@ -155,12 +159,6 @@ class Words(ListTokenizer):
     def __init__(
         self, vocabulary: Vocabulary = 20_000, min_count: Annotated[int, Range("[1, inf)")] = 2
     ):
-        """Set the size.
-
-        Args:
-            vocabulary: maximum number of ids; rarer words are unknown.
-            min_count: words that are less frequent in training are unknown.
-        """
         super().__init__(vocabulary, min_count)
 
     def split(self, text: str) -> Iterable[str]:
@@ -179,14 +177,12 @@ class BytePairs(Tokenizer):
 
     Its units are bytes (Radford et al. 2019), so any text can be encoded, and decoded without loss.
     Needs the package `tokenizers` (pip install 'framework[text]').
+
+    Args:
+        vocabulary: number of ids; 258 are padding, the unknown token and the single bytes.
     """
 
     def __init__(self, vocabulary: Annotated[int, Range("[258, 1000000]")] = 1024):
-        """Set the size.
-
-        Args:
-            vocabulary: number of ids; 258 are padding, the unknown token and the single bytes.
-        """
         self.max_size = vocabulary
         self.size = 256 + SPECIAL
         self.model: Any = None
@@ -232,7 +228,11 @@ class BytePairs(Tokenizer):
 
 
 def import_tokenizers() -> Any:
-    """Import the package `tokenizers`. Raises DataError if it is not installed."""
+    """Import the package `tokenizers`.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     try:
         import tokenizers as package
         import tokenizers.decoders

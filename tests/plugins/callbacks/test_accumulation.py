@@ -160,7 +160,7 @@ def test_a_plan_has_the_steps_and_rates_of_the_run(limits, default):
 
 @pytest.mark.parametrize(
     ("schedule", "problem"),
-    [({}, "is empty"), ({"two": 2}, "'two' is no epoch"), ({"-1": 2}, "'-1' is no epoch")],
+    [({}, "is empty"), ({"two": 2}, "keys, got 'two'"), ({"-1": 2}, "keys, got '-1'")],
 )
 def test_an_invalid_schedule_is_an_error(schedule, problem):
     with pytest.raises(SettingError, match=rf"accumulation\.schedule.*{problem}"):

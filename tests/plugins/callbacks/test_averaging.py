@@ -289,7 +289,7 @@ def test_a_resumed_swa_equals_the_uninterrupted_one(tmp_path, at, first):
 
 
 def test_swa_that_never_began_gives_a_warning():
-    with pytest.warns(UserWarning, match="swa averaged nothing: .* epoch 5"):
+    with pytest.warns(UserWarning, match="swa averaged no weights: .* epoch 5"):
         fit(swa(start=4), epochs=4)
 
 

@@ -209,7 +209,7 @@ def test_groups_keep_the_order_of_the_model_so_that_muon_knows_the_last_matrix()
 
 def test_a_pattern_without_a_match_is_an_error():
     with pytest.raises(
-        SettingError, match=r"parameters\.rates: no parameter fits '7\.\*'; available: 0\.bias"
+        SettingError, match=r"parameters\.rates: no parameter matches '7\.\*'; available: 0\.bias"
     ):
         groups(rates={"7.*": 1.0})
 

@@ -48,7 +48,7 @@ for dataset, cases in ABSURD.items():
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_size_beyond_the_memory_is_refused(name, settings):
-    with pytest.raises(DataError, match=r"takes about \S+ GiB, and \S+ GiB are free$"):
+    with pytest.raises(DataError, match=r"needs about \S+ GiB; \S+ GiB are free$"):
         fw.datasets.build(name, **settings)
 
 

@@ -450,5 +450,5 @@ def test_a_run_with_targets_of_another_scale_is_not_evaluated(tmp_path):
         changed = {name: value for name, value in facts.items() if name != "scale"}
         changed |= {"scale": scale} if scale else {}
         (result.folder / "facts.json").write_text(json.dumps(changed))
-        with pytest.raises(RunError, match="its targets were scaled by"):
+        with pytest.raises(RunError, match="the targets were scaled by"):
             open_run(result.folder).evaluate()

@@ -259,7 +259,7 @@ class TestModels:
     def test_a_model_that_does_not_embed_indices_is_refused(self, houses):
         with pytest.raises(
             BuildError,
-            match=r"model=mlp would treat .* choose one that embeds them \(ft_transformer, ",
+            match=r"model=mlp would use .* choose a model that embeds them \(ft_transformer, ",
         ):
             Experiment(experiment(*houses_settings(houses), "task=regression", "metrics=mae")[0])
 

@@ -136,7 +136,7 @@ def test_ragged_splits_that_cannot_be_loaded_are_refused():
     with pytest.raises(DataError, match="sequence 1 is empty"):
         RaggedSplit([torch.ones(2), torch.ones(0)])
     with pytest.raises(
-        DataError, match=r"loader.read=workers: a RaggedSplit makes its batches in memory"
+        DataError, match=r"loader.read=workers: a RaggedSplit builds its batches in memory"
     ):
         Loader(ragged()[0], read="workers")
 

@@ -109,12 +109,12 @@ def test_features_have_shapes_and_refuse_impossible_settings():
     assert output_shape(block("log_mel", (2, 16000)), (2, 16000)) == (41, 100)
     assert output_shape(block("mfcc", (2, 16001), coefficients=20), (2, 16001)) == (21, 101)
     with pytest.raises(
-        BuildError, match=r"log_mel expects \(channels\+1, samples\), gets \(8000,\)"
+        BuildError, match=r"log_mel expects \(channels\+1, samples\), got \(8000,\)"
     ):
         block("log_mel", (8000,))
-    with pytest.raises(BuildError, match="no channel besides the mask"):
+    with pytest.raises(BuildError, match="which is the mask only"):
         block("log_mel", (1, 8000))
-    with pytest.raises(BuildError, match=r"n_fft=256.* window of 400"):
+    with pytest.raises(BuildError, match=r"n_fft=256.* 400 .*window"):
         block("log_mel", n_fft=256)
     with pytest.raises(BuildError, match=r"high_hz=.* sample_rate=8000"):
         block("log_mel", sample_rate=8000, high_hz=5000.0)

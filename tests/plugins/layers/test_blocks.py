@@ -344,12 +344,12 @@ def test_dropout_works_in_training_only():
 @pytest.mark.parametrize(
     ("name", "settings", "in_shape", "message"),
     [
-        ("conv2d", {}, VECTOR, r"conv2d expects \(C, H, W\), gets \(16,\)"),
+        ("conv2d", {}, VECTOR, r"conv2d expects \(C, H, W\), got \(16,\)"),
         (
             "linear",
             {},
             IMAGE,
-            r"linear expects \(D,\) or \(T, D\), gets .*; put `flatten` before it",
+            r"linear expects \(D,\) or \(T, D\), got .*; put `flatten` before it",
         ),
         (
             "conv1d",
@@ -408,5 +408,5 @@ def bare_lstm(in_shape):
 
 def test_expect_counts_axes():
     assert expect([3, 4], "(D,) or (T, D)", "it") == (3, 4)
-    with pytest.raises(BuildError, match=r"it expects images \(C, H, W\), gets \(3, 4\); sorry"):
+    with pytest.raises(BuildError, match=r"it expects images \(C, H, W\), got \(3, 4\); sorry"):
         expect((3, 4), "images (C, H, W)", "it", "sorry")

@@ -65,10 +65,10 @@ def test_the_token_head_is_the_same_at_every_position(out_shape):
             "class",
             {"pool": "last"},
             IMAGE,
-            r"pool=last expects \(D,\) or \(T, D\), gets \(5, 4, 3\)",
+            r"pool=last expects \(D,\) or \(T, D\), got \(5, 4, 3\)",
         ),
         ("mlp", {"pool": "mean"}, (5, 4, 3, 2), r"pool=mean expects"),
-        ("token", {}, IMAGE, r"token head expects \(T, D\), gets \(5, 4, 3\)"),
+        ("token", {}, IMAGE, r"token head expects \(T, D\), got \(5, 4, 3\)"),
     ],
 )
 def test_a_head_refuses_a_shape_and_names_the_expected_ones(name, settings, in_shape, message):

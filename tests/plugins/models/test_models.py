@@ -242,22 +242,22 @@ def test_a_small_cnn_learns_digits():
 @pytest.mark.parametrize(
     ("name", "settings", "in_shape", "message"),
     [
-        ("cnn", {}, (64,), r"cnn expects images \(C, H, W\), gets \(64,\)"),
+        ("cnn", {}, (64,), r"cnn expects images \(C, H, W\), got \(64,\)"),
         (
             "cnn",
             {"channels": [4] * 4},
             (1, 8, 8),
-            r"4 `channels` .* \(1, 8, 8\) can be halved 3 times",
+            r"4 `channels` .* \(1, 8, 8\) can be halved only 3 times",
         ),
-        ("resnet", {}, (6, 16), r"resnet expects images \(C, H, W\), gets \(6, 16\)"),
+        ("resnet", {}, (6, 16), r"resnet expects images \(C, H, W\), got \(6, 16\)"),
         ("resnet", {"depths": [1, 1]}, (1, 8, 8), r"2 depths \[1, 1\] and 3 channels"),
         (
             "rnn",
             {},
             (64,),
-            r"rnn expects \(T, D\) or images \(C, H, W\), or with a `vocabulary` .*, gets \(64,\)",
+            r"rnn expects \(T, D\) or images \(C, H, W\), or with a `vocabulary` .*, got \(64,\)",
         ),
-        ("transformer", {"vocabulary": 9}, (1, 8, 8), r"transformer expects .* gets \(1, 8, 8\)"),
+        ("transformer", {"vocabulary": 9}, (1, 8, 8), r"transformer expects .* got \(1, 8, 8\)"),
         ("transformer", {"patch": 3}, (1, 8, 8), r"block 1 \(patch_embedding\).*patch=3"),
         ("transformer", {"heads": 5}, (12, 5), "64 features .* 5 heads"),
         ("transformer", {"causal": True, "pool": "class_token"}, (12, 5), "use pool=last"),

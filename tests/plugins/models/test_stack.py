@@ -107,14 +107,14 @@ def test_building_on_the_meta_device_touches_no_memory():
             ["conv2d", "flatten", "linear", "conv2d"],
             {},
             BuildError,
-            r"^block 4 \(conv2d\) expects \(C, H, W\), gets \(128,\)",
+            r"^block 4 \(conv2d\) expects \(C, H, W\), got \(128,\)",
         ),
         (["flatten", "conv"], {}, BuildError, r"block 2 \(conv2d\) expects"),
         (
             ["linear"],
             {},
             BuildError,
-            r"block 1 \(linear\) expects .* gets \(1, 8, 8\); put `flatten` before it",
+            r"block 1 \(linear\) expects .* got \(1, 8, 8\); put `flatten` before it",
         ),
         (
             ["flatten", {"name": "residual", "blocks": ["lstm"]}],
@@ -134,7 +134,7 @@ def test_building_on_the_meta_device_touches_no_memory():
             BuildError,
             r"block 1 \(conv2d\)",
         ),
-        (["flatten"], {"head": "token"}, BuildError, r"token head expects \(T, D\), gets \(64,\)"),
+        (["flatten"], {"head": "token"}, BuildError, r"token head expects \(T, D\), got \(64,\)"),
         (["conv2", "flatten"], {}, UnknownName, "conv2d"),
         ([{"name": "conv2d", "chanels": 3}], {}, SettingError, "did you mean 'channels'"),
         (

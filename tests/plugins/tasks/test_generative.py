@@ -214,12 +214,12 @@ def test_the_sample_distance_equals_its_formula():
 
 
 def test_precision_and_coverage_equal_those_of_the_papers():
-    from framework_plugins.callbacks.generated_images import neighbours
+    from framework_plugins.callbacks.generated_images import precision_and_coverage
 
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(40, 3, generator=generator, dtype=torch.float64) + 0.5
     inputs = torch.randn(60, 3, generator=generator, dtype=torch.float64)
-    precision, coverage = neighbours(samples, inputs, 4)
+    precision, coverage = precision_and_coverage(samples, inputs, 4)
     # five, because each input is its own nearest neighbour
     nearest = NearestNeighbors(n_neighbors=5).fit(inputs.numpy())
     radius = nearest.kneighbors(inputs.numpy())[0][:, 4]
@@ -240,7 +240,7 @@ def test_precision_and_coverage_equal_those_of_the_papers():
 def test_precision_and_coverage_detect_noise_and_missing_classes(
     kind, precision_range, coverage_range
 ):
-    from framework_plugins.callbacks.generated_images import neighbours
+    from framework_plugins.callbacks.generated_images import precision_and_coverage
 
     data = fw.datasets.build("digits", val_fraction=0.3)
     train, classes = data.train.tensors
@@ -250,7 +250,7 @@ def test_precision_and_coverage_detect_noise_and_missing_classes(
         "half of the classes": train[classes < 5],
         "noise": noise_like(inputs),
     }
-    precision, coverage = neighbours(samples[kind], inputs)
+    precision, coverage = precision_and_coverage(samples[kind], inputs)
     assert precision_range[0] <= precision <= precision_range[1]
     assert coverage_range[0] <= coverage <= coverage_range[1]
 
@@ -332,8 +332,8 @@ def test_logged_images_come_from_the_evaluated_weights():
             "Reconstruction has value targets; available: .*mae",
         ),
         ("model=gan task=adversarial metrics=[] model.network=conv", "halves images"),
-        ("+callbacks=pictures", "Classification has no pictures"),
-        ("+callbacks=sample_distance", "Stack makes no samples"),
+        ("+callbacks=pictures", "Classification generates no images"),
+        ("+callbacks=sample_distance", "Stack generates no samples"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_errors(command, overrides, message):

@@ -149,7 +149,7 @@ PROBE = (
         ("task=distillation task.teacher=runs/none", "runs/none"),
         (
             "task=distillation task.teacher=runs/default/teacher data=wine",
-            r"takes \(64,\) .* Wine has \(13,\)",
+            r"shape \(64,\) .* got \(13,\) .*Wine",
         ),
         (PROBE, "mean 'blocks'"),
     ],

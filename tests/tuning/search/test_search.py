@@ -13,7 +13,7 @@ from framework.tuning.search.search import SearchLoop
 from framework.tuning.search.settings import read_search
 from framework.tuning.search.space import Space
 from framework.tuning.search.study import (
-    FILE,
+    JOURNAL_FILE,
     Journal,
     Judge,
     cached_storage,
@@ -216,7 +216,7 @@ def test_settings_are_checked(settings, metrics, message):
 
 
 def test_a_journal_skips_incomplete_lines(tmp_path):
-    journal = Journal(tmp_path / FILE)
+    journal = Journal(tmp_path / JOURNAL_FILE)
     logs = [{"op_code": 4, "worker_id": "1", "n": number} for number in range(1, 5)]
     journal.append_logs(logs[:2])
     assert journal.read_logs(0) == logs[:2]

@@ -82,7 +82,7 @@ def train(folder, values, resume=None, callbacks=(), **settings):
 def test_a_trial_behind_the_others_is_pruned(study, tmp_path):
     state = train(tmp_path / "003_seed-3", BAD)
     assert state.stop.by == "prune"
-    assert state.stop.reason.startswith("val/loss is behind")
+    assert state.stop.reason.startswith("val/loss is worse")
     assert state.epoch == 2
     assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
 
@@ -120,7 +120,7 @@ def test_nan_is_not_reported(study, tmp_path):
 
 
 def test_pruning_outside_a_search_is_an_error(tmp_path):
-    with pytest.raises(SettingError, match="no trial of a search"):
+    with pytest.raises(SettingError, match="not a trial of a search"):
         train(tmp_path / "mine", BAD)
     with pytest.raises(RunError, match="is not the folder of a search"):
         train(tmp_path / "003_seed-1", BAD)

@@ -116,7 +116,7 @@ def test_the_last_override_of_a_key_counts():
         ),
         (
             ["++fold=1/2,2/2", "optimizer=sgd,adamw"],
-            "fold=1/2,2/2: a search would choose the easiest fold",
+            "fold=1/2,2/2: expected one fold",
         ),
         (
             ["++model.width=tag(per model.dept, range(3, 9))", "++model.depth=1,2"],

@@ -236,7 +236,7 @@ def test_all_problems_of_all_jobs_are_reported_together(sweep):
         ("sweep.mode=[min,max]", "sweep.mode: expected one, or one for each sweep.metric"),
         ("sweep.mode=low", "sweep.mode=low: "),
         ("sweep.name=a,b", "sweep.name=a,b: "),
-        ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that draws values"),
+        ("optimizer.lr=interval(0,1)", "interval(...) is for a sweeper that samples values"),
         ("hydra/launcher=jobib", "hydra/launcher=jobib: "),
     ],
 )

@@ -14,7 +14,7 @@ import rich.style  # noqa: F401  # its import draws a random number
 import torch
 
 from framework.cli.main import main
-from framework.tuning.sweep.isolation import GLOBALS, isolated
+from framework.tuning.sweep.isolation import GLOBAL_STATE, isolated
 from sweeps import rows
 
 PLUGIN = """\
@@ -55,7 +55,7 @@ def global_state():
     root = logging.getLogger()
     polluted = logging.getLogger("framework.polluted")
     return {
-        "globals": [get() for get, _ in GLOBALS],
+        "globals": [get() for get, _ in GLOBAL_STATE],
         "generators": (
             random.getstate(),
             numpy.random.get_state()[1].tolist(),

@@ -120,7 +120,7 @@ def test_a_resumed_sweep_runs_only_failed_trials(broken_sweep, command):
     written = [file.stat().st_mtime_ns for file in done]
     status, out, _ = command(f"{line} 'seed=range(3)' resume=auto")
     assert status == 0
-    message = f"going on with {folder}, of which 2 trials are done"
+    message = f"going on with {folder}, of which 2 trials are finished"
     assert out.startswith(f"{message}\n001 seed=1  val/loss")
     assert [file.stat().st_mtime_ns for file in done] == written
     states = [(row["number"], row["state"]) for row in rows(folder.name)]
@@ -139,7 +139,7 @@ def test_a_resumed_sweep_with_more_seeds_keeps_the_numbers_of_its_trials(broken_
 @pytest.mark.parametrize(
     ("swept", "message"),
     [
-        ("optimizer.lr=1,2 resume=auto", "sweeps seed, not optimizer.lr: choose another"),
+        ("optimizer.lr=1,2 resume=auto", "is a sweep of seed, got optimizer.lr: choose another"),
         (
             "'seed=range(3)' resume=auto model.dropout=0.3",
             "was started without model.dropout=0.3: use the same settings, or choose another",

@@ -60,7 +60,7 @@ def test_a_killed_sweep_gives_the_results_of_an_uninterrupted_one(command):
     os.remove("kill")
     status, out, _ = command(f"{line} sweep.name=killed resume=auto")
     assert status == 0
-    assert "of which 1 trials are done\n001 seed=1" in out
+    assert "of which 1 trials are finished\n001 seed=1" in out
     assert "after step 3" in Path("runs/default/killed/001_seed-1/output.txt").read_text()
     assert checksum("killed") == checksum("uninterrupted")
     assert results("killed") == results("uninterrupted")

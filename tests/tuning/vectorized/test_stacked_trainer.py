@@ -368,7 +368,10 @@ def skipping():
     ("makers", "reason"),
     [
         ([partial(reading, 0), partial(reading, 1)], "data-dependent control flow"),
-        ([partial(trial, optimizer=("muon", {"lr": 0.1}))] * 2, "Muon has no pure update"),
+        (
+            [partial(trial, optimizer=("muon", {"lr": 0.1}))] * 2,
+            "Muon has no update for stacked trials",
+        ),
         ([trial, lambda: trial(model=nn.Linear(6, 3).double())], "model.* differs"),
         ([skipping, trial], "NonFinite works with a single trial"),
         ([trial, partial(trial, optimizer=OPTIMIZERS[0])], "optimizers, .* differ"),

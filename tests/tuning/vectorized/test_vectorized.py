@@ -169,7 +169,7 @@ def test_trials_that_cannot_be_stacked_train_one_by_one_with_a_note(command):
     status, out, err = command(line)
     assert status == 0
     assert [row["state"] for row in trials()] == ["done", "done"]
-    assert "2 trials train one by one: Muon has no pure update" in out + err
+    assert "2 trials train one by one: Muon has no update for stacked trials" in out + err
 
 
 def test_plan_lists_the_groups_and_leaves_no_files(command):
@@ -179,7 +179,9 @@ def test_plan_lists_the_groups_and_leaves_no_files(command):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "16 trials in 4 groups for hydra/launcher=vectorized"
     assert "4 as one model.width=8 optimizer=adamw" in lines
-    assert "4 one by one: Muon has no pure update model.width=16 optimizer=muon" in lines
+    assert (
+        "4 one by one: Muon has no update for stacked trials model.width=16 optimizer=muon" in lines
+    )
     assert not Path("runs").exists()
 
 
