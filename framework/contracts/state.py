@@ -57,6 +57,7 @@ class State:
         steps_per_epoch: optimizer steps of an epoch.
         metrics: the last value of every logged scalar, e.g. {"val/accuracy": 0.97}.
         started: the time when the run began, on the monotonic clock.
+        reading: how the training batches are read, such as "in memory, 32 batches per read".
         stop: the reason to end before the last step, or None; set by `trainer.stop`.
     """
 
@@ -66,6 +67,7 @@ class State:
     samples: int = 0
     total_steps: int = 0
     steps_per_epoch: int = 0
+    reading: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     _stop: Stop | None = field(default=None, init=False)

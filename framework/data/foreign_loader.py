@@ -12,15 +12,20 @@ from framework.runtime import seeds
 from framework.runtime.batch import Batch
 from framework.runtime.copy_stream import CopyStream
 
+from .tensor_loader import gathered_batches, gathers
 from .workers import as_batch
 
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
+MAX_BUFFERED = 16
+"""The number of batches whose outputs `Measures` adds up at once, if each has its own memory."""
 READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 """Attributes of loaders and samplers with the objects that they read from."""
 
 
 class ForeignLoader:
     """Reads an iterable of batches without changing it.
+
+    A DataLoader over tensors is read with one gather per batch (see `tensor_loader.py`).
 
     The iterable may write each batch into the memory of the previous one. So a batch is valid only
     until the next one is read; use `keep` to keep it for longer.
@@ -29,7 +34,6 @@ class ForeignLoader:
         DataError: `batches` is not iterable.
     """
 
-    max_buffered = 1
     split: None = None  # not known
     batch_size: None = None  # not known
     skipped = 0
@@ -66,6 +70,19 @@ class ForeignLoader:
             if is_iterable and self.batches.num_workers > 1:
                 raise TypeError("the length does not count the smaller last batch of each worker")
         return len(self.batches)  # type: ignore[arg-type]  # the TypeError is part of the contract
+
+    @property
+    def max_buffered(self) -> int:
+        """The number of batches that `Measures` may buffer."""
+        return 1 if self.reuses_memory else MAX_BUFFERED
+
+    @property
+    def description(self) -> str:
+        """A short text on how batches are read."""
+        name = type(self.batches).__name__
+        if gathers(self.batches):
+            return f"{name}, in memory, one gather per batch"
+        return f"{name}, read as it is"
 
     @property
     def single_pass(self) -> bool:
@@ -108,12 +125,17 @@ class ForeignLoader:
         Skipping does not advance the random generators: a resumed fit has restored them already.
         """
         if start == 0:
-            return iter(self.batches)
+            return self._all_batches()
         with seeds.undisturbed():
-            batches = iter(self.batches)
+            batches = self._all_batches()
             for _ in islice(batches, start):
                 pass
         return batches
+
+    def _all_batches(self) -> Iterator[Any]:
+        if gathers(self.batches):
+            return gathered_batches(self.batches)
+        return iter(self.batches)
 
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""

@@ -9,7 +9,7 @@ for bit, and all random generators are left in the same state.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class TensorSource(NamedTuple):
     rows: Tensor | None
 
 
-def gathers(loader: Any) -> bool:
+def gathers(loader: Any) -> TypeGuard[DataLoader[Any]]:
     """Return whether `gathered_batches` can read a loader.
 
     It can if that gives the batches of `iter(loader)`: for a DataLoader without workers, pinned

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from framework.composition.spec import Spec
 from framework.contracts.metric import InUnits, Metric
@@ -18,6 +19,7 @@ from framework.errors import BuildError, DataError, FrameworkError, short
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
 from framework.registry.registry import Maker, Registry
+from framework.registry.signatures import signature_parameters
 from framework.runtime import seeds
 from framework.runtime.shapes import dry_run, first_output, message_at
 from framework.training.layer_table import model_undisturbed
@@ -161,7 +163,7 @@ def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
 def build_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
     """Build the optimizer; trainer.fused=false leaves the choice of its implementation to torch."""
     maker = spec.parts["optimizer"]
-    if not spec.sections["trainer"]["fused"] and "fused" in parameters_of(maker.entry.part):
+    if not spec.sections["trainer"]["fused"] and "fused" in signature_parameters(maker.entry.part):
         maker = Maker(maker.entry, {**maker.settings, "fused": None})
     optimizer: Optimizer = maker(build_groups(spec, model))
     return optimizer

@@ -37,10 +37,10 @@ from framework.training.validation import (
 
 from .build import (
     build_data,
-    build_optimizer,
     build_loader,
     build_metrics,
     build_model,
+    build_optimizer,
     check_output_shape,
     check_smallest_batch,
 )

@@ -237,7 +237,14 @@ class Evaluator:
 
     def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
         check_batch_size(batch_size)
-        return as_batches(source, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
+        return as_batches(
+            source,
+            batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            device=self.device,
+            model=self.model,
+        )
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

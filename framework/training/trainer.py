@@ -384,7 +384,10 @@ class Trainer(Evaluator):
         """Create what the first step needs: counters, scaler, sums, the training step."""
         seeds.seed_everything(seeds.derive(self.seed, "train"))
         stop = None if self._was_prepared else self.state.stop  # by a signal before the first fit
-        self.state = State(steps_per_epoch=count_steps(self.train_batches, self.accumulate))
+        self.state = State(
+            steps_per_epoch=count_steps(self.train_batches, self.accumulate),
+            reading=self.train_batches.description,
+        )
         self.state.stop = stop
         self.state.total_steps = count_total(
             self.state.steps_per_epoch, self.max_epochs, self.max_steps

@@ -122,9 +122,9 @@ def epochs(loader: DataLoader, gathered: bool) -> tuple[list, list[torch.Tensor]
             batches.append(batch)
             torch.rand(3)  # as a model with dropout
             states.append(torch.get_rng_state())
-            for owner in (loader, loader.sampler):
-                if getattr(owner, "generator", None) is not None:
-                    states.append(owner.generator.get_state())
+            owners = [loader, loader.sampler]
+            generators = [getattr(owner, "generator", None) for owner in owners]
+            states += [each.get_state() for each in generators if each is not None]
     return batches, states
 
 
