@@ -504,6 +504,11 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     name = escaped_path(str(folder))
     if not folder.is_dir():
         raise FrameworkError(f"trust {name}: no such folder")
+    if not agreed and not trusting.named_plugins(folder):
+        raise FrameworkError(
+            f"trust {name}: its config files (conf/config.yaml, conf/experiment/*.yaml) name no "
+            "plugins, so there is nothing to trust; --trust trusts the folder nevertheless"
+        )
     print_line(folder)
     for line in trusting.description(folder):
         print_line(f"  {line}")

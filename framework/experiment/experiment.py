@@ -50,7 +50,7 @@ from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
 from .result import Result, read_result, weights_label
-from .resume import Resumed, check_fits, check_optimizer, open_folder
+from .resume import Resumed, check_exact, check_fits, check_optimizer, open_folder
 from .run_facts import content_changes, data_facts, fact_changes
 from .weights import initialize_from, load_weights, shapes
 
@@ -351,9 +351,9 @@ def prepare_run(
     """
     started = time.monotonic() if started is None else started
     run = find_run(spec, experiment)
-    resumed = None if run is None else open_folder(run, spec, inexact)
+    resumed = None if run is None else open_folder(run, spec)
     if resumed is not None and resumed.done:
-        say(f"{run} is done already")
+        say(f"{run} is complete: nothing is left to train")
         resumed.folder.lock.close()
         return read_result(resumed.folder.path)
     saved = None
@@ -383,22 +383,33 @@ def prepare_run(
 def check_resumed(
     resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]
 ) -> None:
-    """Raise RunError if the data, the model or the optimizer of a resumed run are not the same."""
-    if not inexact:
-        check_same_data(resumed, built, say)
+    """Raise RunError if the data, the model or the optimizer of a resumed run are not the same.
+
+    A change that even --inexact does not allow comes first, so that no message advises it in vain.
+    """
+    path = resumed.folder.path
+    data_changes = [] if inexact else changes_of_data(resumed, built, say)
+    changed_data = f"the data of {path} has changed since it began ({'; '.join(data_changes)})"
     try:
         check_fits(resumed, built.model, built.optimizer)
         check_optimizer(resumed, built.model, built.optimizer)
+    except RunError as error:
+        if data_changes:
+            raise error.with_text(f"{changed_data}; {error}") from error
+        raise
     except WRONG_FORM as error:
-        path = resumed.folder.path
         raise RunError(
             f"{path} cannot be resumed: the checkpoint has an unexpected structure: "
             f"{describe(error)}"
         ) from error
+    if not inexact:
+        check_exact(resumed)
+    if data_changes:
+        raise RunError(f"{changed_data}: --inexact resumes it nevertheless")
 
 
-def check_same_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> None:
-    """Raise RunError if the data of a resumed run has changed.
+def changes_of_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> list[str]:
+    """Return the changes of a resumed run's data that change its weights.
 
     Other content at the same path, such as a repaired image, is only a note.
     """
@@ -409,13 +420,9 @@ def check_same_data(resumed: Resumed, built: Experiment, say: Callable[[str], No
     other_content = list(content_changes(before.get("content"), now["content"]))
     if resumed.data_moved:
         changed += other_content
-    if changed:
-        raise RunError(
-            f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)}): "
-            "--inexact resumes it nevertheless"
-        )
-    if other_content:
+    elif other_content:
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
+    return changed
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:

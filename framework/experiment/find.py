@@ -62,7 +62,7 @@ class SmoothedLosses(Callback):
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * float(trainer.loss)
         self.losses.append(self.mean / (1 - SMOOTHING ** (len(self.losses) + 1)))
         if not math.isfinite(self.losses[-1]) or self.losses[-1] > DIVERGED * min(self.losses):
-            trainer.stop("find", "the loss explodes")
+            trainer.stop("find", "the loss diverges")
 
 
 def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
@@ -92,15 +92,16 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     rates = [rate(step) for step in range(len(losses))]
     if len(losses) < LEAST_LOSSES:
         raise RunError(
-            f"the loss is not finite after {len(losses)} steps at a rate of {rate(len(losses)):.1g}"
+            f"the loss is not finite after {len(losses)} steps, at a learning rate of "
+            f"{rate(len(losses)):.1g}"
         )
     lowest = losses.index(min(losses))
     slopes = [losses[n + 1] - losses[n - 1] for n in range(1, max(lowest, 3))]
     steepest = slopes.index(min(slopes))
     if slopes[steepest] >= 0:
         raise RunError(
-            "the loss falls at no learning rate from 1e-7 to 10: "
-            "look at the data and the model first"
+            "the loss does not fall at any learning rate from 1e-7 to 10: "
+            "check the data and the model"
         )
     return RangeTest(rates, losses, rates[steepest + 1], rates[lowest])
 
@@ -238,8 +239,8 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     first = found.rates[0]
     last = found.rates[-1]
     print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
-    print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss falls most steeply")
-    print(f"         from {found.lowest:.2g} on it does not fall any more")
+    print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss falls fastest")
+    print(f"         the loss is lowest at {found.lowest:.2g}; do not use a larger learning rate")
 
 
 def show_batch_sizes(spec: Spec, as_json: bool) -> None:
@@ -255,7 +256,7 @@ def show_batch_sizes(spec: Spec, as_json: bool) -> None:
         measured = [asdict(speed) for speed in speeds]
         print(json.dumps({"measured": measured, "suggestion": size}))
     else:
-        print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % quicker")
+        print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % faster")
 
 
 def print_speed(speed: Speed) -> None:

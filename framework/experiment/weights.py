@@ -1,7 +1,7 @@
 """Load weights into a model: from the checkpoints of a run, or from a file (`init_from`)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -99,14 +99,31 @@ def check_fitting(
             f"init_from={source}: none of its {len(weights)} tensors has the name and shape of one "
             "here"
         )
-    matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
-    if matrices and not fitting.keys() & set(matrices):
+    axes = {name: tensor.ndim for name, tensor in own.items()}
+    if not is_useful(fitting, axes):
+        matrices = matrices_of(axes)
         first = matrices[0]
         raise RunError(
             f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
             f"{len(matrices)} weight matrices: {first} is {shape_text(own[first])} here, and "
             f"{shape_text(weights.get(first))} there"
         )
+
+
+def is_useful(fitting: Collection[str], axes: Mapping[str, int]) -> bool:
+    """Whether a model can begin with the weights that fit: any, and any of its weight matrices.
+
+    Args:
+        fitting: the names of the tensors that fit.
+        axes: the number of axes of each tensor of the model.
+    """
+    matrices = matrices_of(axes)
+    return bool(fitting) and (not matrices or not set(matrices).isdisjoint(fitting))
+
+
+def matrices_of(axes: Mapping[str, int]) -> list[str]:
+    """Return the names of the tensors that are weight matrices or kernels."""
+    return [name for name, count in axes.items() if count > 1]
 
 
 def initialization_report(
