@@ -23,7 +23,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean
+from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -283,7 +283,10 @@ def find(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if args.target not in targets:
-        got = "" if args.target is None else f", got {args.target}"
+        got = ""
+        if args.target is not None:
+            close = nearest(args.target, targets)
+            got = f", got {args.target}" + ("" if close is None else f"; did you mean {close!r}?")
         parser.error(f"find: expected lr or batch_size as the first argument{got}")
     line = command_line(parser, args)
     from framework.composition.compose import run_composed as compose
