@@ -243,6 +243,20 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
             "-m hydra/launcher=jobs",
             "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
         ),
+        # also without -m
+        (
+            "hydra/launcher=jobs",
+            "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
+        ),
+        ("hydra/sweeper=optun", "hydra/sweeper=optun: not available; did you mean 'optuna'?"),
+        ("hydra/sweeper=optun --cfg job", "hydra/sweeper=optun: not available; did you mean 'opt"),
+        ("hydra/sweeper=optun --info all", "hydra/sweeper=optun: not available; did you mean"),
+        ("hydra/sweeper=ax", "hydra/sweeper=ax: not installed (hydra-ax-sweeper?)"),
+        ("hydra/sweeper=optuna", "is a setting of a sweep: add -m"),
+        ("-m hydra/sweeper=[optuna] seed=1,2", "expected the name of a sweeper"),
+        ("hydra/launcher=", "expected the name of a launcher"),
+        ("-m hydra.sweeper=optuna seed=1,2", "write hydra/sweeper=optuna"),
+        ("-m hydra/sweper=optuna seed=1,2", "did you mean 'hydra/sweeper'?"),
         ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra"),
         # experiment files, with the line
         ("experiment=broken", "conf/experiment/broken.yaml:3: cannot be read as YAML: "),
