@@ -120,7 +120,7 @@ class Composing:
 
     @property
     def sources(self) -> Sources:
-        return Sources(self.overrides.typed, self.files)
+        return Sources(self.overrides.typed, self.files, refused=self.overrides.refused)
 
     def job(self, config: Any) -> Job:
         """Check the config of a job in a sweep, while it is Hydra's current config.

@@ -44,6 +44,7 @@ from .build import (
     build_model,
     check_output_shape,
     check_smallest_batch,
+    image_advice,
 )
 from .config_changes import fingerprint
 from .find_run import find_run
@@ -95,24 +96,26 @@ class Experiment:
         self.task.check(self.data)
         self.metrics = build_metrics(spec, self.data, self.task)
         self.out_shape = self.task.targets_of(self.data)[1]
-        with nullcontext() if saved is None else model_limits(spec, saved):
+        limits = nullcontext() if saved is None else model_limits(spec, saved)
+        with image_advice(spec, self.data), limits:
             self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_output_shape(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec.parts["optimizer"], build_groups(spec, self.model))
         check_step_alone(self.optimizer)
-        self.transforms = [
-            maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]
-        ]
+        with image_advice(spec, self.data):
+            self.transforms = [
+                maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]
+            ]
         self.train_batches = self.batches("train")
-        limits = spec.sections["trainer"]
-        micro_batch = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
+        settings = spec.sections["trainer"]
+        micro_batch = settings["micro_batch"] if isinstance(settings["micro_batch"], int) else None
         check_smallest_batch(self.model, self.train_batches, micro_batch)
         self.status = Status()
-        self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
+        self.steps_per_epoch = count_steps(self.train_batches, settings["accumulate"])
         self.total_steps = count_total(
-            self.steps_per_epoch, limits["max_epochs"], limits["max_steps"]
+            self.steps_per_epoch, settings["max_epochs"], settings["max_steps"]
         )
         self.schedule = self.build_schedule()
         check_schedule(self.schedule, self.data.val is not None)

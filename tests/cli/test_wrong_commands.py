@@ -228,10 +228,14 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
             "block=conv2d",
             "block=conv2d: has no effect: neither model mlp nor task classification uses a block",
         ),
-        ("data=csv data.target=x", "data.path: table needs a value (path); give data.path=..."),
+        ("data=csv data.target=x", "data.path: csv needs a value (path); give data.path=..."),
         ("data=csv data.target=x data.path=no.csv", "no.csv"),
         ("data=csv data.target=label data.path=header.csv", "header.csv has no rows"),
-        ("model=cnn", "(64,)"),
+        ("model=cnn", "gets (64,); data.image=true gives images"),
+        ("model=rnn", "gets (64,); data.image=true gives images"),
+        ("transforms=[crop]", "gets (64,); data.image=true gives images"),
+        ("model=nbeats", "gets (64,)\n"),  # images would not help
+        ("model=cnn data=blobs", "gets (2,)\n"),  # it has no images
         ("model=stack 'model.blocks=[dense,conv2d]'", "block 2 (conv2d)"),
         ("task=regression", "task=classification"),
         ("metrics=[mse]", "metrics=mse: "),
@@ -283,6 +287,30 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
 )
 def test_an_invalid_experiment_is_refused(refuse, overrides, message):
     refuse(f"train {overrides}", message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data=images data.path=x", "data=images: there is no data 'images'"),
+        ("model=cn model.chanels=3", "model=cn: there is no model 'cn'"),
+        ("callbacks=early_stp callbacks.early_stp.patience=3", "no callback 'early_stp'"),
+        ("'callbacks=[ema,early_stp]' callbacks.early_stp.patience=3", "no callback 'early_stp'"),
+        ("data=csv data.path=x.csv data.target=y data.foo=1", "data.foo=1: csv has no setting"),
+    ],
+)
+def test_settings_of_an_unknown_part_are_not_compared_with_another_part(refuse, overrides, message):
+    refuse(f"train {overrides}", message, problems=1)
+
+
+def test_wrong_settings_of_the_other_parts_are_still_reported(refuse):
+    refuse(
+        "train data=images data.path=x +callbacks=early_stp callbacks.ema.dekay=1",
+        "data=images: ",
+        "+callbacks=early_stp: ",
+        "callbacks.ema.dekay=1: ema has no setting 'dekay'",
+        problems=3,
+    )
 
 
 def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse):
