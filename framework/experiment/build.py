@@ -30,7 +30,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
     """Build the data of a spec, and take its fold.
 
     Args:
-        refit: see `take_fold`; False for a run of an older version, whose data was normalised by
+        refit: see `take_fold`; False for a run of an older version, whose data was normalized by
             the original training split.
     """
     data: Data = spec.parts["data"]()
