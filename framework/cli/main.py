@@ -320,7 +320,8 @@ def resume(arguments: list[str]) -> int:
 
     discover(args.plugins, args.without_plugin)
     folder = run_to_resume(args.run)
-    spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides))
+    typed = {text.partition("=")[0].lstrip("+~").replace("/", "."): text for text in args.overrides}
+    spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides), typed)
     spec.resume = str(args.run)
     spec.without = args.without_plugin
     experiment = real_path(folder).parent.name

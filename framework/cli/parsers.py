@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
             return f"{self.command}: expected no argument {short(unknown[0], quote=False)}"
         option = options[0].partition("=")[0]
         known = [name for name in self.names if name.startswith("--")]
-        if "overrides" in self.names and nearest(option, known) is None:
+        if option.startswith("--") and "overrides" in self.names and nearest(option, known) is None:
             advice = "settings have no dashes: write KEY=VALUE"
         else:
             advice = did_you_mean(option, known)

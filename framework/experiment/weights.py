@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from framework.errors import CheckpointError, RunError
+from framework.errors import CheckpointError, RunError, did_you_mean
 from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.runs import checkpoint
@@ -37,7 +37,14 @@ def find_checkpoint(run: Path, which: str = "best") -> Path | None:
     folder = run / "checkpoints"
     if which not in ("best", "last"):
         named = folder / which
-        return named if named.is_dir() else resolve_run(expanded(which))
+        if named.is_dir():
+            return named
+        path = expanded(which)
+        if not os.path.lexists(path):
+            saved = [each.name for each in checkpoint.listed(folder)] if folder.is_dir() else []
+            suggestion = did_you_mean(which, ["best", "last", *saved])
+            raise RunError(f"there is no checkpoint {which} of {run}; {suggestion}")
+        return resolve_run(path)
     checkpoint.refuse_links(folder)
     best = folder / "best"
     if which == "best" and os.path.lexists(best) and checkpoint.target_of(best).is_dir():
@@ -167,6 +174,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 raise RunError(f"init_from={path}: there is no such file")
             checkpoint.check_memory(path, path.stat().st_size)
             return load_file(path)
+        if not os.path.lexists(path):
+            raise RunError(f"init_from={path}: there is no such run, checkpoint or file")
         path = resolve_run(path)
         if (path / "checkpoints").is_dir():
             found = find_checkpoint(path)

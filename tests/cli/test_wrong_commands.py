@@ -433,7 +433,11 @@ def runs(tmp_path_factory):
     [
         ("train run.root={runs} run.name=good", "choose another run.name"),
         ("eval {runs}/default/bare", "has no checkpoint"),
-        ("eval {runs}/default/good --checkpoint nowhere", "nowhere"),
+        ("eval {runs}/default/good --checkpoint nowhere", "there is no checkpoint nowhere of"),
+        ("eval {runs}/default/good --checkpoint lst", "did you mean 'last'?"),
+        ("train init_from=nowhere", "init_from=nowhere: there is no such run"),
+        ("resume {runs}/default/good trainer.max_stepz=3", "'max_steps'? (command line)"),
+        ("resume {runs}/default/good optimizer.lr=fast", "got 'fast' (command line)"),
         ("eval {runs}/default/good --split validation", "--split validation: expected one of"),
         ("eval {runs}/default/mine", "give --plugins {runs}/mine.py"),
         ("predict {runs}/default/good --input no.npz --output y.csv", "no.npz"),
