@@ -23,7 +23,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest
+from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -156,6 +156,11 @@ def run(arguments: list[str]) -> int:
     """Run a command and return the exit status."""
     name = arguments[0] if arguments else "--help"
     rest = arguments[1:]
+    further = [word for word in rest if word != TRACEBACK]
+    if name == "help" and len(further) == 1 and further[0] in COMMANDS:
+        return COMMANDS[further[0]].function(["--help"]) or 0
+    if name in ("help", "-V", "--version", "version") and further:
+        raise FrameworkError(f"{name}: expected no argument {short(further[0], quote=False)}")
     if name in ("-h", "--help", "help"):
         print(HELP)
         return 0

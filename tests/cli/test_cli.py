@@ -123,6 +123,10 @@ def test_commands_that_only_print_end_with_status_0(command, line):
     assert out.strip()
 
 
+def test_help_with_a_command_prints_the_help_of_the_command(command):
+    assert command("help eval")[1] == command("eval --help")[1]
+
+
 def test_the_help_names_the_option_for_the_version(command):
     assert "framework --version" in command("--help")[1]
 

@@ -333,6 +333,8 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
         ("trian", "there is no command 'trian'; did you mean 'train'?"),
         ("train --epochs=3", "--epochs: there is no such option; "),
         ("train --epochs=3", "(see `framework train --help`)"),
+        ("help trian", "help: expected no argument trian"),
+        ("--version foo", "--version: expected no argument foo"),
         ("train --fold 3", "--fold: there is no such option; did you mean '--folds'?"),
         ("train --fold=abc", "--fold: there is no such option; did you mean '--folds'?"),
         ("train --folds abc", "--folds abc: expected an integer"),
