@@ -328,9 +328,7 @@ def test_a_run_is_initialized_from_the_weights_of_another_run():
         match=r"only 1 of 6 tensors match, .*none of the 3 weight matrices: .*\(16, 64\) there",
     ):
         train_run(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
-    with pytest.raises(
-        RunError, match=r"init_from=nope: expected a run, a checkpoint or a \.safetensors file"
-    ):
+    with pytest.raises(RunError, match=r"init_from=nope: there is no such run"):
         train_run("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
         initialize_from(torch.nn.Linear(3, 3), str(first.folder))
