@@ -125,6 +125,8 @@ def metric_table(
         metrics: by "split/metric".
         weights: by split, the weights that were evaluated, printed after the name of the split.
     """
+    if not metrics:  # of a complete run without a logger that can be read
+        return
     found = {name.partition("/")[0] for name in metrics}
     labels: dict[str, str] = {}
     for split in ("train", "val", "test"):

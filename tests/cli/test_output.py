@@ -41,6 +41,7 @@ def test_the_table_has_a_row_for_each_split_and_a_column_for_each_metric():
         "test          0.5          1",
     ]
     assert list(metric_table({"train/loss": 2.0})) == ["             loss", "train           2"]
+    assert list(metric_table({})) == []
 
 
 def test_the_results_of_a_run_end_with_the_next_commands(capsys, tmp_path, monkeypatch):

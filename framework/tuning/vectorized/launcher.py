@@ -209,9 +209,9 @@ class Vectorized(OneByOne):
                         return rows
                     self._train(group, rows)
         except (NotStackable, OutOfMemory) as error:
-            verb = "go on" if any(trial.row for trial in trials) else "train"
+            action = "go on" if any(trial.row for trial in trials) else "train"
             reason = "memory is full" if isinstance(error, OutOfMemory) else error
-            print_note(f"{len(jobs.keys() - rows)} trials {verb} one by one: {reason}")
+            print_note(f"{len(jobs.keys() - rows)} trials {action} one by one: {reason}")
         except Exception as error:
             started = [trial for trial in trials if trial.row is not None]
             if not started:
