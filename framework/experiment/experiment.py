@@ -383,7 +383,7 @@ def prepare_run(
         check_resumed(resumed, built, inexact, say)
         trainer.state.step = resumed.step  # loggers continue from there
         threads = resumed.threads or threads  # the same number gives the same bits
-        say(f"going on with {resumed.folder.path} after step {resumed.step}")
+        say(f"resuming {resumed.folder.path} after step {resumed.step}")
         for line in [*resumed.notes, *schedule_notes(built, resumed)]:
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)

@@ -56,7 +56,7 @@ def test_the_results_of_a_run_end_with_the_next_commands(capsys, tmp_path, monke
     stop = Stop("signal", "SIGINT", SIGINT)
     print_result(Result(Path("runs/default/y"), METRICS, stopped=stop, signal=2))
     assert capsys.readouterr().out.endswith(
-        "run      runs/default/y\ngo on    framework resume runs/default/y\n"
+        "run      runs/default/y\nresume   framework resume runs/default/y\n"
         "watch    framework board\n"
     )
     stop = Stop("early_stop", "enough")

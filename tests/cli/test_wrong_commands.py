@@ -231,11 +231,11 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
         ("data=csv data.target=x", "data.path: csv needs a value (path); give data.path=..."),
         ("data=csv data.target=x data.path=no.csv", "no.csv"),
         ("data=csv data.target=label data.path=header.csv", "header.csv has no rows"),
-        ("model=cnn", "gets (64,); data.image=true gives images"),
-        ("model=rnn", "gets (64,); data.image=true gives images"),
-        ("transforms=[crop]", "gets (64,); data.image=true gives images"),
-        ("model=nbeats", "gets (64,)\n"),  # images would not help
-        ("model=cnn data=blobs", "gets (2,)\n"),  # it has no images
+        ("model=cnn", "got (64,); data.image=true gives images"),
+        ("model=rnn", "got (64,); data.image=true gives images"),
+        ("transforms=[crop]", "got (64,); data.image=true gives images"),
+        ("model=nbeats", "got (64,)\n"),  # images would not help
+        ("model=cnn data=blobs", "got (2,)\n"),  # it has no images
         ("model=stack 'model.blocks=[dense,conv2d]'", "block 2 (conv2d)"),
         ("task=regression", "task=classification"),
         ("metrics=[mse]", "metrics=mse: "),

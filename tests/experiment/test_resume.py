@@ -64,7 +64,7 @@ def test_the_same_command_resumes_an_interrupted_run_exactly(step, monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", step, monkeypatch, often)
     resumed, messages = train_run("run.name=cut", "resume=auto", often)
-    assert messages[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
+    assert messages[0] == f"resuming runs/default/cut after step {step // 5 * 5}"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
     assert logged(resumed.folder) == logged(uninterrupted.folder)
     assert status_of(resumed.folder) == "done"
@@ -94,7 +94,7 @@ def test_a_run_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_run("run.name=cut", *odd)
     resumed, messages = train_run("run.name=cut", "resume=auto", *odd)
-    assert messages[0] == "going on with runs/default/cut after step 17"
+    assert messages[0] == "resuming runs/default/cut after step 17"
     assert logged(resumed.folder) == logged(uninterrupted.folder)
 
 
@@ -106,7 +106,7 @@ def test_a_run_with_images_in_channels_last_format_resumes_exactly(monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", 23, monkeypatch, often)
     resumed, messages = train_run("run.name=cut", "resume=auto", often)
-    assert messages[0] == "going on with runs/default/cut after step 20"
+    assert messages[0] == "resuming runs/default/cut after step 20"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
 
 
@@ -218,7 +218,7 @@ def test_a_signal_adds_no_validation_that_a_schedule_observes(monkeypatch):
         )
         assert train_run("run.name=cut", *plateau)[0].steps == 31
     resumed, messages = train_run("run.name=cut", "resume=auto", *plateau)
-    assert messages[0] == "going on with runs/default/cut after step 31"
+    assert messages[0] == "resuming runs/default/cut after step 31"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
     assert logged(resumed.folder) == logged(uninterrupted.folder)
 
@@ -264,7 +264,7 @@ def test_a_finished_run_can_be_resumed_with_more_epochs():
     train_run("run.name=a")
     longer, messages = train_run("run.name=a", "resume=auto", "trainer.max_epochs=3")
     assert longer.steps == 120
-    assert messages[0] == "going on with runs/default/a after step 80"
+    assert messages[0] == "resuming runs/default/a after step 80"
 
 
 def test_a_run_is_resumed_by_its_path():
@@ -356,7 +356,7 @@ def test_the_same_command_resumes_a_killed_process(tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on with runs/default/a after step" in second.stdout
+    assert "resuming runs/default/a after step" in second.stdout
     assert status_of(Path("runs/default/a")) == "done"
 
 
