@@ -319,7 +319,7 @@ FAULTS = {
     "an ignored exception": re.compile(r"Exception ignored"),
     "an abort": re.compile(r"terminate called|Fatal Python error"),
 }
-COMMAND_LINES = ("measure ", "go on ", "watch ", "best ")
+COMMAND_LINES = ("measure ", "resume ", "watch ", "best ")
 SHELL = re.compile(r"[;&|`]|\$\(")
 
 

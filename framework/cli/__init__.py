@@ -1,1 +1,1 @@
-"""The command line: verbs, help, output, completion."""
+"""The command line: commands, help, output, completion."""

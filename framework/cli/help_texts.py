@@ -14,7 +14,8 @@ usage: framework COMMAND ...
   framework train model=mlp optimizer=sgd optimizer.lr=0.1
   framework eval runs/default/NAME
 
-`framework COMMAND --help` prints the options and examples of a command.
+`framework COMMAND --help` prints the options and examples of a command,
+`framework --version` the version.
 
 Exit status: 0 for success; 2 for an invalid command, setting, part or data; 3
 if the loss or a gradient is not finite; 1 for another error during training,

@@ -23,7 +23,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean
+from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -156,6 +156,11 @@ def run(arguments: list[str]) -> int:
     """Run a command and return the exit status."""
     name = arguments[0] if arguments else "--help"
     rest = arguments[1:]
+    further = [word for word in rest if word != TRACEBACK]
+    if name == "help" and len(further) == 1 and further[0] in COMMANDS:
+        return COMMANDS[further[0]].function(["--help"]) or 0
+    if name in ("help", "-V", "--version", "version") and further:
+        raise FrameworkError(f"{name}: expected no argument {short(further[0], quote=False)}")
     if name in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -283,7 +288,10 @@ def find(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if args.target not in targets:
-        got = "" if args.target is None else f", got {args.target}"
+        got = ""
+        if args.target is not None:
+            close = nearest(args.target, targets)
+            got = f", got {args.target}" + ("" if close is None else f"; did you mean {close!r}?")
         parser.error(f"find: expected lr or batch_size as the first argument{got}")
     line = command_line(parser, args)
     from framework.composition.compose import run_composed as compose
@@ -317,7 +325,8 @@ def resume(arguments: list[str]) -> int:
 
     discover(args.plugins, args.without_plugin)
     folder = run_to_resume(args.run)
-    spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides))
+    typed = {text.partition("=")[0].lstrip("+~").replace("/", "."): text for text in args.overrides}
+    spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides), typed)
     spec.resume = str(args.run)
     spec.without = args.without_plugin
     experiment = real_path(folder).parent.name
@@ -504,6 +513,11 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     name = escaped_path(str(folder))
     if not folder.is_dir():
         raise FrameworkError(f"trust {name}: no such folder")
+    if not agreed and not trusting.named_plugins(folder):
+        raise FrameworkError(
+            f"trust {name}: its config files (conf/config.yaml, conf/experiment/*.yaml) name no "
+            "plugins, so there is nothing to trust; --trust trusts the folder nevertheless"
+        )
     print_line(folder)
     for line in trusting.description(folder):
         print_line(f"  {line}")

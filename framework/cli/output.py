@@ -45,7 +45,7 @@ def print_result(result: Result, job: str | None = None) -> None:
         print_line(f"advice   {result.advice}")
     print_line(f"run      {result.folder}")
     if result.signal is not None:
-        print_line(f"go on    framework resume {run_arguments(result.folder)}")
+        print_line(f"resume   framework resume {run_arguments(result.folder)}")
     if job is None:
         if (result.folder / "checkpoints").is_dir() and result.split is not None:
             arguments = run_arguments(result.folder)
@@ -125,6 +125,8 @@ def metric_table(
         metrics: by "split/metric".
         weights: by split, the weights that were evaluated, printed after the name of the split.
     """
+    if not metrics:  # of a complete run without a logger that can be read
+        return
     found = {name.partition("/")[0] for name in metrics}
     labels: dict[str, str] = {}
     for split in ("train", "val", "test"):

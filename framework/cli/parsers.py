@@ -3,12 +3,12 @@
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from framework.errors import FrameworkError
+from framework.errors import FrameworkError, did_you_mean, nearest, short
 from framework.errors.paths import expanded
 
 TRACEBACK = "--traceback"
@@ -22,6 +22,8 @@ TRUST: dict[str, Any] = {
     "help": "load the plugins that conf/config.yaml names, for this command only",
 }
 JSON: dict[str, Any] = {"action": "store_true", "help": "print JSON"}
+NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
+ARGPARSE_MISSING = "the following arguments are required: "
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Parser(argparse.ArgumentParser):
     """A parser for one command; its errors are FrameworkErrors."""
 
     def __init__(self, command: str, description: str, examples: str):
+        self.command = command
+        self.names: list[str] = []  # of all arguments
         super().__init__(
             f"framework {command}",
             description=description,
             epilog=examples,
             allow_abbrev=False,
+            exit_on_error=False,  # `parsed` words the errors
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         plugins = "file, folder or module that registers parts; may be repeated"
@@ -62,8 +67,95 @@ class Parser(argparse.ArgumentParser):
         """Add an option that may be repeated; its value is a list."""
         self.add_argument(flag, action="append", default=[], **options)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument; its choices or its type are checked with a message of our form."""
+        self.names += names
+        shown = names[-1] if names[-1].startswith("-") else self.command
+        if "choices" in options:
+            options["type"] = self.one_of(shown, options["choices"])
+        elif options.get("type") in NUMBERS:
+            options["type"] = self.number(shown, options["type"])
+        return super().add_argument(*names, **options)
+
+    def one_of(self, shown: str, choices: Iterable[str]) -> Callable[[str], str]:
+        """Return a function that returns one of the choices, or raises FrameworkError.
+
+        Args:
+            shown: the option, or the command of a positional argument, for the message.
+            choices: the values that it may have.
+        """
+
+        def checked(text: str) -> str:
+            if text not in choices:
+                close = nearest(text, choices)
+                advice = "" if close is None else f"; did you mean {close!r}?"
+                value = short(text, quote=False)
+                self.error(f"{shown} {value}: expected one of {', '.join(choices)}{advice}")
+            return text
+
+        return checked
+
+    def number(self, shown: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
+        """Return a function that converts a text to a number, or raises FrameworkError.
+
+        Args:
+            shown: the option, for the message.
+            kind: int or float.
+        """
+
+        def checked(text: str) -> int | float:
+            try:
+                return kind(text)
+            except ValueError:
+                self.error(f"{shown} {short(text, quote=False)}: expected {NUMBERS[kind]}")
+
+        return checked
+
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the arguments. Raises FrameworkError."""
+        return self.parsed(self.parse_known_args, arguments)
+
+    def parse_intermixed_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the arguments; options may stand between overrides. Raises FrameworkError."""
+        return self.parsed(self.parse_known_intermixed_args, arguments)
+
+    def parsed(
+        self,
+        parse: Callable[[list[str]], tuple[argparse.Namespace, list[str]]],
+        arguments: list[str],
+    ) -> argparse.Namespace:
+        """Parse arguments with a method of argparse, and report its errors and unknown options."""
+        try:
+            args, unknown = parse(arguments)
+        except argparse.ArgumentError as error:
+            if error.argument_name is None:
+                self.error(error.message)
+            option = error.argument_name.rpartition("/")[2]  # of "-m/--multirun"
+            if error.message.startswith("ignored explicit argument"):
+                self.error(f"{option}: takes no value")
+            self.error(f"{option}: expected a value")
+        if unknown:
+            self.error(self.unknown_argument(unknown))
+        return args
+
+    def unknown_argument(self, unknown: list[str]) -> str:
+        """Return the message for arguments that the command does not have."""
+        options = [word for word in unknown if word.startswith("-")]
+        if not options:
+            return f"{self.command}: expected no argument {short(unknown[0], quote=False)}"
+        option = options[0].partition("=")[0]
+        known = [name for name in self.names if name.startswith("--")]
+        if option.startswith("--") and "overrides" in self.names and nearest(option, known) is None:
+            advice = "settings have no dashes: write KEY=VALUE"
+        else:
+            advice = did_you_mean(option, known)
+        return f"{option}: there is no such option; {advice}"
+
     def error(self, message: str) -> NoReturn:
         """Raise FrameworkError."""
+        missing = message.removeprefix(ARGPARSE_MISSING)
+        if missing != message:
+            message = f"{self.command}: missing argument {missing}"
         raise FrameworkError(f"{message} (see `{self.prog} --help`)")
 
 

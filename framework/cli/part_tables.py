@@ -13,6 +13,7 @@ from framework.errors import SettingError, UnknownName, did_you_mean
 from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
+from framework.registry.signatures import plain_math
 
 Part = dict[str, Any]
 """A part, as `part_as_dict` returns it."""
@@ -82,7 +83,7 @@ def names_of(index: Index, kind: str) -> list[str]:
 def list_kinds(index: Index) -> RenderableType:
     """Return a table of the kinds: key, number of parts, description."""
     table = empty_table()
-    table.add_column("kind", style="cyan", no_wrap=True)
+    table.add_column("key", style="cyan", no_wrap=True)
     table.add_column("parts", justify="right", no_wrap=True)
     table.add_column("description", overflow="fold")
     for kind in index.kinds.values():
@@ -159,7 +160,7 @@ def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
 
 def tidy(text: str) -> str:
     """Return a line of a docstring without the roles, links and literals of reStructuredText."""
-    text = re.sub(r":\w+:`([^`]*)`", r"\1", text)
+    text = re.sub(r":\w+:`([^`]*)`", lambda match: plain_math(match[1]), text)
     text = re.sub(r"`([^`<]*?)\s*(?:<[^>]*>)?`_+", r"\1", text)
     return text.replace("``", "")
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean, nearest
+from framework.errors import ConfigError, FrameworkError, PluginError, did_you_mean
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import note, printable_lines
 from framework.registry.discovery import discover, locate, located
@@ -25,6 +25,7 @@ from framework.registry.registry import Registry
 from . import hydra_internals
 from .config_files import checked_files
 from .hydra_groups import filled_store
+from .override_checks import PLUGIN_GROUPS, not_available
 from .override_syntax import dotted, groups
 from .overrides import Overrides, as_typed, own_settings, rewrite
 from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
@@ -119,7 +120,7 @@ class Composing:
 
     @property
     def sources(self) -> Sources:
-        return Sources(self.overrides.typed, self.files)
+        return Sources(self.overrides.typed, self.files, refused=self.overrides.refused)
 
     def job(self, config: Any) -> Job:
         """Check the config of a job in a sweep, while it is Hydra's current config.
@@ -469,15 +470,10 @@ def no_such(path: str, options: Iterable[str]) -> str:
         return groups()[group].unknown(name)
     if path.startswith("hydra."):
         return f"{path}: Hydra has no such setting (--cfg hydra prints them)"
-    if group in ("hydra/launcher", "hydra/sweeper"):
-        package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
-        close = nearest(name, options)
-        if close is not None:
-            return (
-                f"{group}={name}: not available; did you mean {close!r}? "
-                f"(or is {package} not installed?)"
-            )
-        return f"{group}={name}: not installed ({package}?); available: {', '.join(options)}"
+    if group in PLUGIN_GROUPS:
+        return f"{group}={name}: {not_available(group, name, options)}"
+    if group == "hydra":
+        return f"{path}: Hydra has no such group; {did_you_mean(path, PLUGIN_GROUPS)}"
     if group:
         return f"there is no {group} {name!r}; {did_you_mean(name, options)}"
     return f"there is no kind of parts {name!r}; {did_you_mean(name, groups())}"

@@ -215,6 +215,12 @@ def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
 # sweepers and launchers
 
 
+def plugin_options(group: str) -> list[str]:
+    """Return the options of "hydra/sweeper" or "hydra/launcher" that installed packages store."""
+    Plugins.instance()  # imports installed plugins, which store their options
+    return [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
+
+
 @contextmanager
 def launcher_in_use(launcher: Launcher) -> Iterator[None]:
     """Give sweepers this launcher instead of the one in the config.

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from framework.errors import did_you_mean, with_article
+from framework.errors import did_you_mean, nearest, with_article
 from framework.errors.paths import quoted_override
 
-from .hydra_internals import IntervalSweep, Override
+from .hydra_internals import IntervalSweep, Override, plugin_options
 from .override_syntax import (
     NAMELESS,
     chosen_names,
@@ -19,6 +19,7 @@ from .override_syntax import (
     of_hydra,
     takes_list,
 )
+from .sections import HYDRA_PLUGINS
 from .spec import IMPORTS, NO_IMPORTS
 
 OVERRIDE_FORM = "expected KEY=VALUE"
@@ -26,6 +27,7 @@ QUOTING = (
     "quote a value with spaces, commas, brackets or =, and then the whole argument: 'key=\"a, b\"'"
 )
 SWEEP_FORMS = "a,b,c or range(3) or range(1,10,step=2) or choice(a,b)"
+PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 SWEEP_SETTING = "is a setting of a sweep: add -m to run a sweep, or remove it"
 
 
@@ -67,6 +69,8 @@ def find_problems(
     problem = sweep_problem(text, override, multirun)
     if problem is None:
         problem = key_problem(text, override, multirun, shows)
+    if key in PLUGIN_GROUPS and not override.is_delete():
+        problem = plugin_problem(override, folders, multirun or shows) or problem
     if problem is not None:
         return [problem]
     if is_group(key):
@@ -107,9 +111,48 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
         return "use -m to run a sweep"
     if key == "hydra.searchpath":
         return "use --config-dir to add a folder of config files"
+    group = key.replace(".", "/")
+    if key != group and group in PLUGIN_GROUPS and isinstance(override.value(), str):
+        return f"write {group}={override.value()}"
     if of_hydra(key) and not multirun and not shows:
         return hydra_fault(key)
     return None
+
+
+def plugin_problem(override: Override, folders: list[Path], hydra_checks: bool) -> str | None:
+    """Return the problem of the choice of a launcher or sweeper.
+
+    Args:
+        override: the parsed override.
+        folders: folders with config files.
+        hydra_checks: whether Hydra itself checks that there is an option of this name.
+    """
+    group = override.key_or_group
+    kind = group.partition("/")[2]
+    value = override.value()
+    if not override.is_sweep_override() and not (isinstance(value, str) and value):
+        return f"expected the name of a {kind}"
+    if hydra_checks:
+        return None
+    options = set(plugin_options(group))
+    for plugin in HYDRA_PLUGINS.values():
+        if plugin.group == kind:
+            options.add(plugin.name)
+    for folder in folders:
+        options.update(file.stem for file in (folder / group).glob("*.yaml"))
+    for name in chosen_names(override):
+        if name not in options:
+            return not_available(group, name, options)
+    return None
+
+
+def not_available(group: str, name: str, options: Iterable[str]) -> str:
+    """Say that there is no launcher or sweeper of a name, after `hydra/launcher=NAME: `."""
+    package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
+    close = nearest(name, options)
+    if close is not None:
+        return f"not available; did you mean {close!r}? (or is {package} not installed?)"
+    return f"not installed ({package}?); available: {', '.join(sorted(options))}"
 
 
 def hydra_fault(key: str) -> str:

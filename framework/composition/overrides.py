@@ -31,6 +31,7 @@ from .hydra_groups import ALSO, NONE
 from .hydra_internals import Override, parse_override, quoted_text
 from .override_checks import find_problems, syntax_problem
 from .override_syntax import (
+    chosen_names,
     dotted,
     groups,
     has_settings,
@@ -54,6 +55,7 @@ class Overrides:
         notes: overrides that have no effect and do no harm.
         typed: by key, the override as typed.
         swept: the keys with several values.
+        refused: the paths of parts that were chosen by an unknown name.
     """
 
     arguments: list[str] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Overrides:
     notes: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
     swept: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -101,6 +104,7 @@ def rewrite(
         for problem in problems:
             found.problems.append(f"{text}: {problem} ({COMMAND_LINE})")
         if problems:
+            found.refused += refused_paths(override)
             continue
         target = override_target(override, text)
         arguments = arguments_for(override, text)
@@ -131,6 +135,23 @@ def record_override(found: Overrides, text: str, override: Override) -> None:
         found.swept.remove(key)
     if override.is_sweep_override():
         found.swept.append(key)
+
+
+def refused_paths(override: Override) -> list[str]:
+    """Return the paths of the unknown parts that an override with problems chooses.
+
+    | override                  | path                  |
+    |---------------------------|-----------------------|
+    | `data=images`             | `data`                |
+    | `callbacks=[ema,stopp]`   | `callbacks.stopp`     |
+    """
+    key = override.key_or_group
+    if key not in groups():
+        return []
+    unknown = [name for name in chosen_names(override) if name not in groups()[key]]
+    if takes_list(key):
+        return [f"{key}.{name}" for name in unknown]
+    return [key] if unknown else []
 
 
 def depth(override: str) -> int:

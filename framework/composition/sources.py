@@ -26,11 +26,13 @@ class Sources:
         typed: by path, the overrides of the command line.
         files: the config files, in the order in which they were read.
         fallback: the place of a path that is in none of them.
+        refused: the paths of parts that were chosen by an unknown name.
     """
 
     typed: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[File] = ()
     fallback: str = ""
+    refused: Sequence[str] = ()
 
     def __call__(self, path: str) -> str:
         """Return "command line", "conf/experiment/spam.yaml:7", or the fallback for a default."""

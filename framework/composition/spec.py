@@ -250,7 +250,7 @@ class Reader:
             checked = self.value(setting, value, path)
             return self.expand_home(checked, path) if of_section else checked
         if setting.required:
-            name = owner if isinstance(owner, str) else owner.name
+            name = self.shown_name(path.rpartition(".")[0], owner)
             self.problem(path, None, f"{name} needs a value ({setting.type_text}); give {path}=...")
             return UNSET
         return setting.initial() if of_section else UNSET  # a Maker applies the part's defaults
@@ -456,7 +456,7 @@ class Reader:
         self, path: str, key: Any, value: Any, schema: Schema, owner: Entry | str
     ) -> None:
         """Report a setting that a part or section does not have."""
-        name = owner if isinstance(owner, str) else owner.name
+        name = self.shown_name(path.rpartition(".")[0], owner)
         others = parts_with(key, owner)
         if key in IMPORTS:
             message = NO_IMPORTS
@@ -474,9 +474,30 @@ class Reader:
             message = f"{name} has no settings"
         self.problem(path, value, message)
 
+    def shown_name(self, path: str, owner: Entry | str) -> str:
+        """Return the name of a section or part for a message; an alias if that was given.
+
+        Args:
+            path: where the part is chosen.
+            owner: the part, or the name of the section.
+        """
+        if isinstance(owner, str):
+            return owner
+        for name in (self.typed_value(path), self.name_at(path)):
+            if name in owner.aliases:
+                return str(name)
+        return owner.name
+
     def problem(self, path: str, value: Any, message: str) -> None:
-        """Record a problem as `path=value: message (place)`, without the value if it is None."""
+        """Record a problem as `path=value: message (place)`, without the value if it is None.
+
+        Typed settings of a part whose own name is a problem belong to no known part, so that
+        nothing can be said about them.
+        """
         source = self.source(path)
+        for refused in self.source.refused:
+            if source == COMMAND_LINE and f"{path}.".startswith(f"{refused}."):
+                return
         shown = path if value is None else f"{path}={short(value, quote=False)}"
         place = f" ({source})" if source else ""
         self.problems.append(f"{shown}: {message}{place}")

@@ -40,8 +40,9 @@ class Parameters:
         Args:
             decay: parameters that the optimizer's weight_decay applies to: weights (all with two
                 axes or more, so neither biases nor the scales of norms), or all.
-            rates: factors on the learning rate by patterns of parameter names as `plan` shows them,
-                e.g. {head.*: 10}; of several matching patterns the first one counts.
+            rates: factors on the learning rate by patterns of parameter names, e.g. {head.*: 10}
+                for the parameters of the layer `head` of `plan`; of several matching patterns the
+                first one counts.
             layer_decay: factor on the learning rate from each layer to the previous one; the last
                 layer keeps its rate (Howard and Ruder 2018, arXiv:1801.06146, section 3.2). A layer
                 is a numbered module, such as blocks.3.

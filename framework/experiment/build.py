@@ -1,6 +1,7 @@
 """Build the objects of a Spec one by one, and check that they fit each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -18,10 +19,11 @@ from framework.data.folds import take_fold
 from framework.errors import BuildError, DataError, FrameworkError, short
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
+from framework.registry.annotations import strip
 from framework.registry.registry import Maker, Registry
 from framework.registry.signatures import signature_parameters
 from framework.runtime import seeds
-from framework.runtime.shapes import dry_run, first_output, message_at
+from framework.runtime.shapes import ShapeError, dry_run, first_output, message_at
 from framework.training.layer_table import model_undisturbed
 from framework.training.single_sample import single_sample
 
@@ -30,7 +32,7 @@ def build_data(spec: Spec, refit: bool = True) -> Data:
     """Build the data of a spec, and take its fold.
 
     Args:
-        refit: see `take_fold`; False for a run of an older version, whose data was normalised by
+        refit: see `take_fold`; False for a run of an older version, whose data was normalized by
             the original training split.
     """
     data: Data = spec.parts["data"]()
@@ -134,6 +136,24 @@ def build_model(
             if weight.ndim >= 2:  # the others are biases and scales of norms
                 initialize(weight)
     return model
+
+
+@contextmanager
+def image_advice(spec: Spec, data: Data) -> Iterator[None]:
+    """Add to the error of a part that needs images how the data set gives them, if it can."""
+    try:
+        yield
+    except ShapeError as error:
+        maker = spec.parts["data"]
+        setting = maker.entry.settings.get("image")
+        can_give_images = (
+            setting is not None
+            and strip(setting.annotation) is bool
+            and not maker.settings.get("image", setting.default)
+        )
+        if can_give_images and 3 in error.axes and error.in_shape == tuple(data.in_shape):
+            raise error.with_text(f"{error}; data.image=true gives images") from error
+        raise
 
 
 def check_embeds(maker: Maker) -> None:

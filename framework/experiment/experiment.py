@@ -43,13 +43,14 @@ from .build import (
     build_optimizer,
     check_output_shape,
     check_smallest_batch,
+    image_advice,
 )
 from .config_changes import fingerprint
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
 from .result import Result, read_result, weights_label
-from .resume import Resumed, check_fits, check_optimizer, open_folder
+from .resume import Resumed, check_exact, check_fits, check_optimizer, open_folder
 from .run_facts import content_changes, data_facts, fact_changes
 from .weights import initialize_from, load_weights, shapes
 
@@ -96,24 +97,26 @@ class Experiment:
         self.task.check(self.data)
         self.metrics = build_metrics(spec, self.data, self.task)
         self.out_shape = self.task.targets_of(self.data)[1]
-        with nullcontext() if saved is None else model_limits(spec, saved):
+        limits = nullcontext() if saved is None else model_limits(spec, saved)
+        with image_advice(spec, self.data), limits:
             self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_output_shape(self.model, self.data, self.out_shape)
         self.optimizer = build_optimizer(spec, self.model)
         check_step_alone(self.optimizer)
-        self.transforms = [
-            maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]
-        ]
+        with image_advice(spec, self.data):
+            self.transforms = [
+                maker(self.data.in_shape, self.data.out_shape) for maker in spec.parts["transform"]
+            ]
         self.train_batches = self.batches("train")
-        limits = spec.sections["trainer"]
-        micro_batch = limits["micro_batch"] if isinstance(limits["micro_batch"], int) else None
+        settings = spec.sections["trainer"]
+        micro_batch = settings["micro_batch"] if isinstance(settings["micro_batch"], int) else None
         check_smallest_batch(self.model, self.train_batches, micro_batch)
         self.status = Status()
-        self.steps_per_epoch = count_steps(self.train_batches, limits["accumulate"])
+        self.steps_per_epoch = count_steps(self.train_batches, settings["accumulate"])
         self.total_steps = count_total(
-            self.steps_per_epoch, limits["max_epochs"], limits["max_steps"]
+            self.steps_per_epoch, settings["max_epochs"], settings["max_steps"]
         )
         self.schedule = self.build_schedule()
         check_schedule(self.schedule, self.data.val is not None)
@@ -356,9 +359,9 @@ def prepare_run(
     """
     started = time.monotonic() if started is None else started
     run = find_run(spec, experiment)
-    resumed = None if run is None else open_folder(run, spec, inexact)
+    resumed = None if run is None else open_folder(run, spec)
     if resumed is not None and resumed.done:
-        say(f"{run} is already finished")
+        say(f"{run} is complete: nothing is left to train")
         resumed.folder.lock.close()
         return read_result(resumed.folder.path)
     saved = None
@@ -379,7 +382,7 @@ def prepare_run(
         check_resumed(resumed, built, inexact, say)
         trainer.state.step = resumed.step  # loggers continue from there
         threads = resumed.threads or threads  # the same number gives the same bits
-        say(f"going on with {resumed.folder.path} after step {resumed.step}")
+        say(f"resuming {resumed.folder.path} after step {resumed.step}")
         for line in [*resumed.notes, *schedule_notes(built, resumed)]:
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
@@ -388,22 +391,33 @@ def prepare_run(
 def check_resumed(
     resumed: Resumed, built: Experiment, inexact: bool, say: Callable[[str], None]
 ) -> None:
-    """Raise RunError if the data, the model or the optimizer of a resumed run are not the same."""
-    if not inexact:
-        check_same_data(resumed, built, say)
+    """Raise RunError if the data, the model or the optimizer of a resumed run are not the same.
+
+    A change that even --inexact does not allow comes first, so that no message advises it in vain.
+    """
+    path = resumed.folder.path
+    data_changes = [] if inexact else changes_of_data(resumed, built, say)
+    changed_data = f"the data of {path} has changed since it began ({'; '.join(data_changes)})"
     try:
         check_fits(resumed, built.model, built.optimizer)
         check_optimizer(resumed, built.model, built.optimizer)
+    except RunError as error:
+        if data_changes:
+            raise error.with_text(f"{changed_data}; {error}") from error
+        raise
     except WRONG_FORM as error:
-        path = resumed.folder.path
         raise RunError(
             f"{path} cannot be resumed: the checkpoint has an unexpected structure: "
             f"{describe(error)}"
         ) from error
+    if not inexact:
+        check_exact(resumed)
+    if data_changes:
+        raise RunError(f"{changed_data}: --inexact resumes it nevertheless")
 
 
-def check_same_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> None:
-    """Raise RunError if the data of a resumed run has changed.
+def changes_of_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> list[str]:
+    """Return the changes of a resumed run's data that change its weights.
 
     Other content at the same path, such as a repaired image, is only a note.
     """
@@ -414,13 +428,9 @@ def check_same_data(resumed: Resumed, built: Experiment, say: Callable[[str], No
     other_content = list(content_changes(before.get("content"), now["content"]))
     if resumed.data_moved:
         changed += other_content
-    if changed:
-        raise RunError(
-            f"the data of {resumed.folder.path} has changed since it began ({'; '.join(changed)}): "
-            "--inexact resumes it nevertheless"
-        )
-    if other_content:
+    elif other_content:
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
+    return changed
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:

@@ -92,7 +92,8 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     rates = [rate(step) for step in range(len(losses))]
     if len(losses) < LEAST_LOSSES:
         raise RunError(
-            f"the loss is not finite after {len(losses)} steps at a rate of {rate(len(losses)):.1g}"
+            f"the loss is not finite after {len(losses)} steps, at a learning rate of "
+            f"{rate(len(losses)):.1g}"
         )
     lowest = losses.index(min(losses))
     slopes = [losses[n + 1] - losses[n - 1] for n in range(1, max(lowest, 3))]
@@ -238,7 +239,7 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     last = found.rates[-1]
     print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss decreases fastest")
-    print(f"         at {found.lowest:.2g} the loss is lowest")
+    print(f"         the loss is lowest at {found.lowest:.2g}; do not use a larger learning rate")
 
 
 def show_batch_sizes(spec: Spec, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -216,18 +217,21 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     return Trained(spec, run, model, spec.parts["task"](), facts, found)
 
 
-def read_spec_of(run: Path, tree: Mapping[str, Any]) -> Spec:
+def read_spec_of(
+    run: Path, tree: Mapping[str, Any], overrides: Mapping[str, str] = MappingProxyType({})
+) -> Spec:
     """Check the config of a run.
 
     Args:
         tree: the config, perhaps with overrides.
+        overrides: these overrides as typed, by path.
 
     Raises:
         ConfigError: the config has problems. If plugins of the run are not loaded, only the option
             that loads them is named.
     """
     try:
-        return read_spec(tree, Sources(fallback=f"{run}/config.yaml"))
+        return read_spec(tree, Sources(overrides, fallback=f"{run}/config.yaml"))
     except ConfigError as error:
         missing = [plugin for plugin in plugins_of(run) if not is_loaded(plugin)]
         if not missing:

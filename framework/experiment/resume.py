@@ -25,7 +25,7 @@ from framework.training.optimizer_state import (
 from .config_changes import compare_configs, is_path_of_data, keeps_bits, observed_changes
 from .find_run import MOST_NOTES, named_checkpoint
 from .run_facts import unknown_content
-from .weights import shapes
+from .weights import is_useful, shapes
 
 MOST_THREADS = 1024
 
@@ -44,6 +44,7 @@ class Resumed:
         training: the state in the newest good checkpoint; None if the run was stopped before one.
         threads: for an operation, as before; None if unknown.
         chosen: the checkpoint that the user named, if any.
+        inexact_changes: the texts of the changed settings that change the weights.
     """
 
     folder: RunFolder
@@ -55,6 +56,7 @@ class Resumed:
     training: dict[str, Any] | None = None
     threads: int | None = None
     chosen: Path | None = None
+    inexact_changes: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -70,30 +72,22 @@ class Resumed:
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
 
-def open_folder(run: Path, spec: Spec, inexact: bool = False) -> Resumed:
+def open_folder(run: Path, spec: Spec) -> Resumed:
     """Lock the folder of a run and read its newest good checkpoint, or the one that the user named.
 
-    Args:
-        inexact: allow settings that change the weights of the resumed run.
-
     Raises:
-        RunError: another process writes to the folder, or a setting changes the weights.
+        RunError: another process writes to the folder.
     """
     folder = RunFolder.existing(run)
     config = read_config(run)
     changed = compare_configs(config, spec.tree)
-    inexact_changes = list(weight_changes(run, changed, config, spec))
-    if inexact_changes and not inexact:
-        raise RunError(
-            f"{run} cannot be resumed exactly with {'; '.join(inexact_changes)}: "
-            "leave it as it was, or allow it with --inexact"
-        )
     data_moved = any(is_path_of_data(path, spec) for path in changed)
     relevant = {
         path: text for path, text in changed.items() if not path.startswith(("run.", "plugins"))
     }
     resumed = Resumed(folder, config, relevant, data_moved)
     resumed.notes += [f"from here on {text}" for text in relevant.values()]
+    resumed.inexact_changes = list(weight_changes(run, changed, config, spec))
     checkpoints = run / "checkpoints"
     checkpoint.refuse_links(checkpoints)
     if checkpoints.is_dir():
@@ -171,7 +165,9 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
     if resumed.training is None:
         return
     check_form(resumed.training)
-    difference = model_difference(shapes(resumed.training["model"]), shapes(model.state_dict()))
+    saved = shapes(resumed.training["model"])
+    own = shapes(model.state_dict())
+    difference = model_difference(saved, own)
     if difference is None:
         same_groups = group_sizes(resumed.training["optimizer"]) == group_sizes(
             optimizer.state_dict()
@@ -180,11 +176,32 @@ def check_fits(resumed: Resumed, model: nn.Module, optimizer: Optimizer) -> None
             difference = "another optimizer, or other groups of parameters, whose state differs"
     if difference is not None:
         run = resumed.folder.path
-        weights = override("init_from", str(run))
+        raise RunError(f"{run} cannot be resumed with {difference}; {new_run(run, saved, own)}")
+
+
+def check_exact(resumed: Resumed) -> None:
+    """Raise RunError if a changed setting changes the weights of the resumed run."""
+    if resumed.inexact_changes:
         raise RunError(
-            f"{run} cannot be resumed with {difference}. "
-            f"A new run can begin with its weights: {weights}"
+            f"{resumed.folder.path} cannot be resumed exactly with "
+            f"{'; '.join(resumed.inexact_changes)}: leave it as it was, or allow it with --inexact"
         )
+
+
+def new_run(
+    run: Path, saved: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Return the advice to start a new run, with the weights of `run` if they fit its model.
+
+    Args:
+        saved: the shapes of the tensors in the checkpoint of the run.
+        own: the shapes of those of the model.
+    """
+    fitting = [name for name, shape in own.items() if saved.get(name) == shape]
+    if not is_useful(fitting, {name: len(shape) for name, shape in own.items()}):
+        return "start a new run with `framework train`"
+    weights = override("init_from", str(run))
+    return f"start a new run with `framework train {weights}`, which loads the weights that fit"
 
 
 def model_difference(
@@ -192,10 +209,14 @@ def model_difference(
 ) -> str | None:
     """Return the first difference in the shapes of two models; None if they are equal."""
     for name in {**saved, **own}:
-        if saved.get(name) != own.get(name):
+        if name not in own:
+            return f"another model: it has no {name}, which is in the checkpoint"
+        if name not in saved:
+            return f"another model: its {name} is not in the checkpoint"
+        if saved[name] != own[name]:
             return (
-                f"another model: {name} has shape {saved.get(name)} in the checkpoint "
-                f"and {own.get(name)} in the config"
+                f"another model: {name} has shape {saved[name]} in the checkpoint "
+                f"and {own[name]} in the config"
             )
     return None
 

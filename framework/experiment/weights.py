@@ -1,14 +1,14 @@
 """Load weights into a model: from the checkpoints of a run, or from a file (`init_from`)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from framework.errors import CheckpointError, RunError
+from framework.errors import CheckpointError, RunError, did_you_mean
 from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.runs import checkpoint
@@ -37,7 +37,14 @@ def find_checkpoint(run: Path, which: str = "best") -> Path | None:
     folder = run / "checkpoints"
     if which not in ("best", "last"):
         named = folder / which
-        return named if named.is_dir() else resolve_run(expanded(which))
+        if named.is_dir():
+            return named
+        path = expanded(which)
+        if not os.path.lexists(path):
+            saved = [each.name for each in checkpoint.listed(folder)] if folder.is_dir() else []
+            suggestion = did_you_mean(which, ["best", "last", *saved])
+            raise RunError(f"there is no checkpoint {which} of {run}; {suggestion}")
+        return resolve_run(path)
     checkpoint.refuse_links(folder)
     best = folder / "best"
     if which == "best" and os.path.lexists(best) and checkpoint.target_of(best).is_dir():
@@ -99,14 +106,31 @@ def check_fitting(
             f"init_from={source}: none of its {len(weights)} tensors has the name and shape of a "
             "tensor of the model"
         )
-    matrices = [name for name, tensor in own.items() if tensor.ndim > 1]
-    if matrices and not fitting.keys() & set(matrices):
+    axes = {name: tensor.ndim for name, tensor in own.items()}
+    if not is_useful(fitting, axes):
+        matrices = matrices_of(axes)
         first = matrices[0]
         raise RunError(
             f"init_from={source}: only {len(fitting)} of {len(own)} tensors match, and none of the "
             f"{len(matrices)} weight matrices: {first} is {shape_text(own[first])} in the "
             f"model, the source has {shape_text(weights.get(first))}"
         )
+
+
+def is_useful(fitting: Collection[str], axes: Mapping[str, int]) -> bool:
+    """Whether a model can begin with the weights that fit: any, and any of its weight matrices.
+
+    Args:
+        fitting: the names of the tensors that fit.
+        axes: the number of axes of each tensor of the model.
+    """
+    matrices = matrices_of(axes)
+    return bool(fitting) and (not matrices or not set(matrices).isdisjoint(fitting))
+
+
+def matrices_of(axes: Mapping[str, int]) -> list[str]:
+    """Return the names of the tensors that are weight matrices or kernels."""
+    return [name for name, count in axes.items() if count > 1]
 
 
 def initialization_report(
@@ -150,6 +174,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 raise RunError(f"init_from={path}: no such file")
             checkpoint.check_memory(path, path.stat().st_size)
             return load_file(path)
+        if not os.path.lexists(path):
+            raise RunError(f"init_from={path}: there is no such run, checkpoint or file")
         path = resolve_run(path)
         if (path / "checkpoints").is_dir():
             found = find_checkpoint(path)

@@ -14,6 +14,7 @@ Part = Callable[..., Any]
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 ARGUMENT = re.compile(r"\s{1,8}\**(\w+)\s*(?:\([^)]*\))?\s*:(?:\s+(.*))?$")
 SENTENCE_END = re.compile(r"(?<!e\.g|i\.e| al| cf| vs)\. (?=[^a-z0-9])")
+MATH = {"leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "times": "×", "cdot": "·", "in": "in"}
 
 
 def signature(part: Part) -> inspect.Signature:
@@ -201,9 +202,17 @@ def args_section(doc: str) -> Iterator[str]:
             inside = True
 
 
+def plain_math(text: str) -> str:
+    """Return a formula of LaTeX, as in the docstrings of torch, as text."""
+    text = re.sub(r"\\(?:text|mathrm|operatorname)\{([^}]*)\}", r"\1", text)
+    for command, symbol in MATH.items():
+        text = re.sub(rf"\\{command}\b", symbol, text)
+    return text.replace("\\", "")
+
+
 def first_sentence(text: str) -> str:
     """Return the first sentence of a paragraph, without reStructuredText marks and defaults."""
     sentence = SENTENCE_END.split(" ".join(text.split()))[0]
     sentence = re.sub(r"\s*\([Dd]efaults?\b[^)]*\)", "", sentence)
-    sentence = re.sub(r":\w+:`([^`]*)`", lambda match: match[1].replace("\\", ""), sentence)
+    sentence = re.sub(r":\w+:`([^`]*)`", lambda match: plain_math(match[1]), sentence)
     return sentence.replace("``", "`").strip().rstrip(".:")

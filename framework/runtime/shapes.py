@@ -1,7 +1,7 @@
 """Shapes of samples: the output shape of a module is found by running it once on zeros."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,33 @@ class NoTensorError(BuildError):
     """A module does not return a tensor; the text follows the name of the module."""
 
 
+class ShapeError(BuildError):
+    """A part does not support the shape of its input.
+
+    Attributes:
+        in_shape: the shape of a sample.
+        axes: the numbers of axes that the part supports.
+    """
+
+    in_shape: Shape = ()
+    axes: Sequence[int] = ()
+
+
+def shape_error(part: str, forms: str, in_shape: Shape, hint: str = "") -> ShapeError:
+    """Return the error of a part that does not support a shape; for the arguments see `expect`."""
+    message = f"{part} expects {forms}, got {tuple(in_shape)}"
+    error = ShapeError(f"{message}; {hint}" if hint else message)
+    error.in_shape = tuple(in_shape)
+    error.axes = supported_axes(forms)
+    return error
+
+
+def supported_axes(forms: str) -> list[int]:
+    """Return the number of axes of each of the forms: [1, 3] for "(D,) or images (C, H, W)"."""
+    found = re.findall(r"\(([^)]*)\)", forms)
+    return [len(axes.replace(",", " ").split()) for axes in found]
+
+
 def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
     """Return `in_shape` if it has as many axes as one of the forms.
 
@@ -31,13 +58,11 @@ def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
         hint: further text for the message.
 
     Raises:
-        BuildError: such as "conv2d expects (C, H, W), got (128,)", followed by the hint.
+        ShapeError: such as "conv2d expects (C, H, W), got (128,)", followed by the hint.
     """
-    for axes in re.findall(r"\(([^)]*)\)", forms):
-        if len(in_shape) == len(axes.replace(",", " ").split()):
-            return tuple(in_shape)
-    message = f"{part} expects {forms}, got {tuple(in_shape)}"
-    raise BuildError(f"{message}; {hint}" if hint else message)
+    if len(in_shape) in supported_axes(forms):
+        return tuple(in_shape)
+    raise shape_error(part, forms, in_shape, hint)
 
 
 def dry_run(module: nn.Module, batch: Tensor) -> Tensor:

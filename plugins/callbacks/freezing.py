@@ -11,17 +11,17 @@ from framework import Callback, Context, NonNegativeInt, SettingError, callbacks
 class Freeze(Callback):
     """Freezes parameters for the whole run, for some epochs, or with gradual unfreezing.
 
-    Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146, section 3.3) thaws one pattern
+    Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146, section 3.3) unfreezes one pattern
     after the other, the last one first. Layers with frozen parameters only, such as batch norms,
     run in eval mode, so their running statistics do not change either. Logs
     train/frozen_parameters, the count of frozen numbers, whenever it changes.
 
     Args:
-        patterns: of the names of parameters as `plan` shows them, e.g. [blocks.*]; the last
-            pattern thaws first.
-        epochs: epochs until the last pattern thaws; null: never.
-        every: epochs between the thawing of one pattern and of the pattern before it; 0: all
-            thaw together.
+        patterns: of the names of parameters, e.g. [blocks.*] for the layers that `plan` shows as
+            blocks.0, blocks.1, ...; those of the last pattern are unfrozen first.
+        epochs: epochs until those of the last pattern are unfrozen; null: never.
+        every: epochs between the unfreezing of one pattern and of the pattern before it; 0: all
+            at once.
     """
 
     alone = True  # in vectorized trials, one trial cannot freeze the parameters of all
@@ -86,7 +86,7 @@ class Freeze(Callback):
         return frozen
 
     def apply(self, trainer: Context) -> None:
-        """Freeze the parameters of the current epoch, and thaw the others."""
+        """Freeze the parameters of the current epoch, and unfreeze the others."""
         names = self.frozen_in(trainer.state.epoch)
         if names != self.frozen:
             self.freeze(trainer.model, names)
@@ -96,7 +96,7 @@ class Freeze(Callback):
             self.freeze(trainer.model, names)
 
     def freeze(self, model: nn.Module, names: set[str]) -> None:
-        """Freeze these parameters, and thaw all others that this callback has frozen."""
+        """Freeze these parameters, and unfreeze all others that this callback has frozen."""
         for name in names | self.frozen:
             model.get_parameter(name).requires_grad_(name not in names)
         self.frozen = names

@@ -66,12 +66,15 @@ class EarlyStop(Callback):
         self.waited += 1
         if self.waited < self.patience:
             return
-        history = "has never been finite"
+        monitor = self.best.monitor
+        checks = "check" if self.waited == 1 else "checks in a row"
+        history = "it has never been finite"
         if self.best.ranked:
             value, step = self.best.ranked[0]
-            history = f"is best at {value:.6g} (step {step})"
-        metric = f"{self.best.monitor} {history}"
-        trainer.stop("early_stop", f"{metric} and did not improve {self.waited} times in a row")
+            history = f"best value {value:.6g} at step {step}"
+        trainer.stop(
+            "early_stop", f"{monitor} has not improved for {self.waited} {checks} ({history})"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.best.state_dict(), "waited": self.waited}

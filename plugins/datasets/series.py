@@ -329,11 +329,23 @@ class Electricity(SeriesData):
 
 
 def read_taylor(path: Path) -> Tensor:
-    """Return the longest list of numbers in a Python file, float64. The file is not run."""
-    lists = re.findall(r"\[([^\[\]]*)\]", read_text(path))
-    longest = max(lists, key=len, default="")
+    """Return the longest list of numbers in a Python file, float64. The file is not run.
+
+    Raises:
+        DataError: there is none, or it is an item of another list.
+    """
+    content = read_text(path)
+    lists = re.finditer(r"\[([^\[\]]*)\]", content)
+    longest = max(lists, key=lambda found: len(found[1]), default=None)
+    items = [""]
+    if longest is not None:
+        before = content[: longest.start()].rstrip()[-1:]
+        after = content[longest.end() :].lstrip()[:1]
+        if before == "[" or after == "]" or (before == "," and after == ","):
+            raise DataError(f"{path}: expected one list of numbers, got a list of lists")
+        items = longest[1].rstrip(", \n").split(",")
     numbers = []
-    for text in longest.rstrip(", \n").split(","):
+    for text in items:
         number = parse_number(text)
         if number is None or math.isinf(number):
             raise DataError(f"{path} has no list of finite numbers; fetch it again")

@@ -290,10 +290,8 @@ def token_layers(name: str, in_shape: Shape, vocabulary: int | None, width: int)
     """
     ranks = (2, 3) if vocabulary is None else (1,)
     if len(in_shape) not in ranks:
-        raise BuildError(
-            f"{name} expects (T, D) or images (C, H, W), or with a `vocabulary` token ids (T,),"
-            f" got {tuple(in_shape)}"
-        )
+        forms = "(T, D) or images (C, H, W), or with a `vocabulary` token ids (T,)"
+        raise shapes.shape_error(name, forms, in_shape)
     if vocabulary is None:
         return []
     return [blocks.maker("embedding", vocabulary=vocabulary, width=width)]

@@ -1,4 +1,4 @@
-"""Logistic regression on the standardised pixels of Fashion-MNIST."""
+"""Logistic regression on the standardized pixels of Fashion-MNIST."""
 
 import time
 

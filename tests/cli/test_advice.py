@@ -105,7 +105,7 @@ def test_the_checkpoint_that_eval_prints_is_an_argument_of_commands(run, command
     assert (status, "leave out --checkpoint last" in err) == (2, True)
     status, out, err = command(f"resume {shlex.quote(checkpoint)} {given}")
     assert status == 0, err
-    assert f"going on with {ROOT}/default/first after step" in out
+    assert f"resuming {ROOT}/default/first after step" in out
     _, _, err = command(f"eval {shlex.quote(ROOT)}/default/first/checkpoints {given}")
     assert f"did you mean {ROOT}/default/first?" in err
 

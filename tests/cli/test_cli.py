@@ -125,6 +125,21 @@ def test_commands_that_only_print_end_with_status_0(command, line):
     assert out.strip()
 
 
+def test_help_with_a_command_prints_the_help_of_the_command(command):
+    assert command("help eval")[1] == command("eval --help")[1]
+
+
+def test_the_help_names_the_option_for_the_version(command):
+    assert "framework --version" in command("--help")[1]
+
+
+def test_the_first_column_of_the_kinds_has_their_config_keys(command):
+    lines = command("list")[1].splitlines()
+    first = [line.split()[0] for line in lines]
+    assert first[0] == "key"
+    assert {"callbacks", "metrics", "optimizer"} <= set(first)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_a_terminal(command, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -41,6 +41,7 @@ def test_the_table_has_a_row_for_each_split_and_a_column_for_each_metric():
         "test          0.5          1",
     ]
     assert list(metric_table({"train/loss": 2.0})) == ["             loss", "train           2"]
+    assert list(metric_table({})) == []
 
 
 def test_the_results_of_a_run_end_with_the_next_commands(capsys, tmp_path, monkeypatch):
@@ -55,7 +56,7 @@ def test_the_results_of_a_run_end_with_the_next_commands(capsys, tmp_path, monke
     stop = Stop("signal", "SIGINT", SIGINT)
     print_result(Result(Path("runs/default/y"), METRICS, stopped=stop, signal=2))
     assert capsys.readouterr().out.endswith(
-        "run      runs/default/y\ngo on    framework resume runs/default/y\n"
+        "run      runs/default/y\nresume   framework resume runs/default/y\n"
         "watch    framework board\n"
     )
     stop = Stop("early_stop", "enough")

@@ -228,10 +228,14 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
             "block=conv2d",
             "block=conv2d: has no effect: neither model mlp nor task classification uses a block",
         ),
-        ("data=csv data.target=x", "data.path: table needs a value (path); give data.path=..."),
+        ("data=csv data.target=x", "data.path: csv needs a value (path); give data.path=..."),
         ("data=csv data.target=x data.path=no.csv", "no.csv"),
         ("data=csv data.target=label data.path=header.csv", "header.csv has no rows"),
-        ("model=cnn", "(64,)"),
+        ("model=cnn", "got (64,); data.image=true gives images"),
+        ("model=rnn", "got (64,); data.image=true gives images"),
+        ("transforms=[crop]", "got (64,); data.image=true gives images"),
+        ("model=nbeats", "got (64,)\n"),  # images would not help
+        ("model=cnn data=blobs", "got (2,)\n"),  # it has no images
         ("model=stack 'model.blocks=[dense,conv2d]'", "block 2 (conv2d)"),
         ("task=regression", "task=classification"),
         ("metrics=[mse]", "metrics=mse: "),
@@ -243,6 +247,20 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
             "-m hydra/launcher=jobs",
             "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
         ),
+        # also without -m
+        (
+            "hydra/launcher=jobs",
+            "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
+        ),
+        ("hydra/sweeper=optun", "hydra/sweeper=optun: not available; did you mean 'optuna'?"),
+        ("hydra/sweeper=optun --cfg job", "hydra/sweeper=optun: not available; did you mean 'opt"),
+        ("hydra/sweeper=optun --info all", "hydra/sweeper=optun: not available; did you mean"),
+        ("hydra/sweeper=ax", "hydra/sweeper=ax: not installed (hydra-ax-sweeper?)"),
+        ("hydra/sweeper=optuna", "is a setting of a sweep: add -m"),
+        ("-m hydra/sweeper=[optuna] seed=1,2", "expected the name of a sweeper"),
+        ("hydra/launcher=", "expected the name of a launcher"),
+        ("-m hydra.sweeper=optuna seed=1,2", "write hydra/sweeper=optuna"),
+        ("-m hydra/sweper=optuna seed=1,2", "did you mean 'hydra/sweeper'?"),
         ("-m hydra.sweeper.nope=1", "hydra.sweeper.nope: Hydra has no such setting (--cfg hydra"),
         # experiment files, with the line
         ("experiment=broken", "conf/experiment/broken.yaml:3: cannot be read as YAML: "),
@@ -271,6 +289,30 @@ def test_an_invalid_experiment_is_refused(refuse, overrides, message):
     refuse(f"train {overrides}", message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data=images data.path=x", "data=images: there is no data 'images'"),
+        ("model=cn model.chanels=3", "model=cn: there is no model 'cn'"),
+        ("callbacks=early_stp callbacks.early_stp.patience=3", "no callback 'early_stp'"),
+        ("'callbacks=[ema,early_stp]' callbacks.early_stp.patience=3", "no callback 'early_stp'"),
+        ("data=csv data.path=x.csv data.target=y data.foo=1", "data.foo=1: csv has no setting"),
+    ],
+)
+def test_settings_of_an_unknown_part_are_not_compared_with_another_part(refuse, overrides, message):
+    refuse(f"train {overrides}", message, problems=1)
+
+
+def test_wrong_settings_of_the_other_parts_are_still_reported(refuse):
+    refuse(
+        "train data=images data.path=x +callbacks=early_stp callbacks.ema.dekay=1",
+        "data=images: ",
+        "+callbacks=early_stp: ",
+        "callbacks.ema.dekay=1: ema has no setting 'dekay'",
+        problems=3,
+    )
+
+
 def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse):
     refuse(
         "train optimizer=sgdd seed=x trainer.max_epocs=0 model.width=a,b experiment=keys",
@@ -289,8 +331,23 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
     ("line", "message"),
     [
         ("trian", "there is no command 'trian'; did you mean 'train'?"),
-        ("train --epochs=3", "unrecognized arguments: --epochs=3 (see `framework train --help`)"),
-        ("train --cfg tree", "invalid choice: 'tree'"),
+        ("train --epochs=3", "--epochs: there is no such option; "),
+        ("train --epochs=3", "(see `framework train --help`)"),
+        ("help trian", "help: expected no argument trian"),
+        ("--version foo", "--version: expected no argument foo"),
+        ("train --fold 3", "--fold: there is no such option; did you mean '--folds'?"),
+        ("train --fold=abc", "--fold: there is no such option; did you mean '--folds'?"),
+        ("train --folds abc", "--folds abc: expected an integer"),
+        ("train --folds", "--folds: expected a value"),
+        ("train --model=cnn", "--model: there is no such option; settings have no dashes"),
+        ("train -mx", "--multirun: takes no value"),
+        ("train --cfg tree", "--cfg tree: expected one of job, hydra, all"),
+        ("train --cfg jobs", "did you mean 'job'?"),
+        ("list --jsno", "--jsno: there is no such option; did you mean '--json'?"),
+        ("list optimizer sgd", "list: expected no argument sgd"),
+        ("eval x --split foo", "--split foo: expected one of train, val, test (see"),
+        ("predict x --prompt a --top-p y", "--top-p y: expected a number"),
+        ("board --port x", "--port x: expected an integer"),
         ("train --cfg job optimizer=sgdd", "there is no optimizer 'sgdd'"),
         ("train -m --cfg job", "only one of -m, --cfg and --info"),
         ("train --info config --cfg job", "only one of -m, --cfg and --info"),
@@ -317,12 +374,17 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
         ),
         ("find", "expected lr or batch_size as the first argument"),
         ("find width", "as the first argument, got width"),
+        ("find lrr", "got lrr; did you mean 'lr'?"),
         ("list optimiser", "there is no kind of part 'optimiser'; did you mean 'optimizer'?"),
         ("show optimizer/adamm", "there is no optimizer 'adamm'; did you mean 'adam'?"),
         ("show nonesuch", "there is no part 'nonesuch'"),
-        ("completion ksh", "invalid choice: 'ksh'"),
+        (
+            "completion tcsh",
+            "completion tcsh: expected one of bash, zsh, fish; did you mean 'zsh'?",
+        ),
+        ("completion", "completion: missing argument shell"),
         ("board", "--root runs: no such folder"),
-        ("eval", "the following arguments are required: run"),
+        ("eval", "eval: missing argument run"),
         ("eval nowhere", "nowhere"),
         ("eval conf", "conf is not the folder of a run"),
         ("predict nowhere", "give --input FILE --output FILE, or --prompt TEXT"),
@@ -373,8 +435,12 @@ def runs(tmp_path_factory):
     [
         ("train run.root={runs} run.name=good", "choose another run.name"),
         ("eval {runs}/default/bare", "has no checkpoint"),
-        ("eval {runs}/default/good --checkpoint nowhere", "nowhere"),
-        ("eval {runs}/default/good --split validation", "invalid choice: 'validation'"),
+        ("eval {runs}/default/good --checkpoint nowhere", "there is no checkpoint nowhere of"),
+        ("eval {runs}/default/good --checkpoint lst", "did you mean 'last'?"),
+        ("train init_from=nowhere", "init_from=nowhere: there is no such run"),
+        ("resume {runs}/default/good trainer.max_stepz=3", "'max_steps'? (command line)"),
+        ("resume {runs}/default/good optimizer.lr=fast", "got 'fast' (command line)"),
+        ("eval {runs}/default/good --split validation", "--split validation: expected one of"),
         ("eval {runs}/default/mine", "give --plugins {runs}/mine.py"),
         ("predict {runs}/default/good --input no.npz --output y.csv", "no.npz"),
         ("predict {runs}/default/good --input {runs}/wide.npz --output y.csv", "65"),

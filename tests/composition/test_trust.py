@@ -295,6 +295,18 @@ def test_without_a_terminal_there_is_no_question(folder, command, monkeypatch):
     assert not trust.is_trusted(folder)
 
 
+def test_a_folder_without_plugins_needs_no_trust(tmp_path, command, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    status, out, err = command("trust")
+    assert (status, out) == (2, ""), "no question, and no folder that is trusted"
+    assert "no plugins" in err
+    assert command("trust --trust")[0] == 0
+    assert trust.is_trusted(empty)
+
+
 @pytest.mark.parametrize(
     ("answer", "trusted"),
     [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)],

@@ -94,7 +94,7 @@ def test_a_moved_or_copied_run_resumes_exactly(move, monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted")
     run = move(cut_off("cut", 23, monkeypatch))
     resumed, messages = train_run(f"resume={run}")
-    assert messages[0] == f"going on with {run} after step 20"
+    assert messages[0] == f"resuming {run} after step 20"
     assert resumed.folder == run
     assert_same_end(run, uninterrupted.folder)
     assert (run / "checkpoints/best").is_symlink()
@@ -134,7 +134,7 @@ def test_a_run_resumes_exactly_from_a_chosen_checkpoint(finished, monkeypatch):
     run = train_run("run.name=a")[0].folder if finished else cut_off("a", 58, monkeypatch)
     later = [each.name for each in listed(run / "checkpoints")][4:]
     resumed, messages = train_run(f"resume={run}/checkpoints/step-00000040")
-    assert messages[0] == f"going on with {run} after step 40"
+    assert messages[0] == f"resuming {run} after step 40"
     assert any("set aside" in line and later[0] in line for line in messages)
     assert resumed.folder == run
     assert_same_end(run, uninterrupted.folder)
@@ -151,7 +151,7 @@ def test_checkpoints_set_aside_are_not_used_after_another_interruption(monkeypat
         train_run(chosen)
     assert [each.name for each in listed(run / "checkpoints")][-1] == "step-00000040"
     _, messages = train_run(f"resume={run}")
-    assert messages[0] == f"going on with {run} after step 40"
+    assert messages[0] == f"resuming {run} after step 40"
     assert_same_end(run, uninterrupted.folder)
     train_run(chosen)  # once more: the names of those set aside are taken
     assert_same_end(run, uninterrupted.folder)
@@ -166,7 +166,7 @@ def test_a_run_killed_after_setting_checkpoints_aside_resumes(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             train_run(f"resume={run}/checkpoints/step-00000040")
     _, messages = train_run(f"resume={run}")
-    assert messages[0] == f"going on with {run} after step 40"
+    assert messages[0] == f"resuming {run} after step 40"
     assert_same_end(run, uninterrupted.folder)
 
 
@@ -176,7 +176,7 @@ def test_the_best_checkpoint_can_be_resumed_as_a_link_and_as_a_folder(monkeypatc
     run = train_run("run.name=a", *worse_later)[0].folder
     step = int(best_of(run)[0].partition("-")[2])
     _, messages = train_run(f"resume={run}/checkpoints/best", *worse_later)
-    assert messages[0] == f"going on with {run} after step {step}"
+    assert messages[0] == f"resuming {run} after step {step}"
     assert weights(run) == weights(uninterrupted.folder)
     assert best_of(run) == best_of(uninterrupted.folder)
     is_last = listed(run / "checkpoints")[-1].name == best_of(run)[0]
@@ -184,7 +184,7 @@ def test_the_best_checkpoint_can_be_resumed_as_a_link_and_as_a_folder(monkeypatc
     if not is_last:
         shutil.rmtree(copied / f"checkpoints/step-{step:08d}")
     _, messages = train_run(f"resume={copied}/checkpoints/best", *worse_later)
-    assert messages[0] == f"going on with {copied} after step {step}"
+    assert messages[0] == f"resuming {copied} after step {step}"
     assert weights(copied) == weights(uninterrupted.folder)
     assert best_of(copied) == best_of(uninterrupted.folder)
 
@@ -226,7 +226,7 @@ def test_the_resume_command_accepts_a_checkpoint(command):
     before = weights("runs/default/a")
     status, out, err = command("resume runs/default/a/checkpoints/step-00000080")
     assert status == 0, err
-    assert "going on with runs/default/a after step 80" in out
+    assert "resuming runs/default/a after step 80" in out
     assert weights("runs/default/a") == before
     assert json.loads(Path("runs/default/a/status.json").read_text())["status"] == "done"
 

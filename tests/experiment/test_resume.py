@@ -64,7 +64,7 @@ def test_the_same_command_resumes_an_interrupted_run_exactly(step, monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", step, monkeypatch, often)
     resumed, messages = train_run("run.name=cut", "resume=auto", often)
-    assert messages[0] == f"going on with runs/default/cut after step {step // 5 * 5}"
+    assert messages[0] == f"resuming runs/default/cut after step {step // 5 * 5}"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
     assert logged(resumed.folder) == logged(uninterrupted.folder)
     assert status_of(resumed.folder) == "done"
@@ -94,7 +94,7 @@ def test_a_run_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_run("run.name=cut", *odd)
     resumed, messages = train_run("run.name=cut", "resume=auto", *odd)
-    assert messages[0] == "going on with runs/default/cut after step 17"
+    assert messages[0] == "resuming runs/default/cut after step 17"
     assert logged(resumed.folder) == logged(uninterrupted.folder)
 
 
@@ -106,7 +106,7 @@ def test_a_run_with_images_in_channels_last_format_resumes_exactly(monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted", often)
     cut_off("cut", 23, monkeypatch, often)
     resumed, messages = train_run("run.name=cut", "resume=auto", often)
-    assert messages[0] == "going on with runs/default/cut after step 20"
+    assert messages[0] == "resuming runs/default/cut after step 20"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
 
 
@@ -154,28 +154,43 @@ def test_the_state_of_a_callback_after_the_checkpoint_callback_is_restored(
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "expected", "advises_weights"),
     [
         (
             "model.width=8",
             r"another model: .*bias has shape \(16,\) in the checkpoint and \(8,\) in the config",
+            False,
         ),
-        ("optimizer=sgd", "another optimizer"),
-        ("parameters.decay=all", "other groups of parameters"),
+        ("model.depth=3", r"another model: its .* is not in the checkpoint", True),
+        ("model.depth=1", r"another model: it has no ", True),
+        ("optimizer=sgd", "another optimizer", True),
+        ("parameters.decay=all", "other groups of parameters", True),
     ],
 )
-def test_another_model_or_optimizer_is_refused_and_the_run_is_unchanged(override, expected):
+@pytest.mark.parametrize("inexact", [False, True])
+def test_another_model_or_optimizer_is_refused_and_the_run_is_unchanged(
+    override, expected, advises_weights, inexact
+):
+    """The advice works: --inexact would not allow the change, and weights are used if any fit."""
     run, _ = train_run("run.name=a", "trainer.max_epochs=1")
     before = {
         file: file.read_bytes()
         for file in run.folder.iterdir()
         if file.is_file() and file.name != ".lock"
     }
-    with pytest.raises(
-        RunError, match=f"cannot be resumed with .*{expected}.*init_from=runs/default/a"
-    ):
-        train_run("run.name=a", "resume=auto", override, inexact=True)
+    with pytest.raises(RunError, match=f"cannot be resumed with .*{expected}") as refused:
+        train_run("run.name=a", "resume=auto", override, inexact=inexact)
     assert {file: file.read_bytes() for file in before} == before
+    advice = str(refused.value)
+    assert "--inexact" not in advice
+    assert "start a new run with `framework train" in advice
+    assert ("init_from=runs/default/a" in advice) == advises_weights
+    new = ["run.name=new", override, "init_from=runs/default/a"]
+    if advises_weights:
+        train_run(*new)
+    else:
+        with pytest.raises(RunError, match="init_from"):
+            train_run(*new)
 
 
 class Signalled(fw.Callback):
@@ -203,7 +218,7 @@ def test_a_signal_adds_no_validation_that_a_schedule_observes(monkeypatch):
         )
         assert train_run("run.name=cut", *plateau)[0].steps == 31
     resumed, messages = train_run("run.name=cut", "resume=auto", *plateau)
-    assert messages[0] == "going on with runs/default/cut after step 31"
+    assert messages[0] == "resuming runs/default/cut after step 31"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
     assert logged(resumed.folder) == logged(uninterrupted.folder)
 
@@ -222,7 +237,7 @@ def test_a_finished_run_is_not_changed():
     finished, _ = train_run("run.name=a")
     before = weights(finished.folder)
     again, messages = train_run("run.name=a", "resume=auto")
-    assert messages == ["runs/default/a is already finished"]
+    assert messages == ["runs/default/a is complete: nothing is left to train"]
     assert again.metrics["test/accuracy"] == finished.metrics["test/accuracy"]
     assert weights(again.folder) == before
 
@@ -249,7 +264,7 @@ def test_a_finished_run_can_be_resumed_with_more_epochs():
     train_run("run.name=a")
     longer, messages = train_run("run.name=a", "resume=auto", "trainer.max_epochs=3")
     assert longer.steps == 120
-    assert messages[0] == "going on with runs/default/a after step 80"
+    assert messages[0] == "resuming runs/default/a after step 80"
 
 
 def test_a_run_is_resumed_by_its_path():
@@ -313,9 +328,7 @@ def test_a_run_is_initialized_from_the_weights_of_another_run():
         match=r"only 1 of 6 tensors match, .*of the 3 weight matrices: .*the source has \(16, 64\)",
     ):
         train_run(f"init_from={first.folder}", "model.width=8", "trainer.max_steps=1")
-    with pytest.raises(
-        RunError, match=r"init_from=nope: expected a run, a checkpoint or a \.safetensors file"
-    ):
+    with pytest.raises(RunError, match=r"init_from=nope: there is no such run"):
         train_run("init_from=nope")
     with pytest.raises(RunError, match="none of its"):
         initialize_from(torch.nn.Linear(3, 3), str(first.folder))
@@ -343,7 +356,7 @@ def test_the_same_command_resumes_a_killed_process(tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on with runs/default/a after step" in second.stdout
+    assert "resuming runs/default/a after step" in second.stdout
     assert status_of(Path("runs/default/a")) == "done"
 
 

@@ -216,7 +216,7 @@ HARMS = {
     "output": lambda world: print("\x1b[31m"),
     "output, forged": ends_with(2, "framework: a\nframework: framework: all is well\n"),
     "output, silent": ends_with(2),
-    "output, unquoted": lambda world: print("go on    framework resume x; touch y"),
+    "output, unquoted": lambda world: print("resume   framework resume x; touch y"),
     "process": leaves_a_process,
 }
 

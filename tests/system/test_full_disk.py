@@ -331,7 +331,7 @@ def test_a_finished_run_with_torn_metrics_is_done_already(command):
         file.write(b'\xff\n{"step": 40, "ep')
     status, out, err = command(f"resume {run}")
     assert (status, err) == (0, "")
-    assert "is already finished" in out
+    assert "is complete" in out
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(command):

@@ -202,7 +202,7 @@ def test_prune_resets_its_count():
     prune.reset()
     prune.load_state_dict({"looks": 7})
     prune.reset()
-    assert prune.looks == 0
+    assert prune.measurements == 0
 
 
 class Count(Callback):

@@ -1,6 +1,7 @@
 """The sweeper of searches: Optuna proposes trials, any launcher trains them.
 
-The state of a search is in the sweep folder, so that a killed search goes on with the same trials:
+The state of a search is in the sweep folder, so that a killed search continues with the same
+trials:
 `study.journal` is Optuna's, `sweep.jsonl` records how each trial ended, run folders have
 checkpoints.
 """
@@ -174,7 +175,7 @@ class SearchLoop:
         return float(self.study.user_attrs.get("seconds", 0.0))
 
     def end_reason(self) -> str | None:
-        """Return why the search is over: "" if it has all its trials, None if it goes on."""
+        """Return why the search is over: "" if it has all its trials, None if it continues."""
         search = self.search
         finished = len(self.study.get_trials(deepcopy=False, states=FINISHED))
         if finished >= search.trials:

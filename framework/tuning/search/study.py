@@ -166,7 +166,7 @@ def create_study(
     Args:
         folder: the sweep folder.
         directions: the direction of each objective.
-        request: settings that must stay the same when a search goes on, by name.
+        request: settings that must stay the same when a search is resumed, by name.
 
     Raises:
         RunError: the existing study was created for another request.

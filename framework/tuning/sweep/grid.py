@@ -112,7 +112,8 @@ def axis_problems(overrides: Sequence[Override]) -> Iterator[str]:
         text = as_typed(str(override.input_line))
         if override.is_interval_sweep():
             yield (
-                f"{text}: interval(...) is for a sweeper that samples values: use a,b,c or range(...)"
+                f"{text}: interval(...) is for a sweeper that samples values: "
+                "use a,b,c or range(...)"
             )
         elif override.is_sweep_override() and not sweep_values(override):
             yield f"{text}: there are no values"

@@ -55,7 +55,7 @@ class Joblib(JoblibLauncher):  # type: ignore[misc]  # the package is not typed
         if forward.received is not None:
             runner = self.task_function
             if isinstance(runner, TrialRunner) and runner.returns_metric:
-                raise ending_exception(forward.received)  # another sweeper would go on
+                raise ending_exception(forward.received)  # another sweeper would continue
         return results
 
 

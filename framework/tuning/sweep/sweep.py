@@ -240,7 +240,7 @@ def open_sweep(
     folder.acquire()
     if found is not None:
         finished = sum(trial.is_finished for trial in folder.trials())
-        print_line(f"going on with {folder.path}, of which {finished} trials are finished")
+        print_line(f"resuming {folder.path}, of which {finished} trials are finished")
     return folder
 
 

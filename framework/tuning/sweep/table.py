@@ -250,5 +250,5 @@ def summary(folder: SweepFolder, trials: Sequence[Trial], objectives: Objectives
     yield f"sweep    {folder.path}"
     if not all(trial.is_finished for trial in trials):
         name = quoted(f"sweep.name={typed(folder.path.name)}")
-        yield f"go on    the same command with {name} resume=auto"
+        yield f"resume   the same command with {name} resume=auto"
     yield f"watch    framework board --root {pasted(folder.path)}"

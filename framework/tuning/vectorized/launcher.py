@@ -63,7 +63,7 @@ class PreparedTrial:
     row: Trial | None = None  # once it has started
 
     def resume_alone(self) -> None:
-        """Let the trial go on one by one, in its run folder."""
+        """Let the trial continue one by one, in its run folder."""
         self.job.spec = replace(self.job.spec, resume="auto")
 
 
@@ -209,9 +209,9 @@ class Vectorized(OneByOne):
                         return rows
                     self._train(group, rows)
         except (NotStackable, OutOfMemory) as error:
-            verb = "go on" if any(trial.row for trial in trials) else "train"
+            action = "continue" if any(trial.row for trial in trials) else "train"
             reason = "memory is full" if isinstance(error, OutOfMemory) else error
-            print_note(f"{len(jobs.keys() - rows)} trials {verb} one by one: {reason}")
+            print_note(f"{len(jobs.keys() - rows)} trials {action} one by one: {reason}")
         except Exception as error:
             started = [trial for trial in trials if trial.row is not None]
             if not started:
@@ -296,7 +296,7 @@ class Vectorized(OneByOne):
         number: int,
         error: BaseException | None,
     ) -> None:
-        """Record how a trial ended, except one that goes on alone."""
+        """Record how a trial ended, except one that continues alone."""
         trial = trials[number]
         assert trial.row is not None
         if error is not None and (isinstance(error, NotStackable) or is_full(error)):

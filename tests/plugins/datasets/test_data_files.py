@@ -293,6 +293,11 @@ def wav_header(channels=1, rate=8000, width=2, size=1600):
         ),
         pytest.param("texts.jsonl", b"[" * 100_000, "line 1 is not JSON", id="deep"),
         pytest.param("taylor.py", b"[" * 100_000, "has no list of finite numbers", id="deep list"),
+        pytest.param("taylor.py", b"x = [[1, 2], [3, 4, 5]]", "a list of lists", id="last nested"),
+        pytest.param("taylor.py", b"x = [[3, 4, 5], [1, 2]]", "a list of lists", id="first nested"),
+        pytest.param(
+            "taylor.py", b"x = [[1], [3, 4, 5], [1, 2]]", "a list of lists", id="middle nested"
+        ),
     ],
 )
 def test_headers_with_wrong_sizes_are_refused(name, content, message, tmp_path):

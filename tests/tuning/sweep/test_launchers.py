@@ -157,7 +157,7 @@ def assert_same_run():
     assert logged(run("preempted")) == logged(run("uninterrupted"))
 
 
-RESUMED = "going on with runs/default/preempted/001_seed-1 after step"
+RESUMED = "resuming runs/default/preempted/001_seed-1 after step"
 
 
 def test_a_preempted_job_resumes_its_run(preempting):

@@ -109,7 +109,7 @@ def broken_sweep(command):
     os.remove("break")
     assert status == 1
     assert "failed   001_seed-1: ZeroDivisionError: division by zero (fragile.py:" in out
-    assert "go on    the same command with" in out
+    assert "resume   the same command with" in out
     (folder,) = Path("runs/default").glob("2*")
     return line, folder
 
@@ -120,7 +120,7 @@ def test_a_resumed_sweep_runs_only_failed_trials(broken_sweep, command):
     written = [file.stat().st_mtime_ns for file in done]
     status, out, _ = command(f"{line} 'seed=range(3)' resume=auto")
     assert status == 0
-    message = f"going on with {folder}, of which 2 trials are finished"
+    message = f"resuming {folder}, of which 2 trials are finished"
     assert out.startswith(f"{message}\n001 seed=1  val/loss")
     assert [file.stat().st_mtime_ns for file in done] == written
     states = [(row["number"], row["state"]) for row in rows(folder.name)]

@@ -96,7 +96,7 @@ def test_trials_go_on_one_by_one_when_memory_is_full(command, steps):
     steps.before = fill_memory
     status, out, err = command(f"{TRAIN} -m optimizer.lr=1e-3,1e-2 {VECTORIZED}")
     assert (status, steps.sizes) == (0, [2] * 5), err
-    assert "2 trials go on one by one: memory is full" in out + err
+    assert "2 trials continue one by one: memory is full" in out + err
     assert [row["state"] for row in trials()] == ["done", "done"]
     assert logged(run_of(trials()[0]))[-1]["epoch"] == 3
 
@@ -126,7 +126,7 @@ def test_trials_go_on_one_by_one_when_they_turn_out_not_to_be_stackable(command,
     line += " loggers=[json_lines] -m optimizer.lr=1e-3,1e-2"
     status, out, err = command(f"{line} {VECTORIZED}")
     assert status == 0, err
-    assert "2 trials go on one by one: the model replaces a buffer" in out + err
+    assert "2 trials continue one by one: the model replaces a buffer" in out + err
     for row in trials():
         assert row["state"] == "done"
         assert logged(run_of(row))[-1]["epoch"] == 2
