@@ -26,7 +26,7 @@ def network():
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, fused=False
     ),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
 }
