@@ -26,6 +26,8 @@ class CompiledFunction:
     Attributes:
         compile_seconds: duration of the last call if it compiled anything, else 0. It is always 0
             in a release of torch that does not count compilations.
+        graph_break: why torch split the function in the last call, with Python code between the
+            compiled parts; None if it did not.
         limit: number of compilations after which torch runs further shapes eagerly.
     """
 
@@ -41,11 +43,15 @@ class CompiledFunction:
         self.failure = getattr(torch._dynamo.exc, "TorchDynamoException", ())
         counters = getattr(torch._dynamo.utils, "counters", defaultdict(Counter))
         self.frames = counters["frames"]
+        self.graph_breaks = counters["graph_break"]  # by reason
         self.limit: int = getattr(self.config, "recompile_limit", 8)
         self.compile_seconds = 0.0
+        self.graph_break: str | None = None
         self.settings: dict[str, bool] = {}  # of torch's compiler, during a call
-        if traces_backward and hasattr(self.config, "trace_autograd_ops"):
+        one_graph = not traces_backward or hasattr(self.config, "trace_autograd_ops")
+        if traces_backward and one_graph:
             self.settings["trace_autograd_ops"] = True
+        self.reports_breaks = one_graph
         if getattr(self.config, "use_recursive_dict_tags_for_guards", False):
             # Otherwise torch 2.10 does not notice that `requires_grad` of a parameter has changed,
             # and an unfrozen parameter is not trained.
@@ -69,6 +75,7 @@ class CompiledFunction:
             CompilationError: torch cannot compile the function.
         """
         frames_before = self.frames["total"]
+        breaks_before = dict(self.graph_breaks)
         start = perf_counter()
         try:
             result = self._call_with_settings(inputs)
@@ -76,6 +83,7 @@ class CompiledFunction:
             raise CompilationError(str(error).strip().splitlines()[0]) from error
         has_compiled = self.frames["total"] != frames_before
         self.compile_seconds = perf_counter() - start if has_compiled else 0.0
+        self.graph_break = self._new_break(breaks_before) if has_compiled else None
         return result
 
     def _call_with_settings(self, inputs: tuple[Any, ...]) -> Any:
@@ -91,6 +99,15 @@ class CompiledFunction:
         finally:
             for name, value in before.items():
                 setattr(self.config, name, value)
+
+    def _new_break(self, before: dict[str, int]) -> str | None:
+        """Return the reason of the first graph break since the given counts."""
+        if not self.reports_breaks:
+            return None
+        for reason, count in self.graph_breaks.items():
+            if count > before.get(reason, 0):
+                return reason
+        return None
 
     def reason(self) -> str | None:
         """Return the reason of the last recompilation, or None if it is not known."""

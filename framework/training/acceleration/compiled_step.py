@@ -52,6 +52,7 @@ class Compiled:
         self.setting = setting
         self.clock = clock
         self.compilations = 0
+        self.split = False  # whether a graph break was reported
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the result of the function.
@@ -65,6 +66,7 @@ class Compiled:
             raise self._compilation_error(error) from error
         if self.function.compile_seconds:
             self._count_compilation(self.function.compile_seconds)
+            self._report_graph_break(self.function.graph_break)
         return result
 
     def _compilation_error(self, error: CompilationError) -> FrameworkError:
@@ -74,6 +76,20 @@ class Compiled:
             cause = f"it does not work from a folder with a space in its name ({folder})"
         return FrameworkError(
             f"compile={self.setting}: torch cannot compile this; use compile=off: {cause}"
+        )
+
+    def _report_graph_break(self, reason: str | None) -> None:
+        """Warn once if torch has split the function."""
+        if reason is None or self.split:
+            return
+        self.split = True
+        lines = [line.strip() for line in reason.splitlines() if line.strip()]
+        explanation = [line for line in lines if line.startswith("Explanation:")]
+        text = explanation[0].removeprefix("Explanation:").strip() if explanation else lines[0]
+        warnings.warn(
+            f"compile={self.setting}: torch cannot compile a part of the model or the loss, which "
+            f"runs as Python code between compiled parts and is slower: {text}",
+            stacklevel=2,
         )
 
     def _count_compilation(self, seconds: float) -> None:

@@ -1,11 +1,15 @@
 """Compiled functions count their compilations separately."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from compiler import needs_compiler
+from framework.runtime.clock import Clock
 from framework.runtime.torch_internals.compiler import CompilationError, CompiledFunction
+from framework.training.acceleration.compiled_step import Compiled
 
 pytestmark = needs_compiler
 
@@ -126,3 +130,21 @@ def test_without_the_counters_of_torch_a_function_is_still_compiled(monkeypatch)
     assert torch.equal(function(torch.ones(2, 3)), step.model(torch.ones(2, 3)))
     assert function.compile_seconds == 0
     assert function.reason() is None
+
+
+@pytest.mark.parametrize("name", ["part", "breaks"])
+def test_a_graph_break_is_reported_once(name):
+    step = Step()
+    compiled = Compiled(getattr(step, name), "model", Clock())
+    compiled.function = CompiledFunction(getattr(step, name), backend="eager")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for size in (2, 3, 2):
+            compiled(torch.ones(size, 3))
+    texts = [str(warning.message) for warning in seen]
+    if name == "part":
+        assert texts == []
+    else:
+        (text,) = texts
+        assert text.startswith("compile=model: torch cannot compile a part of the model")
+        assert "graph_break" in text
