@@ -43,7 +43,7 @@ class CompiledFunction:
         self.failure = getattr(torch._dynamo.exc, "TorchDynamoException", ())
         counters = getattr(torch._dynamo.utils, "counters", defaultdict(Counter))
         self.frames = counters["frames"]
-        self.graph_breaks = counters["graph_break"]  # by reason
+        self.graph_breaks: dict[str, int] = counters["graph_break"]  # by reason
         self.limit: int = getattr(self.config, "recompile_limit", 8)
         self.compile_seconds = 0.0
         self.graph_break: str | None = None

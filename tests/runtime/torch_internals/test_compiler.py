@@ -147,4 +147,4 @@ def test_a_graph_break_is_reported_once(name):
     else:
         (text,) = texts
         assert text.startswith("compile=model: torch cannot compile a part of the model")
-        assert "graph_break" in text
+        assert "User-inserted graph break" in text
