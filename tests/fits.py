@@ -24,6 +24,12 @@ def network():
     )
 
 
+def smooth_network():
+    """Return a network without batch norm, which would amplify rounding in the bias before it."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, fused=False

@@ -91,7 +91,7 @@ class Context(Protocol):
 
     @property
     def compile(self) -> str:
-        """The part that `torch.compile` compiles: "off", "model" or "step"."""
+        """The part that `torch.compile` compiles: "off", "model", "step" or "auto"."""
 
     @property
     def cuda_graph(self) -> str:

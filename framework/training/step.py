@@ -29,6 +29,7 @@ from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.backward_engine import run_backward
 
 from .acceleration.callbacks import GradientCallbacks
+from .acceleration.compile_choice import CompileChoice, MeasuredStep
 from .acceleration.compiled_step import (
     Compile,
     Compiled,
@@ -314,6 +315,7 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     micro_batches: MicroBatches,
     clock: Clock,
     compile: Compile,  # noqa: A002  # the name of the setting
+    compile_choice: CompileChoice,
     cuda_graph: CudaGraph,
     callbacks: GradientCallbacks,
     call_recordable: Callable[[Tensor], None],
@@ -328,7 +330,8 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         precision: autocast and gradient scaler.
         micro_batches: if `auto`, no step includes the update.
         clock: receives the time of compilations; for the profiler.
-        compile: off, model, or step.
+        compile: off, model, step, or auto to compile steps only if they are faster.
+        compile_choice: receives the choice of auto.
         cuda_graph: off, on, or auto to capture graphs only if they are faster.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
@@ -337,11 +340,13 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     eager = EagerStep(forward, task, parameters, precision, clock)
     step: StepImplementation = eager
     with_update = not micro_batches.auto  # an update cannot be undone if memory is full
-    if compile == "step":
+    if compile in ("step", "auto") and not task.phases:
         compiled_call = None
         if with_update:
             compiled_call = CompiledSingleCall(model, task, optimizer, precision, clock, callbacks)
         step = CompiledStep(model, task, parameters, precision, clock, compiled_call)
+        if compile == "auto":
+            step = MeasuredStep(eager, step, compile_choice, precision.device)
     elif cuda_graph != "off" and not task.phases:
         graphed_call = None
         if with_update:

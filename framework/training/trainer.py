@@ -53,6 +53,7 @@ from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
 from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
+from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import release_fused, select_fused
@@ -124,7 +125,8 @@ class Trainer(Evaluator):
             micro_batch: samples that the model processes at once; larger batches are split, with
                 the same gradients (except for batch norms). auto: halved whenever memory is full.
             compile: torch.compile for the model, or for the step (with the update of a pure
-                optimizer).
+                optimizer); auto: for the step, if measurements in the first steps show that it is
+                faster. Its results differ by rounding, so two runs with auto may differ.
             cuda_graph: replay the step as a CUDA graph, with the update if possible; auto: only if
                 that is faster.
             precision: fp32, or autocast to bf16 or fp16 (fp16 with a gradient scaler).
@@ -158,6 +160,7 @@ class Trainer(Evaluator):
         self.log_every = Cadence(log_every, "log_every")
         self.accumulate = accumulate
         self.compile = compile
+        self.compile_choice = CompileChoice()
         self.cuda_graph: CudaGraph = cuda_graph if self.device.type == "cuda" else "off"
         self.profile = profile
         self.fused = fused
@@ -440,6 +443,7 @@ class Trainer(Evaluator):
             micro_batches=self.micro_batches,
             clock=self.clock,
             compile=self.compile,
+            compile_choice=self.compile_choice,
             cuda_graph=self.cuda_graph,
             callbacks=callbacks,
             call_recordable=partial(self._call_recordable, callbacks),

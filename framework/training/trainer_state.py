@@ -16,6 +16,7 @@ from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
 
+from .acceleration.compile_choice import CompileChoice
 from .optimizer_state import group_settings, restore_optimizer, same_setting
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
@@ -27,10 +28,12 @@ class TrainerParts(Context, Protocol):
     Attributes:
         validate_every: the cadence of validation.
         validated_step: the step of the last validation; -1 before the first.
+        compile_choice: of compile=auto.
     """
 
     validate_every: Cadence
     validated_step: int
+    compile_choice: CompileChoice
 
 
 def reset(trainer: TrainerParts) -> None:
@@ -39,6 +42,7 @@ def reset(trainer: TrainerParts) -> None:
     trainer.log_every.restart()
     trainer.precision.reset()
     trainer.micro_batches.reset()
+    trainer.compile_choice.reset()
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
@@ -97,6 +101,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "scheduled": trainer.schedule is not None,
         "scaler": trainer.precision.state_dict(),
         "micro_batches": trainer.micro_batches.state_dict(),
+        "compile": trainer.compile_choice.state_dict(),
         "callbacks": {
             key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()
         },
@@ -143,6 +148,7 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
         trainer.schedule.load_state_dict(saved["schedule"])
     trainer.precision.load_state_dict(saved["scaler"])
     trainer.micro_batches.load_state_dict(saved.get("micro_batches", {}))
+    trainer.compile_choice.load_state_dict(saved.get("compile", {}))
     for key, callback in keyed(trainer.callbacks).items():
         callback.load_state_dict(saved["callbacks"].get(key, {}))
     trainer.measures.load_state_dict(saved["measures"])

@@ -50,10 +50,15 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
         refused["device"] = str(error)
     else:
         replays = settings["cuda_graph"] == "on"
-        if replays and (device.type != "cuda" or settings["compile"] == "step"):
+        if replays and (device.type != "cuda" or settings["compile"] in ("step", "auto")):
             refused["cuda_graph"] = (
-                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step"
+                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step and compile=auto"
             )
+    if settings["compile"] == "auto" and settings["deterministic"]:
+        refused["compile"] = (
+            "compile=auto chooses by measured times, so two runs may differ: "
+            "expected off, model or step with deterministic=true"
+        )
     for name in ("validate_every", "log_every"):
         try:
             Cadence(settings[name], name)

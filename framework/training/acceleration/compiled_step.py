@@ -32,7 +32,7 @@ from .callbacks import GradientCallbacks
 from .fused_update import skips_on_device
 from .single_call_step import SingleCallStep
 
-Compile = Literal["off", "model", "step"]
+Compile = Literal["off", "model", "step", "auto"]
 EXPECTED_COMPILATIONS = 2  # for the usual batch, and for the smaller last one of an epoch
 
 

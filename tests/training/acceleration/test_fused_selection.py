@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import framework as fw
-from fits import SPLIT, At, X, Y, network, same
+from fits import SPLIT, At, X, Y, network, same, smooth_network
 from framework import TensorSplit, Trainer
 from framework.runtime import seeds
 
@@ -19,12 +19,6 @@ MAKERS = {
     "sgd, momentum": lambda params, **more: optim.SGD(params, lr=0.1, momentum=0.9, **more),
     "adagrad": lambda params, **more: optim.Adagrad(params, lr=0.1, **more),
 }
-
-
-def smooth_network():
-    """Return a network without batch norm, which would amplify rounding in the bias before it."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
 def groups(model):
