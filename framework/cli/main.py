@@ -157,11 +157,9 @@ def run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     rest = arguments[1:]
     further = [word for word in rest if word != TRACEBACK]
-    if name == "help" and len(further) == 1 and further[0] in COMMANDS:
-        return COMMANDS[further[0]].function(["--help"]) or 0
-    if name in ("help", "-V", "--version", "version") and further:
+    if name in ("-V", "--version", "version") and further:
         raise FrameworkError(f"{name}: expected no argument {short(further[0], quote=False)}")
-    if name in ("-h", "--help", "help"):
+    if name in ("-h", "--help") or (name == "help" and not further):
         print(HELP)
         return 0
     if name in ("-V", "--version", "version"):
@@ -175,6 +173,9 @@ def run(arguments: list[str]) -> int:
         words = answer(rest[1:] if rest[:1] == ["--"] else rest, COMMANDS)
         print("\n".join(completed(words)))
         return 0
+    if name == "help":  # `help train` is `train --help`
+        name = further[0]
+        rest = ["--help"]
     if name not in COMMANDS:
         raise FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
     return COMMANDS[name].function(rest) or 0

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, action="append", default=[], **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an argument; its choices or its type are checked with a message of our form."""
+        """Add an argument; a wrong choice or number raises FrameworkError."""
         self.names += names
         shown = names[-1] if names[-1].startswith("-") else self.command
         if "choices" in options:
@@ -112,11 +112,21 @@ class Parser(argparse.ArgumentParser):
         return checked
 
     def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse the arguments. Raises FrameworkError."""
+        """Parse the arguments.
+
+        Raises:
+            FrameworkError: an argument is wrong, missing or unknown.
+        """
         return self.parsed(self.parse_known_args, arguments)
 
-    def parse_intermixed_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse the arguments; options may stand between overrides. Raises FrameworkError."""
+    def parse_intermixed_args(  # type: ignore[override]
+        self, arguments: list[str]
+    ) -> argparse.Namespace:
+        """Parse the arguments; options may stand between overrides.
+
+        Raises:
+            FrameworkError: an argument is wrong, missing or unknown.
+        """
         return self.parsed(self.parse_known_intermixed_args, arguments)
 
     def parsed(
@@ -236,9 +246,9 @@ def sweep_over(
         parser: reports errors.
         args: the parsed arguments, which are changed.
         flag: the option that asks for the sweep.
-        key: the key.
+        key: the setting that is varied.
         count: the number of values, as given to the option.
-        values: the values.
+        values: those of the trials.
     """
     if count < 2:
         parser.error(f"{flag} {count}: expected 2 or more")

@@ -333,7 +333,7 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
         ("trian", "there is no command 'trian'; did you mean 'train'?"),
         ("train --epochs=3", "--epochs: there is no such option; "),
         ("train --epochs=3", "(see `framework train --help`)"),
-        ("help trian", "help: expected no argument trian"),
+        ("help trian", "there is no command 'trian'; did you mean 'train'?"),
         ("--version foo", "--version: expected no argument foo"),
         ("train --fold 3", "--fold: there is no such option; did you mean '--folds'?"),
         ("train --fold=abc", "--fold: there is no such option; did you mean '--folds'?"),
