@@ -94,7 +94,7 @@ class CommandLine:
 
     @property
     def shows(self) -> bool:
-        """Return whether the config is only printed; it is not checked then."""
+        """Whether the config is only printed; it is not checked then."""
         return bool(self.cfg or self.info)
 
 

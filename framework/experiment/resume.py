@@ -60,7 +60,7 @@ class Resumed:
 
     @property
     def done(self) -> bool:
-        """Return whether nothing is left to do, test included, and no setting has changed."""
+        """Whether nothing is left to do, test included, and no setting has changed."""
         return status_of(self.folder.path) == "done" and not self.changed and self.chosen is None
 
     def rewind(self) -> None:

@@ -117,7 +117,7 @@ class Space:
 
     @property
     def texts(self) -> list[str]:
-        """Return a text for each axis, by which a resumed search recognizes its space."""
+        """A text for each axis, by which a resumed search recognizes its space."""
         texts = []
         for axis in self.axes:
             per = f" per {axis.per}" if axis.per else ""
