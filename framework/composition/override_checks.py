@@ -70,6 +70,7 @@ def find_problems(
     if problem is None:
         problem = key_problem(text, override, multirun, shows)
     if key in PLUGIN_GROUPS and not override.is_delete():
+        # First: a wrong name stays wrong when -m is added.
         problem = plugin_problem(override, folders, multirun or shows) or problem
     if problem is not None:
         return [problem]
@@ -147,7 +148,7 @@ def plugin_problem(override: Override, folders: list[Path], hydra_checks: bool) 
 
 
 def not_available(group: str, name: str, options: Iterable[str]) -> str:
-    """Say that there is no launcher or sweeper of a name, after `hydra/launcher=NAME: `."""
+    """Return why a launcher or sweeper is not available; it follows `hydra/launcher=NAME:`."""
     package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
     close = nearest(name, options)
     if close is not None:

@@ -91,7 +91,7 @@ def rewrite(
     """
     found = Overrides()
     folders = list(folders)
-    kept: dict[str, Rewritten] = {}  # by target, see `target_of`
+    kept: dict[str, Rewritten] = {}  # by target, see `override_target`
     inner: dict[str, tuple[str, str]] = {}  # path -> (lr, optimizer={name: sgd, lr: 0.1})
     for argument in typed:
         try:
