@@ -459,7 +459,7 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
 
 
 def no_such(path: str, options: Iterable[str]) -> str:
-    """Say that a config group has no such option, or that there is no such group.
+    """Return the message that a config group has no such option, or that there is no such group.
 
     Args:
         path: the option, such as "optimizer/sgdd", or the group.

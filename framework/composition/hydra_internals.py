@@ -358,7 +358,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def unresolved_reference(error: Exception) -> str:
-    """Say why OmegaConf cannot resolve a reference to another key."""
+    """Return why OmegaConf cannot resolve a reference to another key."""
     text = str(getattr(error, "msg", error)).splitlines()[0]
     if isinstance(error, InterpolationKeyError):
         missing = re.search(r"key '([^']+)' not found", text)

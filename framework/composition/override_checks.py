@@ -32,7 +32,7 @@ SWEEP_SETTING = "is a setting of a sweep: add -m to run a sweep, or remove it"
 
 
 def syntax_problem(text: str) -> str:
-    """Say why an override cannot be parsed."""
+    """Return why an override cannot be parsed."""
     word = text.lstrip("+~")
     if re.search(r"=\s*(range|choice|glob|sort|shuffle|tag|interval)\(", text):
         return f"invalid syntax; write the values of a sweep as {SWEEP_FORMS}"
@@ -157,7 +157,7 @@ def not_available(group: str, name: str, options: Iterable[str]) -> str:
 
 
 def hydra_fault(key: str) -> str:
-    """Say why a setting of Hydra itself has no effect."""
+    """Return why a setting of Hydra itself has no effect."""
     if re.match(r"hydra[./](launcher|sweeper)", key):
         return SWEEP_SETTING
     if key.startswith("hydra.run."):
@@ -210,7 +210,7 @@ def has_names(override: Override) -> bool:
 
 
 def expected_names(key: str, names: list[str]) -> str:
-    """Say which form the value of a choice must have."""
+    """Return the form that the value of a choice must have."""
     noun = with_article(groups()[key].kind.name if key in groups() else key)
     message = f"expected the name of {noun}"
     if takes_list(key):
@@ -224,7 +224,7 @@ def expected_names(key: str, names: list[str]) -> str:
 
 
 def unknown_option(key: str, name: str, files: Iterable[str], folders: Iterable[Path]) -> str:
-    """Say that a group has no part, or no config file, of this name."""
+    """Return the message that a group has no part, or no config file, of this name."""
     if key in groups():
         return groups()[key].unknown(name)
     if list(files):

@@ -41,7 +41,7 @@ def is_alone(callback: Callback) -> bool | None:
 
 
 def prepare(callbacks: Sequence[Callback], trials: int) -> None:
-    """Tell the callbacks that need it the number of stacked trials."""
+    """Prepare the callbacks that need it for the number of stacked trials."""
     for callback in callbacks:
         if isinstance(callback, CountingCallback):
             callback.among(trials)
