@@ -71,7 +71,7 @@ def find_problems(
         problem = key_problem(text, override, multirun, shows)
     if key in PLUGIN_GROUPS and not override.is_delete():
         # First: a wrong name stays wrong when -m is added.
-        problem = plugin_problem(override, folders, multirun or shows) or problem
+        problem = plugin_problem(override, folders) or problem
     if problem is not None:
         return [problem]
     if is_group(key):
@@ -120,27 +120,17 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
     return None
 
 
-def plugin_problem(override: Override, folders: list[Path], hydra_checks: bool) -> str | None:
-    """Return the problem of the choice of a launcher or sweeper.
-
-    Args:
-        override: the parsed override.
-        folders: folders with config files.
-        hydra_checks: whether Hydra itself checks that there is an option of this name.
-    """
+def plugin_problem(override: Override, folders: list[Path]) -> str | None:
+    """Return the problem of the choice of a launcher or sweeper."""
     group = override.key_or_group
     kind = group.partition("/")[2]
     value = override.value()
     if not override.is_sweep_override() and not (isinstance(value, str) and value):
         return f"expected the name of a {kind}"
-    if hydra_checks:
-        return None
-    options = set(plugin_options(group))
+    options = set(plugin_options(group, folders))
     for plugin in HYDRA_PLUGINS.values():
         if plugin.group == kind:
             options.add(plugin.name)
-    for folder in folders:
-        options.update(file.stem for file in (folder / group).glob("*.yaml"))
     for name in chosen_names(override):
         if name not in options:
             return not_available(group, name, options)

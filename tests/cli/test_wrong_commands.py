@@ -33,6 +33,7 @@ FILES = {
     "conf/experiment/option.yaml": "seed: 1\ndefaults:\n  - override /optimizer: sgdd\n",
     "conf/experiment/name.yaml": "seed: 1\noptimizer: sgdd\n",
     "conf/experiment/group.yaml": "defaults:\n  - override /optimizr: sgd\n",
+    "conf/experiment/launcher.yaml": "defaults:\n  - override /hydra/launcher: jobs\n",
     "conf/experiment/target.yaml": "model:\n  blocks:\n    - _target_: os.system\n",
     "conf/experiment/momentum.yaml": "optimizer: {name: sgd, momentum: 0.9}\n",
     "file": "in the way",
@@ -247,10 +248,15 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
             "-m hydra/launcher=jobs",
             "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
         ),
+        ("-m hydra/launcher=jobs", "(command line)"),
         # also without -m
         (
             "hydra/launcher=jobs",
             "hydra/launcher=jobs: not available; did you mean 'joblib'? (or is ",
+        ),
+        (
+            "experiment=launcher",
+            "conf/experiment/launcher.yaml:2: hydra/launcher=jobs: not available; did you mean",
         ),
         ("hydra/sweeper=optun", "hydra/sweeper=optun: not available; did you mean 'optuna'?"),
         ("hydra/sweeper=optun --cfg job", "hydra/sweeper=optun: not available; did you mean 'opt"),
