@@ -317,6 +317,7 @@ def resume(arguments: list[str]) -> int:
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
         from framework.registry.discovery import discover
+    from framework.composition.override_syntax import override_key
     from framework.experiment.find_run import run_to_resume
     from framework.experiment.load import read_spec_of
     from framework.experiment.resume_overrides import apply_overrides
@@ -326,7 +327,7 @@ def resume(arguments: list[str]) -> int:
 
     discover(args.plugins, args.without_plugin)
     folder = run_to_resume(args.run)
-    typed = {text.partition("=")[0].lstrip("+~").replace("/", "."): text for text in args.overrides}
+    typed = {override_key(text): text for text in args.overrides}
     spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides), typed)
     spec.resume = str(args.run)
     spec.without = args.without_plugin

@@ -26,7 +26,7 @@ from . import hydra_internals
 from .config_files import checked_files
 from .hydra_groups import filled_store
 from .override_checks import PLUGIN_GROUPS, not_available
-from .override_syntax import dotted, groups
+from .override_syntax import dotted, groups, override_key
 from .overrides import Overrides, as_typed, own_settings, rewrite
 from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
 from .spec import Spec, followed_kind, read_spec
@@ -298,7 +298,7 @@ def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
         "hydra/job_logging": "none",
         "hydra/hydra_logging": "none",
     }
-    typed = {dotted(text.partition("=")[0].lstrip("+~")) for text in overrides.arguments}
+    typed = {override_key(text) for text in overrides.arguments}
     ours = [f"{key}={value}" for key, value in defaults.items() if dotted(key) not in typed]
     return [*ours, *overrides.arguments]
 
