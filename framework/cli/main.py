@@ -23,7 +23,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest, short
+from framework.errors import ConfigError, FrameworkError, did_you_mean, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -288,12 +288,8 @@ def find(arguments: list[str]) -> None:
     parser = composing("find", description, help_texts.FIND, targets)
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
-    if args.target not in targets:
-        got = ""
-        if args.target is not None:
-            close = nearest(args.target, targets)
-            got = f", got {args.target}" + ("" if close is None else f"; did you mean {close!r}?")
-        parser.error(f"find: expected lr or batch_size as the first argument{got}")
+    if args.target is None:
+        parser.error(f"find: expected one of {', '.join(targets)}")
     line = command_line(parser, args)
     from framework.composition.compose import run_composed as compose
     from framework.experiment import find as finders
@@ -310,7 +306,7 @@ def resume(arguments: list[str]) -> int:
     parser = Parser("resume", "Continue a run that was interrupted.", help_texts.RESUME)
     parser.add_argument("run", **RUN | {"help": "folder of a run, or of one of its checkpoints"})
     overrides = "settings to change from here on"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     inexact = "resume even if changed settings change the result"
     parser.add_argument("--inexact", action="store_true", help=inexact)
     args = parser.parse_intermixed_args(arguments)

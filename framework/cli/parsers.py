@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from framework.errors import FrameworkError, did_you_mean, nearest, short
+from framework.errors import FrameworkError, did_you_mean, nearest, short, suggestion
 from framework.errors.paths import expanded
 
 TRACEBACK = "--traceback"
@@ -87,9 +87,8 @@ class Parser(argparse.ArgumentParser):
 
         def checked(text: str) -> str:
             if text not in choices:
-                close = nearest(text, choices)
-                advice = "" if close is None else f"; did you mean {close!r}?"
                 value = short(text, quote=False)
+                advice = suggestion(text, choices)
                 self.error(f"{shown} {value}: expected one of {', '.join(choices)}{advice}")
             return text
 
@@ -176,14 +175,13 @@ def composing(command: str, description: str, examples: str, targets: Sequence[s
         command: its name.
         description: one sentence.
         examples: the text at the end of the help.
-        targets: the values of the argument `target`, before the overrides; the command checks it.
+        targets: the values of the argument `target`, before the overrides; None if it is missing.
     """
     parser = Parser(command, description, examples)
     if targets:
-        metavar = f"{{{','.join(targets)}}}"
-        parser.add_argument("target", nargs="?", metavar=metavar, help="the setting to find")
+        parser.add_argument("target", nargs="?", choices=targets, help="the setting to find")
     overrides = "changes to the default experiment: parts and settings"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     folder = "further folder with config files (experiment/NAME.yaml)"
     parser.add_repeated("--config-dir", type=expanded, metavar="DIR", help=folder)
     cfg = "print the composed config instead of running"
