@@ -28,6 +28,7 @@ from .run_facts import unknown_content
 from .weights import is_useful, shapes
 
 MOST_THREADS = 1024
+INEXACT_ADVICE = "undo the change, or allow it with --inexact"
 
 
 @dataclass
@@ -184,7 +185,7 @@ def check_exact(resumed: Resumed) -> None:
     if resumed.inexact_changes:
         raise RunError(
             f"{resumed.folder.path} cannot be resumed exactly with "
-            f"{'; '.join(resumed.inexact_changes)}: leave it as it was, or allow it with --inexact"
+            f"{'; '.join(resumed.inexact_changes)}: {INEXACT_ADVICE}"
         )
 
 
