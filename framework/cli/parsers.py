@@ -175,7 +175,7 @@ def composing(command: str, description: str, examples: str, targets: Sequence[s
         command: its name.
         description: one sentence.
         examples: the text at the end of the help.
-        targets: the values of the argument `target`, before the overrides; None if it is missing.
+        targets: the values of the argument `target`, before the overrides; it may be missing.
     """
     parser = Parser(command, description, examples)
     if targets:
