@@ -16,6 +16,7 @@ SUITE_OF = {
     "cli": "system",
     "cli/test_advice.py": "training",
     "cli/test_part_tables.py": "unit",
+    "cli/test_parsers.py": "unit",
     "cli/test_output.py": "training",
     "composition": "unit",
     "composition/test_compose.py": "training",

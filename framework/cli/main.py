@@ -23,7 +23,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean, nearest, short
+from framework.errors import ConfigError, FrameworkError, did_you_mean, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -157,11 +157,9 @@ def run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     rest = arguments[1:]
     further = [word for word in rest if word != TRACEBACK]
-    if name == "help" and len(further) == 1 and further[0] in COMMANDS:
-        return COMMANDS[further[0]].function(["--help"]) or 0
-    if name in ("help", "-V", "--version", "version") and further:
+    if name in ("-V", "--version", "version") and further:
         raise FrameworkError(f"{name}: expected no argument {short(further[0], quote=False)}")
-    if name in ("-h", "--help", "help"):
+    if name in ("-h", "--help") or (name == "help" and not further):
         print(HELP)
         return 0
     if name in ("-V", "--version", "version"):
@@ -175,6 +173,9 @@ def run(arguments: list[str]) -> int:
         words = answer(rest[1:] if rest[:1] == ["--"] else rest, COMMANDS)
         print("\n".join(completed(words)))
         return 0
+    if name == "help":  # `help train` is `train --help`
+        name = further[0]
+        rest = ["--help"]
     if name not in COMMANDS:
         raise FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
     return COMMANDS[name].function(rest) or 0
@@ -287,12 +288,8 @@ def find(arguments: list[str]) -> None:
     parser = composing("find", description, help_texts.FIND, targets)
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
-    if args.target not in targets:
-        got = ""
-        if args.target is not None:
-            close = nearest(args.target, targets)
-            got = f", got {args.target}" + ("" if close is None else f"; did you mean {close!r}?")
-        parser.error(f"find: expected lr or batch_size as the first argument{got}")
+    if args.target is None:
+        parser.error(f"find: expected one of {', '.join(targets)}")
     line = command_line(parser, args)
     from framework.composition.compose import run_composed as compose
     from framework.experiment import find as finders
@@ -309,13 +306,14 @@ def resume(arguments: list[str]) -> int:
     parser = Parser("resume", "Continue a run that was interrupted.", help_texts.RESUME)
     parser.add_argument("run", **RUN | {"help": "folder of a run, or of one of its checkpoints"})
     overrides = "settings to change from here on"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     inexact = "resume even if changed settings change the result"
     parser.add_argument("--inexact", action="store_true", help=inexact)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
         from framework.registry.discovery import discover
+    from framework.composition.override_syntax import override_key
     from framework.experiment.find_run import run_to_resume
     from framework.experiment.load import read_spec_of
     from framework.experiment.resume_overrides import apply_overrides
@@ -325,7 +323,7 @@ def resume(arguments: list[str]) -> int:
 
     discover(args.plugins, args.without_plugin)
     folder = run_to_resume(args.run)
-    typed = {text.partition("=")[0].lstrip("+~").replace("/", "."): text for text in args.overrides}
+    typed = {override_key(text): text for text in args.overrides}
     spec = read_spec_of(folder, apply_overrides(read_config(folder), args.overrides), typed)
     spec.resume = str(args.run)
     spec.without = args.without_plugin

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from framework.errors import FrameworkError, did_you_mean, nearest, short
+from framework.errors import FrameworkError, did_you_mean, nearest, short, suggestion
 from framework.errors.paths import expanded
 
 TRACEBACK = "--traceback"
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, action="append", default=[], **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an argument; its choices or its type are checked with a message of our form."""
+        """Add an argument; a wrong choice or number raises FrameworkError."""
         self.names += names
         shown = names[-1] if names[-1].startswith("-") else self.command
         if "choices" in options:
@@ -87,9 +87,8 @@ class Parser(argparse.ArgumentParser):
 
         def checked(text: str) -> str:
             if text not in choices:
-                close = nearest(text, choices)
-                advice = "" if close is None else f"; did you mean {close!r}?"
                 value = short(text, quote=False)
+                advice = suggestion(text, choices)
                 self.error(f"{shown} {value}: expected one of {', '.join(choices)}{advice}")
             return text
 
@@ -112,11 +111,21 @@ class Parser(argparse.ArgumentParser):
         return checked
 
     def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse the arguments. Raises FrameworkError."""
+        """Parse the arguments.
+
+        Raises:
+            FrameworkError: an argument is wrong, missing or unknown.
+        """
         return self.parsed(self.parse_known_args, arguments)
 
-    def parse_intermixed_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse the arguments; options may stand between overrides. Raises FrameworkError."""
+    def parse_intermixed_args(  # type: ignore[override]
+        self, arguments: list[str]
+    ) -> argparse.Namespace:
+        """Parse the arguments; options may stand between overrides.
+
+        Raises:
+            FrameworkError: an argument is wrong, missing or unknown.
+        """
         return self.parsed(self.parse_known_intermixed_args, arguments)
 
     def parsed(
@@ -166,14 +175,13 @@ def composing(command: str, description: str, examples: str, targets: Sequence[s
         command: its name.
         description: one sentence.
         examples: the text at the end of the help.
-        targets: the values of the argument `target`, before the overrides; the command checks it.
+        targets: the values of the argument `target`, before the overrides; it may be missing.
     """
     parser = Parser(command, description, examples)
     if targets:
-        metavar = f"{{{','.join(targets)}}}"
-        parser.add_argument("target", nargs="?", metavar=metavar, help="the setting to find")
+        parser.add_argument("target", nargs="?", choices=targets, help="the setting to find")
     overrides = "changes to the default experiment: parts and settings"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     folder = "further folder with config files (experiment/NAME.yaml)"
     parser.add_repeated("--config-dir", type=expanded, metavar="DIR", help=folder)
     cfg = "print the composed config instead of running"
@@ -236,9 +244,9 @@ def sweep_over(
         parser: reports errors.
         args: the parsed arguments, which are changed.
         flag: the option that asks for the sweep.
-        key: the key.
+        key: the setting that is varied.
         count: the number of values, as given to the option.
-        values: the values.
+        values: those of the trials.
     """
     if count < 2:
         parser.error(f"{flag} {count}: expected 2 or more")

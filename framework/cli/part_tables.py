@@ -42,7 +42,7 @@ def kind_of(index: Index, kind: str) -> str:
         if kind in (name, about["key"], f"{name}s", f"{name}es"):
             return str(name)
     suggestion = did_you_mean(kind, index.kinds, most=20)
-    raise UnknownName(f"there is no kind of part {kind!r}; {suggestion}")
+    raise UnknownName(f"there is no kind of parts {kind!r}; {suggestion}")
 
 
 def find_part(index: Index, target: str) -> Part:

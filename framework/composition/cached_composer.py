@@ -17,7 +17,7 @@ from framework.registry.registry import Registry
 
 from .compose import Composing, Job, to_tree, without_hydra
 from .hydra_internals import ConfigLoader, compose_job, current_config
-from .override_syntax import value_of
+from .override_syntax import override_key, value_of
 from .spec import followed_kind
 
 KeyPath = tuple[str, ...]
@@ -97,8 +97,7 @@ class Composer:
 
 def key_path(override: str) -> KeyPath:
     """Return the key of an override as a path: ("model", "norm") for `++model.norm=batch`."""
-    key = override.lstrip("+~").partition("=")[0]
-    return tuple(re.split(r"[./]", key))
+    return tuple(override_key(override).split("."))
 
 
 def overlap(values: Mapping[KeyPath, Any], fixed: Sequence[KeyPath]) -> bool:

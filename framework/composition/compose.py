@@ -26,7 +26,7 @@ from . import hydra_internals
 from .config_files import checked_files
 from .hydra_groups import filled_store
 from .override_checks import PLUGIN_GROUPS, not_available
-from .override_syntax import dotted, groups
+from .override_syntax import dotted, groups, override_key
 from .overrides import Overrides, as_typed, own_settings, rewrite
 from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
 from .spec import Spec, followed_kind, read_spec
@@ -94,7 +94,7 @@ class CommandLine:
 
     @property
     def shows(self) -> bool:
-        """Return whether the config is only printed; it is not checked then."""
+        """Whether the config is only printed; it is not checked then."""
         return bool(self.cfg or self.info)
 
 
@@ -298,7 +298,7 @@ def hydra_arguments(overrides: Overrides, scratch: Path) -> list[str]:
         "hydra/job_logging": "none",
         "hydra/hydra_logging": "none",
     }
-    typed = {dotted(text.partition("=")[0].lstrip("+~")) for text in overrides.arguments}
+    typed = {override_key(text) for text in overrides.arguments}
     ours = [f"{key}={value}" for key, value in defaults.items() if dotted(key) not in typed]
     return [*ours, *overrides.arguments]
 
@@ -459,7 +459,7 @@ def hydra_error_text(error: Exception, files: list[File]) -> str:
 
 
 def no_such(path: str, options: Iterable[str]) -> str:
-    """Say that a config group has no such option, or that there is no such group.
+    """Return the message that a config group has no such option, or that there is no such group.
 
     Args:
         path: the option, such as "optimizer/sgdd", or the group.

@@ -215,10 +215,14 @@ def copy_of_groups(repo: Mapping[str, Any]) -> dict[str, Any]:
 # sweepers and launchers
 
 
-def plugin_options(group: str) -> list[str]:
-    """Return the options of "hydra/sweeper" or "hydra/launcher" that installed packages store."""
-    Plugins.instance()  # imports installed plugins, which store their options
-    return [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
+def plugin_options(group: str, folders: Sequence[Path]) -> list[str]:
+    """Return the options of "hydra/launcher" or "hydra/sweeper".
+
+    They are those of installed packages and those in the folders with config files.
+    """
+    with opened_hydra(folders) as hydra:  # imports installed plugins, which store their options
+        options: list[str] = hydra.config_loader.get_group_options(group)
+    return options
 
 
 @contextmanager
@@ -358,7 +362,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def unresolved_reference(error: Exception) -> str:
-    """Say why OmegaConf cannot resolve a reference to another key."""
+    """Return why OmegaConf cannot resolve a reference to another key."""
     text = str(getattr(error, "msg", error)).splitlines()[0]
     if isinstance(error, InterpolationKeyError):
         missing = re.search(r"key '([^']+)' not found", text)

@@ -32,7 +32,7 @@ SWEEP_SETTING = "is a setting of a sweep: add -m to run a sweep, or remove it"
 
 
 def syntax_problem(text: str) -> str:
-    """Say why an override cannot be parsed."""
+    """Return why an override cannot be parsed."""
     word = text.lstrip("+~")
     if re.search(r"=\s*(range|choice|glob|sort|shuffle|tag|interval)\(", text):
         return f"invalid syntax; write the values of a sweep as {SWEEP_FORMS}"
@@ -70,7 +70,8 @@ def find_problems(
     if problem is None:
         problem = key_problem(text, override, multirun, shows)
     if key in PLUGIN_GROUPS and not override.is_delete():
-        problem = plugin_problem(override, folders, multirun or shows) or problem
+        # First: a wrong name stays wrong when -m is added.
+        problem = plugin_problem(override, folders) or problem
     if problem is not None:
         return [problem]
     if is_group(key):
@@ -119,27 +120,17 @@ def key_problem(text: str, override: Override, multirun: bool, shows: bool) -> s
     return None
 
 
-def plugin_problem(override: Override, folders: list[Path], hydra_checks: bool) -> str | None:
-    """Return the problem of the choice of a launcher or sweeper.
-
-    Args:
-        override: the parsed override.
-        folders: folders with config files.
-        hydra_checks: whether Hydra itself checks that there is an option of this name.
-    """
+def plugin_problem(override: Override, folders: list[Path]) -> str | None:
+    """Return the problem of the choice of a launcher or sweeper."""
     group = override.key_or_group
     kind = group.partition("/")[2]
     value = override.value()
     if not override.is_sweep_override() and not (isinstance(value, str) and value):
         return f"expected the name of a {kind}"
-    if hydra_checks:
-        return None
-    options = set(plugin_options(group))
+    options = set(plugin_options(group, folders))
     for plugin in HYDRA_PLUGINS.values():
         if plugin.group == kind:
             options.add(plugin.name)
-    for folder in folders:
-        options.update(file.stem for file in (folder / group).glob("*.yaml"))
     for name in chosen_names(override):
         if name not in options:
             return not_available(group, name, options)
@@ -147,7 +138,7 @@ def plugin_problem(override: Override, folders: list[Path], hydra_checks: bool) 
 
 
 def not_available(group: str, name: str, options: Iterable[str]) -> str:
-    """Say that there is no launcher or sweeper of a name, after `hydra/launcher=NAME: `."""
+    """Return why a launcher or sweeper is not available; it follows `hydra/launcher=NAME:`."""
     package = f"hydra-{name.replace('_', '-')}-{group.partition('/')[2]}"
     close = nearest(name, options)
     if close is not None:
@@ -156,7 +147,7 @@ def not_available(group: str, name: str, options: Iterable[str]) -> str:
 
 
 def hydra_fault(key: str) -> str:
-    """Say why a setting of Hydra itself has no effect."""
+    """Return why a setting of Hydra itself has no effect."""
     if re.match(r"hydra[./](launcher|sweeper)", key):
         return SWEEP_SETTING
     if key.startswith("hydra.run."):
@@ -209,7 +200,7 @@ def has_names(override: Override) -> bool:
 
 
 def expected_names(key: str, names: list[str]) -> str:
-    """Say which form the value of a choice must have."""
+    """Return the form that the value of a choice must have."""
     noun = with_article(groups()[key].kind.name if key in groups() else key)
     message = f"expected the name of {noun}"
     if takes_list(key):
@@ -223,7 +214,7 @@ def expected_names(key: str, names: list[str]) -> str:
 
 
 def unknown_option(key: str, name: str, files: Iterable[str], folders: Iterable[Path]) -> str:
-    """Say that a group has no part, or no config file, of this name."""
+    """Return the message that a group has no part, or no config file, of this name."""
     if key in groups():
         return groups()[key].unknown(name)
     if list(files):

@@ -41,6 +41,11 @@ def dotted(key: str) -> str:
     return key.replace("/", ".")
 
 
+def override_key(text: str) -> str:
+    """Return the key of an override with dots: `model.norm` for `++model/norm=batch`."""
+    return dotted(text.partition("=")[0].lstrip("+~"))
+
+
 def parse(text: str) -> tuple[str, Override]:
     """Parse an override, after quoting values that Hydra's grammar does not accept.
 

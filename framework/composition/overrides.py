@@ -38,6 +38,7 @@ from .override_syntax import (
     is_group,
     name_in,
     of_hydra,
+    override_key,
     parse,
     takes_list,
     value_of,
@@ -91,7 +92,7 @@ def rewrite(
     """
     found = Overrides()
     folders = list(folders)
-    kept: dict[str, Rewritten] = {}  # by target, see `target_of`
+    kept: dict[str, Rewritten] = {}  # by target, see `override_target`
     inner: dict[str, tuple[str, str]] = {}  # path -> (lr, optimizer={name: sgd, lr: 0.1})
     for argument in typed:
         try:
@@ -314,23 +315,23 @@ def as_typed(override: str) -> str:
     return f"{mark}{key}={value}"
 
 
-def own_settings(overrides: Iterable[str], all_typed: Overrides) -> dict[str, Any]:
+def own_settings(overrides: Iterable[str], sweep_overrides: Overrides) -> dict[str, Any]:
     """Return the settings of one job of a sweep, without those that all jobs share.
 
     Args:
         overrides: the overrides of the job.
-        all_typed: the overrides of the sweep; a key with a single value is shared.
+        sweep_overrides: the overrides of the sweep; a key with a single value is shared.
 
     Returns:
         The values by key, in the order in which the sweep was typed.
     """
-    shared = all_typed.typed.keys() - set(all_typed.swept)
+    shared = sweep_overrides.typed.keys() - set(sweep_overrides.swept)
     found: dict[str, Any] = {}
     for text in overrides:
-        key = dotted(as_typed(text).lstrip("+").partition("=")[0])
+        key = override_key(as_typed(text))
         if not text.startswith("~") and key not in shared:
             value = value_of(text)
             found[key] = None if value == NONE else value
-    first = [key for key in all_typed.swept if key in found]
+    first = [key for key in sweep_overrides.swept if key in found]
     rest = [key for key in found if key not in first]
     return {key: found[key] for key in (*first, *rest)}

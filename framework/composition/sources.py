@@ -178,7 +178,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def unreadable(file: Path, error: Exception) -> str:
-    """Say why a YAML file cannot be read, and in which line."""
+    """Return why a YAML file cannot be read, and in which line."""
     mark = getattr(error, "problem_mark", None)
     place = shorter(file) if mark is None else f"{shorter(file)}:{mark.line + 1}"
     reason = getattr(error, "problem", None) or getattr(error, "strerror", None)

@@ -40,7 +40,7 @@ class RecordableCallback(Protocol):
 
     Attributes:
         recordable: whether `on_gradients` consists of operations on the device that are the same in
-            each step. It may change until `on_fit_start` returns.
+            each step. It exists before the fit, and may change until `on_fit_start` returns.
     """
 
     recordable: bool

@@ -402,12 +402,16 @@ class Measures:
         if not self.buffer:
             return state
         outputs = [batch.outputs for batch in self.buffer]
+        losses = [batch.loss for batch in self.buffer]
+        counts = [batch.items for batch in self.buffer]
+        sizes = [0 if each is None else len(each) for each in outputs]
+        targets = [batch.targets for batch in self.buffer]
         held: dict[str, Any] = {
-            "losses": torch.stack([batch.loss for batch in self.buffer]),
-            "counts": [batch.items for batch in self.buffer],
-            "sizes": [0 if each is None else len(each) for each in outputs],
+            "losses": torch.stack(losses),
+            "counts": counts,
+            "sizes": sizes,
             "outputs": concatenated(outputs),
-            "targets": concatenated([batch.targets for batch in self.buffer]),
+            "targets": concatenated(targets),
         }
         if any(batch.values for batch in self.buffer):
             held["values"] = [dict(batch.values) for batch in self.buffer]

@@ -290,7 +290,7 @@ def stack_samples(samples: list[Any]) -> Batch | FrameworkError:
         if torch.utils.data.get_worker_info() is not None:
             for tensor in batch:
                 # Here, since the thread that sends the tensor could not report an error.
-                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch has no annotation
+                tensor.share_memory_()
         return batch
     except FrameworkError as error:
         return error

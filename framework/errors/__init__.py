@@ -169,6 +169,12 @@ def did_you_mean(word: str, options: Iterable[str], most: int = 12) -> str:
     return f"available: {', '.join(options[:most])}{more}"
 
 
+def suggestion(word: str, options: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" if an option is similar to `word`, else ""."""
+    close = nearest(word, options)
+    return "" if close is None else f"; did you mean {close!r}?"
+
+
 def with_article(noun: str) -> str:
     """Return a noun with "a" or "an"."""
     return f"an {noun}" if noun[0] in "aeiouAEIOU" else f"a {noun}"

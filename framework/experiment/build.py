@@ -140,7 +140,7 @@ def build_model(
 
 @contextmanager
 def image_advice(spec: Spec, data: Data) -> Iterator[None]:
-    """Add to the error of a part that needs images how the data set gives them, if it can."""
+    """Advise data.image=true if a part needs images and the data set has this setting."""
     try:
         yield
     except ShapeError as error:

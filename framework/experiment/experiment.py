@@ -50,7 +50,7 @@ from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
 from .result import Result, read_result, weights_label
-from .resume import Resumed, check_exact, check_fits, check_optimizer, open_folder
+from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer, open_folder
 from .run_facts import content_changes, data_facts, fact_changes
 from .weights import initialize_from, load_weights, shapes
 
@@ -397,12 +397,14 @@ def check_resumed(
     """
     path = resumed.folder.path
     data_changes = [] if inexact else changes_of_data(resumed, built, say)
-    changed_data = f"the data of {path} has changed since it began ({'; '.join(data_changes)})"
+    changed_data = None
+    if data_changes:
+        changed_data = f"the data of {path} has changed since it began ({'; '.join(data_changes)})"
     try:
         check_fits(resumed, built.model, built.optimizer)
         check_optimizer(resumed, built.model, built.optimizer)
     except RunError as error:
-        if data_changes:
+        if changed_data is not None:
             raise error.with_text(f"{changed_data}; {error}") from error
         raise
     except WRONG_FORM as error:
@@ -412,8 +414,8 @@ def check_resumed(
         ) from error
     if not inexact:
         check_exact(resumed)
-    if data_changes:
-        raise RunError(f"{changed_data}: --inexact resumes it nevertheless")
+    if changed_data is not None:
+        raise RunError(f"{changed_data}: {INEXACT_ADVICE}")
 
 
 def changes_of_data(resumed: Resumed, built: Experiment, say: Callable[[str], None]) -> list[str]:

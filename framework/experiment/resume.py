@@ -28,6 +28,7 @@ from .run_facts import unknown_content
 from .weights import is_useful, shapes
 
 MOST_THREADS = 1024
+INEXACT_ADVICE = "undo the change, or allow it with --inexact"
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Resumed:
 
     @property
     def done(self) -> bool:
-        """Return whether nothing is left to do, test included, and no setting has changed."""
+        """Whether nothing is left to do, test included, and no setting has changed."""
         return status_of(self.folder.path) == "done" and not self.changed and self.chosen is None
 
     def rewind(self) -> None:
@@ -184,7 +185,7 @@ def check_exact(resumed: Resumed) -> None:
     if resumed.inexact_changes:
         raise RunError(
             f"{resumed.folder.path} cannot be resumed exactly with "
-            f"{'; '.join(resumed.inexact_changes)}: leave it as it was, or allow it with --inexact"
+            f"{'; '.join(resumed.inexact_changes)}: {INEXACT_ADVICE}"
         )
 
 

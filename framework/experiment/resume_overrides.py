@@ -17,13 +17,13 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     """
     from hydra.errors import HydraException
 
-    from framework.composition.override_syntax import parse
+    from framework.composition.override_syntax import dotted, parse
 
     changed = copy.deepcopy(dict(tree))  # not through JSON, which turns all keys into strings
     for text in overrides:
         try:
             _, override = parse(text)
-            *parents, key = override.key_or_group.replace("/", ".").split(".")
+            *parents, key = dotted(override.key_or_group).split(".")
             value = override.value()
         except HydraException as error:
             raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error

@@ -118,7 +118,7 @@ def check_fitting(
 
 
 def is_useful(fitting: Collection[str], axes: Mapping[str, int]) -> bool:
-    """Whether a model can begin with the weights that fit: any, and any of its weight matrices.
+    """Return whether weights fit, and among them a weight matrix if the model has one.
 
     Args:
         fitting: the names of the tensors that fit.

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from framework.errors import SettingError, nearest, short
+from framework.errors import SettingError, short, suggestion
 
 from .annotations import (
     LISTS,
@@ -53,8 +53,7 @@ def similar_member(value: Any, annotation: Any) -> str:
     for each in members(annotation):
         if is_enum(each):
             names += each.__members__
-    close = nearest(value, names) if isinstance(value, str) else None
-    return "" if close is None else f"; did you mean {close!r}?"
+    return suggestion(value, names) if isinstance(value, str) else ""
 
 
 def converted(value: Any, annotation: Any) -> Any:

@@ -94,7 +94,7 @@ class Setting:
 
     @property
     def many(self) -> bool:
-        """Return whether the setting is a list of parts."""
+        """Whether the setting is a list of parts."""
         origins = [get_origin(strip(each)) for each in members(self.annotation)]
         return self.part is not None and list in origins
 
@@ -149,12 +149,12 @@ class Setting:
 
     @cached_property
     def in_config(self) -> bool:
-        """Return whether a config holds the default; a base class supplies its defaults itself."""
+        """Whether a config holds the default; a base class supplies its defaults itself."""
         return self.is_typeable and not self.inherited
 
     @cached_property
     def is_typeable(self) -> bool:
-        """Return whether a config that holds the default gives the same value and type."""
+        """Whether a config that holds the default gives the same value and type."""
         if self.required:
             return False
         try:

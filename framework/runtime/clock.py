@@ -134,7 +134,7 @@ class Profiler(Clock):
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.recorder = torch.profiler.profile(activities=activities)
-        self.recorder.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation
+        self.recorder.__enter__()
         self.seconds_before = dict(self.seconds)
         self.recording_began = perf_counter()
 
@@ -144,7 +144,7 @@ class Profiler(Clock):
         total = perf_counter() - self.recording_began
         recorder = self.recorder
         self.recorder = None
-        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch has no annotation
+        recorder.__exit__(None, None, None)
         spent = {}
         for name, seconds in self.seconds.items():
             spent[name] = seconds - self.seconds_before.get(name, 0.0)

@@ -24,8 +24,7 @@ class CopyStream:
     def __init__(self, device: torch.device, reused: bool = False):
         self.device = device
         self.reused = reused
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no annotation
-        self.stream: torch.cuda.Stream = stream
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)
 
     def ahead(self, reads: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """Yield (batch, facts) on the device; the copy of the next batch has begun by then."""

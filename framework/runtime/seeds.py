@@ -179,6 +179,6 @@ def undisturbed() -> Iterator[None]:
 
 def cuda_states() -> list[torch.Tensor]:
     """Return the state of each CUDA device; empty while no device is used."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no annotation
+    if not torch.cuda.is_initialized():
         return []
     return torch.cuda.get_rng_state_all()

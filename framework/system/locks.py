@@ -21,7 +21,7 @@ from .files import open_file
 LOCKS_VARIABLE = "FRAMEWORK_LOCKS"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 PATIENCE = 2.0  # seconds that the workers of a killed run have to end
-MOST_HOLDER_BYTES = 300
+MOST_HOLDER_BYTES = 300  # "process 4194304 on HOST"; a host name has at most 255 bytes
 
 
 class WriterLock:

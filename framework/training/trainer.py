@@ -325,7 +325,7 @@ class Trainer(Evaluator):
             with self._closing:
                 self.emit("close")
 
-    # The start and the end of a fit.
+    # the start and the end of a fit
 
     def prepare_fit(  # noqa: PLR0913  # the arguments of `fit`
         self,
@@ -537,7 +537,7 @@ class Trainer(Evaluator):
         self.modes.leave()
         self.task.know_targets(None)
 
-    # The methods that the loop calls (see `loop.py`).
+    # the methods that the loop calls (see `loop.py`)
 
     @property
     def done(self) -> bool:
@@ -649,7 +649,7 @@ class Trainer(Evaluator):
         self.clock.step()
         self.at_boundary = True
 
-    # Logging, validation and events.
+    # logging, validation and events
 
     def log_training(self) -> None:
         """Read the sums of training, and log their means, the learning rate and the speed."""

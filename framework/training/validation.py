@@ -32,7 +32,7 @@ from framework.runtime.memory import MicroBatches
 
 from .step_checks import parameter_not_trained
 
-# The arguments of a Trainer.
+# the arguments of a Trainer
 
 
 def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -142,7 +142,7 @@ def check_folder(value: Any) -> Path | None:
     return path
 
 
-# The arguments of `fit`, `evaluate` and `predict`.
+# the arguments of `fit`, `evaluate` and `predict`
 
 
 def check_source(name: str, source: Any, needs_targets: bool) -> None:

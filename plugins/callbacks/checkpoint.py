@@ -142,7 +142,11 @@ class Checkpoint(SavingCallback):
         self.writer.begin_at_once()
 
     def finish_saving(self) -> None:
-        """Wait until every submitted checkpoint is on the disk. Raises the writer's error."""
+        """Wait until every submitted checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written.
+        """
         self.writer.join()
 
     def state_dict(self) -> dict[str, Any]:

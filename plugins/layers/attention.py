@@ -18,9 +18,7 @@ from framework import (
     blocks,
     shapes,
 )
-from framework_plugins.modules import check_heads, dropout_or_identity
-
-EMBEDDING_STD = 0.02  # of learned positions and class tokens, as in BERT and ViT
+from framework_plugins.sequence_helpers import EMBEDDING_STD, check_heads, dropout_or_identity
 
 
 @blocks.register("embedding")

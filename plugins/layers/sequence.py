@@ -32,7 +32,7 @@ from framework import (
     blocks,
     shapes,
 )
-from framework_plugins.modules import check_heads, dropout_or_identity
+from framework_plugins.sequence_helpers import check_heads, dropout_or_identity
 
 FORM = "(C+1, L)"
 PICTURE = "(C+1, H, L)"

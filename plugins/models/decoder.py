@@ -19,9 +19,8 @@ from framework import (
     models,
     shapes,
 )
-from framework_plugins.modules import check_heads, dropout_or_identity
+from framework_plugins.sequence_helpers import EMBEDDING_STD, check_heads, dropout_or_identity
 
-EMBEDDING_STD = 0.02  # as in GPT-2
 Cache = list[list[Tensor]]
 """For each layer, the keys and values of previous tokens; last, the tokens for n-grams.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import Dropout, Norm, PositiveInt, Range, Rate, Shape, blocks, models, shapes
-from framework_plugins.modules import dropout_or_identity
+from framework_plugins.sequence_helpers import dropout_or_identity
 
 UNKNOWN = 1
 Vocabulary = Annotated[int, Range("[2, inf)")]

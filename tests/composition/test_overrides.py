@@ -2,6 +2,8 @@
 
 import pytest
 
+from framework.composition.compose import config_folders
+from framework.composition.override_syntax import override_key
 from framework.composition.overrides import as_typed, expand_job, rewrite
 
 CHECKPOINTS = "callbacks=[non_finite,{name: checkpoint, every: 7steps}]"
@@ -80,9 +82,10 @@ def test_an_override_with_several_values_needs_a_sweep(typed, rewritten):
     "override", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.params.a=1"]
 )
 def test_settings_of_hydra_need_a_sweep(override):
-    assert rewrite([override], [], multirun=True).arguments == [override]
-    assert rewrite([override], [], shows=True).arguments == [override]
-    (problem,) = rewrite([override], []).problems
+    folders = config_folders()
+    assert rewrite([override], folders, multirun=True).arguments == [override]
+    assert rewrite([override], folders, shows=True).arguments == [override]
+    (problem,) = rewrite([override], folders).problems
     assert "add -m" in problem
 
 
@@ -236,3 +239,16 @@ def test_the_yaml_files_of_a_config_folder_can_be_chosen(tmp_path):
 )
 def test_an_override_of_a_job_is_shown_as_typed(override, typed):
     assert as_typed(override) == typed
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr"),
+        ("++model/norm=batch", "model.norm"),
+        ("~callbacks.ema", "callbacks.ema"),
+        ("data.path=a/b=c", "data.path"),
+    ],
+)
+def test_key_of_an_override(override, key):
+    assert override_key(override) == key

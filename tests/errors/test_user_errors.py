@@ -339,7 +339,7 @@ def test_an_error_in_read_inputs_names_the_file(trained, command, tmp_path):
     assert "KeyError: 'broken here' (mine.py:9 in fail), while reading in.txt" in err
 
 
-# --- values that a callback logs ----------------------------------------------------------------
+# values that a callback logs
 
 
 class Log(Callback):
@@ -412,7 +412,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
         fit(settings={"callbacks": [Log({"train/loss": 99.0})]})
 
 
-# --- arguments of a Trainer -----------------------------------------------------------------------
+# arguments of a Trainer
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_wrong_arguments_are_refused_before_the_first_step(arguments, said):
     assert torch.equal(before, model.weight)
 
 
-# --- losses, schedules, metrics, transforms -------------------------------------------------------
+# losses, schedules, metrics, transforms
 
 
 class Changed(nn.Module):
@@ -686,7 +686,7 @@ def test_a_batch_of_one_sample_is_allowed_without_a_norm_over_the_batch():
     assert fit(model=normalised(), data=batches(batch_size=13)).state.step == 1
 
 
-# --- optimizers -----------------------------------------------------------------------------------
+# optimizers
 
 
 class Closure(torch.optim.SGD):
@@ -814,7 +814,7 @@ def test_optimizers_on_the_command_line(user_file, command, forget_plugins, line
     assert "learning rate" not in out
 
 
-# --- sparse and complex gradients -----------------------------------------------------------------
+# sparse and complex gradients
 
 INDICES = torch.randint(0, 9, (12, 4), generator=torch.Generator().manual_seed(1))
 WORDS = TensorSplit(INDICES, Y[:12])
@@ -902,7 +902,7 @@ def test_values_of_complex_gradients_are_clipped_in_both_parts():
     assert torch.equal(weight.grad, torch.tensor([0.5 - 0.5j, 0.1j, 0.2]))
 
 
-# --- lazy modules ---------------------------------------------------------------------------------
+# lazy modules
 
 
 LAZY = """\
@@ -942,7 +942,7 @@ def test_callbacks_that_need_initialized_parameters_refuse_lazy_ones(name):
     assert fit(model=ready, settings=settings).state.step == 4
 
 
-# --- plugins that import each other ---------------------------------------------------------------
+# plugins that import each other
 
 HELPER = "from framework import activations\nfrom torch import nn\nSLOPE = 0.5\n"
 HELPER += 'activations.register("{}", nn.ReLU)\n'

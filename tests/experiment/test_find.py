@@ -48,7 +48,7 @@ def test_groups_keep_their_factors_on_the_rate(command):
 def test_find_needs_lr_or_batch_size(command):
     status, _, err = command("find width")
     assert status == 2
-    assert "expected lr or batch_size as the first argument, got width" in err
+    assert "find width: expected one of lr, batch_size" in err
 
 
 def test_find_and_check_leave_no_files(command, tmp_path):

@@ -96,7 +96,7 @@ def batch(target, rows):
     return outputs, targets.get(target, values)
 
 
-# --- every part ---
+# every part
 
 
 @pytest.mark.parametrize("entry", entries())
@@ -123,7 +123,7 @@ def test_default_values_have_the_type_of_the_setting(entry):
     )
 
 
-# --- modules ---
+# modules
 
 MODULES = entries(*SHAPES_OF_KIND)
 
@@ -171,7 +171,7 @@ def test_a_state_dict_restores_the_module_and_evaluation_is_deterministic(entry)
     assert torch.equal(module(x), expected)
 
 
-# --- training ---
+# training
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")  # of classes, for a loss of values

@@ -290,7 +290,7 @@ def test_a_crop_cannot_mirror_more_pixels_than_the_image_has():
         build("crop", padding=5, fill="reflect")
 
 
-# --- in a run ---
+# in a run
 
 
 class Recorder(Transform):
@@ -422,7 +422,7 @@ def test_the_config_of_a_run_has_their_settings(tmp_path, monkeypatch):
     assert json.dumps(tree["transforms"])
 
 
-# --- in TensorBoard ---
+# in TensorBoard
 
 
 def shown_in(folder):

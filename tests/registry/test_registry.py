@@ -245,7 +245,7 @@ def test_the_config_key_of_a_kind():
     assert Kind("callback", many=True).key == "callbacks"
 
 
-# --- parts of parts -------------------------------------------------------------------------------
+# parts of parts
 
 
 @pytest.fixture

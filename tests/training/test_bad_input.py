@@ -360,7 +360,7 @@ def test_prediction_for_bad_input_is_an_error(sort, file, said, refused, runs, t
     assert said in refused(f"predict {runs / sort} --input {file} --output y.csv")
 
 
-# --- input that is accepted, and runs that continue ---
+# input that is accepted, and runs that continue
 
 
 def test_all_categories_that_were_not_in_training_are_the_same(command, runs, tmp_path):

@@ -31,7 +31,7 @@ def run_backward(loss: Tensor) -> None:
     with a graph, and without an engine, `loss.backward()` itself is called.
     """
     if RUN_BACKWARD is None or type(loss) is not Tensor or loss.ndim or not loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation
+        loss.backward()
         return
     gradient = ones_scalar(loss.dtype, loss.device)
     if gradient._version:  # a hook or an autograd.Function has changed it in place

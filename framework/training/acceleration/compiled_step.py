@@ -252,7 +252,7 @@ class CompiledSingleCall(SingleCallStep):
         """Run the step; the function that is compiled.
 
         Args:
-            batch: the batch.
+            batch: tensors of shape (samples, ...).
             rates: the learning rate of each group.
             settings: the other settings of each group, which are constants of the compiled code.
 

@@ -62,7 +62,7 @@ def record_graph(run: Callable[[], Step]) -> tuple[Any, Step]:
 @contextmanager
 def side_stream() -> Iterator[None]:
     """Run a block on another stream than the default, as the passes before a capture must."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no annotation
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield

@@ -1,8 +1,7 @@
 """The sweeper of searches: Optuna proposes trials, any launcher trains them.
 
 The state of a search is in the sweep folder, so that a killed search continues with the same
-trials:
-`study.journal` is Optuna's, `sweep.jsonl` records how each trial ended, run folders have
+trials: `study.journal` is Optuna's, `sweep.jsonl` records how each trial ended, run folders have
 checkpoints.
 """
 

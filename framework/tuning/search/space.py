@@ -28,6 +28,7 @@ from framework.composition.hydra_internals import (
     RangeSweep,
     parse_overrides,
 )
+from framework.composition.override_syntax import dotted
 from framework.composition.overrides import as_typed, expand_job
 from framework.composition.sections import SECTIONS, section_settings
 from framework.errors import ConfigError, did_you_mean
@@ -117,7 +118,7 @@ class Space:
 
     @property
     def texts(self) -> list[str]:
-        """Return a text for each axis, by which a resumed search recognizes its space."""
+        """A text for each axis, by which a resumed search recognizes its space."""
         texts = []
         for axis in self.axes:
             per = f" per {axis.per}" if axis.per else ""
@@ -187,7 +188,7 @@ class Space:
 
 def typed_key(override: Override) -> str:
     """Return the key as typed by a user: `optimizer`, `model.activation`."""
-    return as_typed(f"{override.key_or_group}=_").partition("=")[0].replace("/", ".")
+    return dotted(as_typed(f"{override.key_or_group}=_").partition("=")[0])
 
 
 def read_distribution(key: str, override: Override, log: bool) -> Distribution:

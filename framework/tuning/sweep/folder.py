@@ -83,7 +83,7 @@ class Trial:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether a resumed sweep skips it; failed and stopped trials run again."""
+        """Whether a resumed sweep skips it; failed and stopped trials run again."""
         return self.state in ("done", "pruned")
 
 

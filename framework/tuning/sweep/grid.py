@@ -5,7 +5,7 @@ from itertools import count
 from typing import Any
 
 from framework.composition.hydra_internals import Override, parse_overrides, result_of
-from framework.composition.override_syntax import value_of
+from framework.composition.override_syntax import dotted, override_key, value_of
 from framework.composition.overrides import as_typed, depth, expand_job, own_settings
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
@@ -67,10 +67,10 @@ class Grid(TrialSweeper):
             ConfigError: one of them is invalid.
         """
         composing = self.runner.composing
-        replaced = {override_key(text) for text in arguments}
+        replaced = {override_key(as_typed(text)) for text in arguments}
         texts = []
         for key, value in self.params.items():
-            if key.replace("/", ".") not in replaced:
+            if dotted(key) not in replaced:
                 texts.append(f"{key}={value}")
         params = rewrite_params(texts, composing)
         for key in params.typed:
@@ -86,19 +86,22 @@ class Grid(TrialSweeper):
                 no combination is left.
         """
         section = self.runner.sweep
-        all_typed = self.runner.composing.overrides
+        sweep_overrides = self.runner.composing.overrides
         parsed = parse_overrides(arguments, self.loader)
         problems = list(axis_problems(parsed))
         if problems:
             raise ConfigError(problems)
         shared = [str(each.input_line) for each in parsed if not each.is_sweep_override()]
-        values = {override_key(text): value_of(text) for text in shared if not text.startswith("~")}
-        axes = read_axes(parsed, all_typed.swept)
+        values = {}
+        for text in shared:
+            if not text.startswith("~"):
+                values[override_key(as_typed(text))] = value_of(text)
+        axes = read_axes(parsed, sweep_overrides.swept)
         rules = [Rule(text, values.keys() | axes.keys()) for text in section.rules]
         grid = combinations(axes, section.zipped)
         jobs = []
         for overrides in grid:
-            settings = values | own_settings(overrides, all_typed)
+            settings = values | own_settings(overrides, sweep_overrides)
             if all(rule.holds(settings) for rule in rules):
                 jobs.append(parts_first([*shared, *overrides]))
         if not jobs:
@@ -129,18 +132,14 @@ def read_axes(overrides: Sequence[Override], swept: Sequence[str]) -> dict[str, 
     axes = {}
     for override in overrides:
         if override.is_sweep_override():
-            axes[override_key(str(override.input_line))] = sweep_values(override)
+            key = override_key(as_typed(str(override.input_line)))
+            axes[key] = sweep_values(override)
     return {key: axes[key] for key in sorted(axes, key=swept.index)}
 
 
 def sweep_values(override: Override) -> list[str]:
     """Return an override for each of the values."""
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def override_key(override: str) -> str:
-    """Return the key of an override as typed by a user: `optimizer.lr`."""
-    return as_typed(override).lstrip("+~").partition("=")[0].replace("/", ".")
 
 
 def parts_first(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def isolated() -> Iterator[None]:
             os.environ.clear()
             os.environ.update(environment)
         restore_loggers(loggers)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch does not type it
+        if torch.cuda.is_initialized():
             gc.collect()  # tensors in reference cycles
             torch.cuda.empty_cache()
 

@@ -23,7 +23,7 @@ from framework.composition.compose import (
 )
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
 from framework.composition.override_checks import hydra_fault
-from framework.composition.override_syntax import of_hydra
+from framework.composition.override_syntax import of_hydra, override_key
 from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
 from framework.contracts.direction import Direction, metric_directions
@@ -45,7 +45,7 @@ NOT_COMPARED = re.compile(
     r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
 )
 """Overrides that may differ between a command and the one that resumes its sweep without a name."""
-NOT_COMPARED_BY_NAME = ("resume", "sweep.", "run.", "hydra.", "hydra/", "loggers", "trainer.device")
+NOT_COMPARED_BY_NAME = ("resume", "sweep.", "run.", "hydra.", "loggers", "trainer.device")
 """Keys that may differ between a command and one that resumes its sweep by name."""
 
 
@@ -311,7 +311,7 @@ def shared_settings(request: Mapping[str, Any]) -> set[str]:
     swept = request.get("swept", ())
     shared = set()
     for text in request.get("command", ()):
-        key = text.lstrip("+~").partition("=")[0]
+        key = override_key(text)
         if key not in swept and not key.startswith(NOT_COMPARED_BY_NAME):
             shared.add(text)
     return shared

@@ -41,7 +41,7 @@ def is_alone(callback: Callback) -> bool | None:
 
 
 def prepare(callbacks: Sequence[Callback], trials: int) -> None:
-    """Tell the callbacks that need it the number of stacked trials."""
+    """Prepare the callbacks that need it for the number of stacked trials."""
     for callback in callbacks:
         if isinstance(callback, CountingCallback):
             callback.among(trials)
@@ -51,6 +51,8 @@ def find_clip_rows(kind: type[Callback]) -> ClipRows | None:
     """Return the `clip_rows` of a class, or None if its `on_gradients` is overridden without it."""
     if not issubclass(kind, RowClippingCallback):
         return None
+    # The first of the two in the MRO decides: a subclass that overrides only `on_gradients` would
+    # otherwise clip stacked trials with the inherited `clip_rows`, i.e. as its base class does.
     for base in kind.__mro__:
         if "clip_rows" in vars(base):
             return kind.clip_rows

@@ -155,7 +155,7 @@ class StackedState:
     def _one_trial(self, matrix: Tensor, row: int, slot: ParameterSlot) -> Tensor:
         return matrix[row, slot.columns].view(slot.shape)
 
-    # Gradients.
+    # gradients
 
     def differentiate(self, losses: Tensor, add: bool = False) -> None:
         """Compute the gradients of each trial's loss in its row.
@@ -204,7 +204,7 @@ class StackedState:
             parameter.grad = None
         return has_gradients
 
-    # Update.
+    # update
 
     @torch.no_grad()
     def update(self, skipped: Sequence[int] = ()) -> None:
@@ -288,7 +288,7 @@ class StackedState:
                 if state:
                     trial.optimizer.state[parameter].update(state)
 
-    # Selection of trials.
+    # selection of trials
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep some of the trials; the others get their own tensors."""

@@ -40,7 +40,7 @@ from .stacked_update import NotStackable, StackedState
 Compared = TypeVar("Compared")
 FitArguments = dict[str, Any]
 """The arguments of `Trainer.fit`."""
-Item = tuple[Batch, Batch]
+BatchPair = tuple[Batch, Batch]
 """A batch for all trials, with a first axis of trials if it is not shared, and that of a trial."""
 
 
@@ -194,7 +194,7 @@ class StackedTrainer:
                     self._end(trial, error)
                 raise
 
-    # The methods that the loop calls (see `training/loop.py`).
+    # the methods that the loop calls (see `training/loop.py`)
 
     @property
     def done(self) -> bool:
@@ -204,7 +204,7 @@ class StackedTrainer:
     def start_epoch(self) -> None:
         self._for_each(lambda trial: trial.trainer.start_epoch())
 
-    def windows(self) -> Iterator[tuple[Sequence[Item], bool]]:
+    def windows(self) -> Iterator[tuple[Sequence[BatchPair], bool]]:
         if self.done:
             return
         state = self.trials[0].trainer.state
@@ -212,7 +212,7 @@ class StackedTrainer:
         items = self._batches(state.epoch, state.batch)
         yield from step_windows(items, self.first.accumulate, steps_left)
 
-    def train_step(self, window: Sequence[Item]) -> None:
+    def train_step(self, window: Sequence[BatchPair]) -> None:
         for trial in self.trials:
             trainer = trial.trainer
             trainer.at_boundary = False
@@ -228,7 +228,7 @@ class StackedTrainer:
             self._end(self.trials[row], error)
         self._leave(failed)
 
-    def count_step(self, window: Sequence[Item], last: bool) -> None:
+    def count_step(self, window: Sequence[BatchPair], last: bool) -> None:
         batches = [one for _, one in window]
         self._for_each(lambda trial: trial.trainer.count_step(batches, last))
 
@@ -244,9 +244,9 @@ class StackedTrainer:
         self._for_each(lambda trial: trial.trainer.finish_step(last))
         self._end_done_trials()
 
-    # Computation for all trials.
+    # computation for all trials
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Item]:
+    def _batches(self, epoch: int, start: int) -> Iterator[BatchPair]:
         """Yield the batches of an epoch from batch number `start` on."""
         loaders = [require_loader(trial.trainer) for trial in self.trials]
         first = loaders[0]

@@ -216,7 +216,7 @@ def test_a_rewind_restores_both_weights_and_average(tmp_path):
         torch.testing.assert_close(model[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-# --- swa --------------------------------------------------------------------------------------
+# swa
 
 
 def averaged_by_torch(history, epochs):

@@ -140,7 +140,7 @@ def test_invalid_patterns_are_errors(patterns, problem):
         fit(freeze(*patterns))
 
 
-# --- groups -----------------------------------------------------------------------------------
+# groups
 
 
 def groups(**settings):

@@ -85,7 +85,7 @@ class ValidatedWeights(Callback):
         self.weights.append([p.detach().clone() for p in trainer.model.parameters()])
 
 
-# --- SAM --------------------------------------------------------------------------------------
+# SAM
 
 
 def sam_in_a_loop(rho, steps):
@@ -134,7 +134,7 @@ def test_sam_uses_transformed_batches_and_keeps_running_statistics():
     assert int(model[1].num_batches_tracked) == 1
 
 
-# --- lookahead --------------------------------------------------------------------------------
+# lookahead
 
 
 def test_lookahead_moves_the_slow_weights_after_every_k_steps():
@@ -157,7 +157,7 @@ def test_lookahead_moves_the_slow_weights_after_every_k_steps():
     assert_close_weights(trainer.model, slow, rtol=1e-4, atol=1e-5)
 
 
-# --- schedule-free ----------------------------------------------------------------------------
+# schedule-free
 
 
 def schedule_free_in_a_loop(beta, rates):
@@ -202,7 +202,7 @@ def test_schedule_free_with_momentum_is_an_error(optimizer, advice):
         fit(build("schedule_free"), optimizer=optimizer)
 
 
-# --- gradient noise scale ---------------------------------------------------------------------
+# gradient noise scale
 
 
 def test_the_noise_scale_is_the_trace_of_the_covariance_by_the_squared_norm_of_the_mean():
@@ -234,7 +234,7 @@ def test_measuring_the_noise_scale_does_not_change_training():
         assert torch.equal(tensor, measured[name]), name
 
 
-# --- all of them ------------------------------------------------------------------------------
+# all of them
 
 ALL = ["sam", "lookahead", "schedule_free", "noise_scale"]
 

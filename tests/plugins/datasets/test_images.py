@@ -149,7 +149,7 @@ def test_without_pillow_the_error_says_what_to_install(pets, monkeypatch):
         fw.datasets.build("image_folder", path=pets)
 
 
-# --- Fashion-MNIST: the experiment on a part of the data, if it is fetched ---
+# Fashion-MNIST: the experiment on a part of the data, if it is fetched
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def tokenizer(name, **settings):
     return fitted
 
 
-# --- tokenizers ---
+# tokenizers
 
 
 @pytest.mark.parametrize("name", ["byte", "char", "bpe"])
@@ -67,7 +67,7 @@ def test_byte_pairs_are_longer_than_bytes_and_split_no_known_word():
     assert len(made.encode("<unknown>")) > 1  # an ordinary text
 
 
-# --- ragged batches ---
+# ragged batches
 
 
 def ragged(count=57, bucket=4):
@@ -141,7 +141,7 @@ def test_ragged_splits_that_cannot_be_loaded_are_refused():
         Loader(ragged()[0], read="workers")
 
 
-# --- models ---
+# models
 
 
 def build(name, **settings):
@@ -201,7 +201,7 @@ def test_a_transformer_is_pytorchs_attention_with_a_key_padding_mask():
     torch.testing.assert_close(block(x, mask)[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
-# --- data sets ---
+# data sets
 
 ANIMALS = {
     "cat": ["the cat says miau", "miau miau on the sofa", "a cat sleeps"],
@@ -317,7 +317,7 @@ def test_mails_are_subject_and_body_and_no_mail_is_in_two_splits(tmp_path):
         fw.datasets.build("spam", folder=tmp_path)
 
 
-# --- training ---
+# training
 
 
 @pytest.fixture(scope="module")

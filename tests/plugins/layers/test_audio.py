@@ -46,7 +46,7 @@ def with_mask(waveform, samples=None):
     return x
 
 
-# --- features ---
+# features
 
 
 @pytest.mark.parametrize("scale", ["slaney", "htk"])
@@ -173,7 +173,7 @@ def test_spec_augment_is_for_training_alone_and_repeats_with_the_seed():
     assert torch.equal(augment(x), first)
 
 
-# --- files ---
+# files
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_a_wrong_file_is_two_lines_and_status_2(command, sounds):
     assert "Traceback" not in out + err
 
 
-# --- data sets ---
+# data sets
 
 
 def test_a_prompt_is_in_one_split_with_all_its_languages(tmp_path):
@@ -363,7 +363,7 @@ def test_the_pitch_of_tones_follows_their_class():
     assert torch.equal(again.train.tensors[0], inputs)
 
 
-# --- small experiments ---
+# small experiments
 
 FRONT = (
     "model.front=[{name: log_mel, sample_rate: 8000, hop_ms: 20, mels: 24},"

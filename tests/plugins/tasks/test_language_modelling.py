@@ -24,7 +24,7 @@ LANGUAGE = importlib.import_module("framework_plugins.tasks.language_modelling")
 TEXT = "".join(f"if x == {n % 7}:\n    y = {n % 5} + x\n" for n in range(400))
 
 
-# --- windows ----------------------------------------------------------------------------------
+# windows
 
 
 def test_an_epoch_contains_the_text_in_windows_from_a_random_start():
@@ -76,7 +76,7 @@ def test_windows_of_invalid_size_are_errors():
         WindowSplit(torch.arange(50), 10, 10)
 
 
-# --- the model --------------------------------------------------------------------------------
+# the model
 
 
 def decoder(context=12, vocabulary=30, **settings):
@@ -178,7 +178,7 @@ def test_invalid_sequences_and_heads_are_errors():
         fw.blocks.build("rotary_attention", (4, 10), heads=4)
 
 
-# --- sampling ---------------------------------------------------------------------------------
+# sampling
 
 
 @pytest.mark.parametrize("ngrams", [1, 4])
@@ -262,7 +262,7 @@ def test_invalid_sampling_settings_are_errors(settings, message):
         LANGUAGE.sample(decoder(), [1], 12, **settings)
 
 
-# --- metrics ----------------------------------------------------------------------------------
+# metrics
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_the_n_gram_baseline_equals_its_definition():
     np.testing.assert_allclose(probabilities, expected, rtol=1e-12)
 
 
-# --- learning ---------------------------------------------------------------------------------
+# learning
 
 
 def fit(data, resume=None, dropout=0.0, ngrams=1, **settings):
@@ -474,7 +474,7 @@ def test_text_samples_are_logged_and_do_not_change_training(text_file):
     assert_same_state(with_samples.model, plain.model)
 
 
-# --- errors -----------------------------------------------------------------------------------
+# errors
 
 
 @pytest.mark.parametrize(

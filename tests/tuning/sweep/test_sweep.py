@@ -24,6 +24,7 @@ from framework.runs.folder import read_config, resolve_run
 from framework.runtime.console import console
 from framework.tuning.sweep.display import LineDisplay, LiveTable, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, Trial, run_name
+from framework.tuning.sweep.sweep import shared_settings
 from framework.tuning.sweep.table import (
     best_trial,
     grouped,
@@ -152,6 +153,12 @@ def test_another_sweep_of_the_same_name_is_refused(broken_sweep, command, swept,
     status, _, err = command(f"{line} {swept} sweep.name={folder.name}")
     assert (status, err.count("\n")) == (2, 1)
     assert re.search(message, err)
+
+
+def test_shared_settings_leave_out_swept_keys_with_slashes():
+    command = ["model/activation=relu,gelu", "seed=1", "hydra/launcher=joblib"]
+    request = {"command": command, "swept": ["model.activation"]}
+    assert shared_settings(request) == {"seed=1"}
 
 
 def test_tensorboard_compares_the_trials(command):

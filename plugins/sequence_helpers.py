@@ -1,8 +1,11 @@
-"""Helpers of layers and models: optional dropout, and the check of attention heads."""
+"""Helpers of layers and models for sequences: dropout, attention heads, embeddings."""
 
 from torch import nn
 
 from framework import BuildError, Dropout
+
+EMBEDDING_STD = 0.02
+"""Standard deviation of initial token and position embeddings, as in BERT, GPT-2 and ViT."""
 
 
 def dropout_or_identity(kind: Dropout, p: float) -> nn.Module:
