@@ -36,6 +36,13 @@ bools and zeros are never tensors, so that `if settings["momentum"]` works. The 
 write into its arguments.
 """
 
+StepNumbers = Callable[[Any, Settings], Mapping[str, Any]]
+"""(number of the step, settings) -> numbers that depend on nothing else, by name.
+
+A pure update may find them among its settings. Otherwise it computes them from the number of steps
+in its state, which is a tensor.
+"""
+
 
 class PureOptimizer(Optimizer):
     """Base of optimizers with a pure update. A subclass defines `update` and maybe `kept`.
@@ -109,10 +116,25 @@ class PureUpdates:
 
     def __init__(self) -> None:
         self._updates: dict[type, PureUpdate] = {}
+        self._numbers: dict[type, StepNumbers] = {}
 
-    def register(self, optimizer: type[Optimizer], update: PureUpdate) -> None:
-        """Register the update that equals `step()` of an optimizer, after its first step."""
+    def register(
+        self,
+        optimizer: type[Optimizer],
+        update: PureUpdate,
+        numbers: StepNumbers | None = None,
+    ) -> None:
+        """Register the update that equals `step()` of an optimizer, after its first step.
+
+        Args:
+            optimizer: a class whose state has the number of steps as "step", if `numbers` is given.
+            update: its pure update.
+            numbers: computes numbers that the update may find among its settings. Compiled code
+                would compute them again for each few elements.
+        """
         self._updates[optimizer] = update
+        if numbers is not None:
+            self._numbers[optimizer] = numbers
 
     def find(self, optimizer: Optimizer) -> PureUpdate | None:
         """Return the update of an optimizer with its settings, or None if it has no pure one."""
@@ -124,6 +146,10 @@ class PureUpdates:
         if isinstance(optimizer, PureOptimizer):
             return type(optimizer).update
         return self._updates.get(type(optimizer))
+
+    def step_numbers(self, optimizer: Optimizer) -> StepNumbers | None:
+        """Return the function that computes the numbers of a step, if the update has one."""
+        return self._numbers.get(type(optimizer))
 
 
 pure_updates = PureUpdates()

@@ -52,7 +52,8 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
         replays = settings["cuda_graph"] == "on"
         if replays and (device.type != "cuda" or settings["compile"] in ("step", "auto")):
             refused["cuda_graph"] = (
-                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step and compile=auto"
+                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step "
+                "and compile=auto"
             )
     if settings["compile"] == "auto" and settings["deterministic"]:
         refused["compile"] = (

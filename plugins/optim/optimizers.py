@@ -105,10 +105,23 @@ def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor
     if settings["amsgrad"]:
         square = torch.maximum(state["max_exp_avg_sq"], square)
         new["max_exp_avg_sq"] = square
-    number = step.to(p.dtype)
-    scale = lr / (1 - beta1**number)
-    denominator = square.sqrt() / (1 - beta2**number).sqrt() + settings["eps"]
+    corrections = settings
+    if "correction1" not in settings:
+        corrections = bias_corrections(step.to(p.dtype), settings)
+    scale = lr / corrections["correction1"]
+    denominator = square.sqrt() / corrections["correction2"] + settings["eps"]
     return p - scale * (average / denominator), new
+
+
+def bias_corrections(step: Any, settings: Settings) -> dict[str, Any]:
+    """Return the corrections of Adam for averages that start at 0 (algorithm 1, see `adam`).
+
+    Args:
+        step: the number of the step, from 1 on; a number or a tensor.
+        settings: of the parameter group.
+    """
+    beta1, beta2 = settings["betas"]
+    return {"correction1": 1 - beta1**step, "correction2": (1 - beta2**step) ** 0.5}
 
 
 def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
@@ -162,8 +175,8 @@ def is_zero(value: Any) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-pure_updates.register(optim.Adam, adam)
-pure_updates.register(optim.AdamW, adam)
+pure_updates.register(optim.Adam, adam, bias_corrections)
+pure_updates.register(optim.AdamW, adam, bias_corrections)
 pure_updates.register(optim.SGD, sgd)
 pure_updates.register(optim.RMSprop, rmsprop)
 pure_updates.register(optim.Adagrad, adagrad)

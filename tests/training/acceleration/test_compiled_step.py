@@ -71,9 +71,14 @@ def fit(
     return trainer
 
 
+def single_call_step(trainer):
+    """Return the step with its update."""
+    return trainer._training_step.forward_backward.step.single_call
+
+
 def single_call(trainer):
     """Return the compiled step with its update."""
-    return trainer._training_step.forward_backward.step.single_call.compiled
+    return single_call_step(trainer).compiled
 
 
 def assert_same(one, other):
@@ -97,6 +102,27 @@ def test_a_resumed_compiled_run_equals_an_eager_one(uncompiled):
     half = fit(compile="step", max_steps=5).state_dict()
     resumed = fit(compile="step", resume=half)
     assert_same(resumed, fit())
+
+
+class Pause(Callback):
+    """Freezes a parameter for some steps, so that its number of steps differs from the others'."""
+
+    def on_step_end(self, trainer):
+        first = next(trainer.model.parameters())
+        first.requires_grad_(trainer.state.step not in (3, 4, 5))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_bias_corrections_follow_the_steps_of_each_parameter(name, uncompiled):
+    recipe = (name, {"lr": 0.01})
+    compiled = fit(Pause(), optimizer=recipe, compile="step")
+    assert_same(compiled, fit(Pause(), optimizer=recipe))
+    steps = {int(state["step"]) for state in compiled.optimizer.state.values()}
+    assert steps == {9, 12}
+    numbers = single_call_step(compiled).numbers
+    assert [set(group) for group in numbers] == [{"lr"}]
+    numbers = single_call_step(fit(optimizer=recipe, compile="step")).numbers
+    assert [set(group) for group in numbers] == [{"lr", "correction1", "correction2"}]
 
 
 class Watching(Callback):
