@@ -114,6 +114,14 @@ def test_speed_prints_a_row_for_each_contender():
     assert float(found["ours"][0].replace(",", "")) > 0
 
 
+def test_api_prints_a_row_for_each_way_to_call_the_trainer():
+    names = [name for name in speed.API if "compile" not in name]
+    options = ["--workloads", "mlp", "--modes", "typical", "--rounds", "1", "--seconds", "5"]
+    done = bench("api", *options, "--contenders", *names)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(rows(done.stdout)) == ["contender", *names]
+
+
 def course(loss, steps=450, failed=""):
     return Course([100.0], [steps], [loss], failed)
 

@@ -125,6 +125,36 @@ def test_bias_corrections_follow_the_steps_of_each_parameter(name, uncompiled):
     assert [set(group) for group in numbers] == [{"lr", "correction1", "correction2"}]
 
 
+class Idle(nn.Module):
+    """Has a parameter without effect on the loss while `idle` is true."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.idle = False
+
+    def forward(self, inputs):
+        outputs = self.linear(inputs)
+        return outputs if self.idle else outputs * self.scale
+
+
+class Switch(Callback):
+    def on_step_start(self, trainer):
+        trainer.model.idle = trainer.state.step in (4, 5, 6)
+
+
+def test_a_parameter_without_a_gradient_does_not_count_the_step(uncompiled):
+    def run(**settings):
+        torch.manual_seed(0)
+        return fit(Switch(), model=Idle().double(), **settings)
+
+    compiled = run(compile="step")
+    assert_same(compiled, run())
+    steps = {int(state["step"]) for state in compiled.optimizer.state.values()}
+    assert steps == {9, 12}
+
+
 class Watching(Callback):
     def __init__(self):
         self.seen = []
