@@ -147,13 +147,12 @@ def build_optimizer(
 ) -> Optimizer:
     """Build an optimizer, with its fused implementation if possible.
 
-    `fw.optimizers.build`, a maker and an experiment call it (see `Kind.builder`). The settings
-    `fused` and `foreach` take precedence.
+    It is the `Kind.builder` of optimizers. The settings `fused` and `foreach` take precedence.
 
     Args:
         entry: the optimizer.
         given: "params" is an iterable of tensors, (name, tensor) pairs or groups.
-        settings: of the optimizer.
+        settings: of the optimizer, checked.
 
     Raises:
         BuildError: the optimizer cannot be built.

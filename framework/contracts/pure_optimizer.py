@@ -116,25 +116,26 @@ class PureUpdates:
 
     def __init__(self) -> None:
         self._updates: dict[type, PureUpdate] = {}
-        self._numbers: dict[type, StepNumbers] = {}
+        self._step_numbers: dict[type, StepNumbers] = {}
 
     def register(
         self,
         optimizer: type[Optimizer],
         update: PureUpdate,
-        numbers: StepNumbers | None = None,
+        step_numbers: StepNumbers | None = None,
     ) -> None:
         """Register the update that equals `step()` of an optimizer, after its first step.
 
         Args:
-            optimizer: a class whose state has the number of steps as "step", if `numbers` is given.
+            optimizer: a class whose state has the number of steps as "step", if `step_numbers` is
+                given.
             update: its pure update.
-            numbers: computes numbers that the update may find among its settings. Compiled code
-                would compute them again for each few elements.
+            step_numbers: computes numbers that the update may find among its settings. Without
+                them, code compiled for a CPU computes them once for each vector of elements.
         """
         self._updates[optimizer] = update
-        if numbers is not None:
-            self._numbers[optimizer] = numbers
+        if step_numbers is not None:
+            self._step_numbers[optimizer] = step_numbers
 
     def find(self, optimizer: Optimizer) -> PureUpdate | None:
         """Return the update of an optimizer with its settings, or None if it has no pure one."""
@@ -149,7 +150,7 @@ class PureUpdates:
 
     def step_numbers(self, optimizer: Optimizer) -> StepNumbers | None:
         """Return the function that computes the numbers of a step, if the update has one."""
-        return self._numbers.get(type(optimizer))
+        return self._step_numbers.get(type(optimizer))
 
 
 pure_updates = PureUpdates()

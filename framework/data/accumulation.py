@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 """A batch, or the batches of several trials that train as one."""
 
 
-def as_batches(  # all but the first two by keyword
+def as_batches(
     source: Source,
     batch_size: int,
     *,

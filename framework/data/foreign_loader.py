@@ -12,7 +12,7 @@ from framework.runtime import seeds
 from framework.runtime.batch import Batch
 from framework.runtime.copy_stream import CopyStream
 
-from .tensor_loader import gathered_batches, gathers
+from .tensor_loader import gathered_batches, tensor_source
 from .workers import as_batch
 
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
@@ -80,9 +80,9 @@ class ForeignLoader:
     def description(self) -> str:
         """A short text on how batches are read."""
         name = type(self.batches).__name__
-        if gathers(self.batches):
+        if tensor_source(self.batches) is not None:
             return f"{name}, in memory, one gather per batch"
-        return f"{name}, read as it is"
+        return f"{name}, read batch by batch"
 
     @property
     def single_pass(self) -> bool:
@@ -133,9 +133,10 @@ class ForeignLoader:
         return batches
 
     def _all_batches(self) -> Iterator[Any]:
-        if gathers(self.batches):
-            return gathered_batches(self.batches)
-        return iter(self.batches)
+        source = tensor_source(self.batches)
+        if source is None:
+            return iter(self.batches)
+        return gathered_batches(self.batches, source)  # type: ignore[arg-type]  # a DataLoader
 
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""

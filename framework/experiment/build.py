@@ -180,11 +180,12 @@ def build_groups(spec: Spec, model: nn.Module) -> list[Any]:
     return Parameters(**spec.sections["parameters"]).groups(model, spec.parts["optimizer"])
 
 
-def build_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
+def build_spec_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
     """Build the optimizer; trainer.fused=false leaves the choice of its implementation to torch."""
     maker = spec.parts["optimizer"]
-    if not spec.sections["trainer"]["fused"] and "fused" in signature_parameters(maker.entry.part):
-        maker = Maker(maker.entry, {**maker.settings, "fused": None})
+    fused = signature_parameters(maker.entry.part).get("fused")
+    if not spec.sections["trainer"]["fused"] and fused is not None and fused.default is None:
+        maker = Maker(maker.entry, {"fused": None, **maker.settings})
     optimizer: Optimizer = maker(build_groups(spec, model))
     return optimizer
 

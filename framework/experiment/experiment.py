@@ -40,7 +40,7 @@ from .build import (
     build_loader,
     build_metrics,
     build_model,
-    build_optimizer,
+    build_spec_optimizer,
     check_output_shape,
     check_smallest_batch,
     image_advice,
@@ -103,7 +103,7 @@ class Experiment:
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
         check_output_shape(self.model, self.data, self.out_shape)
-        self.optimizer = build_optimizer(spec, self.model)
+        self.optimizer = build_spec_optimizer(spec, self.model)
         check_step_alone(self.optimizer)
         with image_advice(spec, self.data):
             self.transforms = [

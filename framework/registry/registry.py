@@ -62,9 +62,9 @@ class Kind:
         base: the class of a part, or of the object that it builds, as "module.Class".
         many: an experiment can have several of them (`callbacks=[...]`); the config key is plural.
         doc: a one-line description.
-        builder: a function that builds a part in place of `Entry.build`, as "module:function", for
-            settings that depend on the given parameters. It is called with (entry, given, settings)
-            and imported then.
+        builder: "module:function", called as function(entry, given, settings) in place of
+            `entry.build(given, settings)`, for settings that depend on the given parameters. It is
+            imported at the first call, since contracts import the registry.
     """
 
     name: str

@@ -343,8 +343,10 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     if compile in ("step", "auto") and not task.phases:
         compiled_call = None
         if with_update:
-            compiled_call = CompiledSingleCall(model, task, optimizer, precision, clock, callbacks)
-        step = CompiledStep(model, task, parameters, precision, clock, compiled_call)
+            compiled_call = CompiledSingleCall(
+                model, task, optimizer, precision, clock, callbacks, compile
+            )
+        step = CompiledStep(model, task, parameters, precision, clock, compiled_call, compile)
         if compile == "auto":
             step = MeasuredStep(eager, step, compile_choice, precision.device)
     elif cuda_graph != "off" and not task.phases:

@@ -427,7 +427,7 @@ class Trainer(Evaluator):
         self._speed_since = (time.perf_counter(), self.state.samples)
 
     def _choose_fused(self) -> None:
-        """Choose the implementation of an optimizer whose user has left the choice to torch."""
+        """Select or release the fused kernel, after the saved state of the optimizer is loaded."""
         choose = select_fused if self.fused else release_fused
         choose(self.optimizer, self.optimizer_settings)
 

@@ -106,22 +106,24 @@ def adam(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor
         square = torch.maximum(state["max_exp_avg_sq"], square)
         new["max_exp_avg_sq"] = square
     corrections = settings
-    if "correction1" not in settings:
+    if "bias_correction1" not in settings:
         corrections = bias_corrections(step.to(p.dtype), settings)
-    scale = lr / corrections["correction1"]
-    denominator = square.sqrt() / corrections["correction2"] + settings["eps"]
+    scale = lr / corrections["bias_correction1"]
+    denominator = square.sqrt() / corrections["bias_correction2_sqrt"] + settings["eps"]
     return p - scale * (average / denominator), new
 
 
 def bias_corrections(step: Any, settings: Settings) -> dict[str, Any]:
     """Return the corrections of Adam for averages that start at 0 (algorithm 1, see `adam`).
 
+    The second one is the square root, as the denominator uses it.
+
     Args:
         step: the number of the step, from 1 on; a number or a tensor.
         settings: of the parameter group.
     """
     beta1, beta2 = settings["betas"]
-    return {"correction1": 1 - beta1**step, "correction2": (1 - beta2**step) ** 0.5}
+    return {"bias_correction1": 1 - beta1**step, "bias_correction2_sqrt": (1 - beta2**step) ** 0.5}
 
 
 def sgd(p: Tensor, g: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:

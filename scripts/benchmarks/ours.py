@@ -93,17 +93,25 @@ def channels_first(job: Job, watch: Watch) -> None:
     train(job, watch, sources=partial(as_on_command_line, channels_last=False))
 
 
-def user_dataloader(job: Job, watch: Watch) -> None:
+def compile_auto(job: Job, watch: Watch) -> None:
+    train(job, watch, compile="auto")
+
+
+def dataloader_adamw(job: Job, watch: Watch) -> None:
     """Train with objects of the user: a DataLoader and `torch.optim.AdamW(...)`."""
     train(job, watch, sources=dataloaders, optimizer=adamw)
 
 
-def user_optimizer(job: Job, watch: Watch) -> None:
+def in_memory_adamw(job: Job, watch: Watch) -> None:
     """Train as in README's Python example: data in memory and `torch.optim.AdamW(...)`."""
     train(job, watch, sources=in_memory, optimizer=adamw)
 
 
-def by_name(job: Job, watch: Watch) -> None:
+def in_memory_adamw_not_fused(job: Job, watch: Watch) -> None:
+    train(job, watch, sources=in_memory, optimizer=adamw, fused=False)
+
+
+def in_memory_by_name(job: Job, watch: Watch) -> None:
     """Train with data in memory and `fw.optimizers.build("adamw", ...)`."""
     train(job, watch, sources=in_memory)
 
@@ -129,8 +137,8 @@ def train(
     callbacks.append(RoundEnds(watch))
     model = job.model()
     data, val = sources(job, model)
-    made = optimizer(job, model)
-    watch.on(model, made)
+    built = optimizer(job, model)
+    watch.on(model, built)
     settings |= {"log_every": f"{LOG_EVERY}steps", "device": job.device, "folder": Path(job.folder)}
     trainer = fw.Trainer(max_epochs=EPOCHS, callbacks=callbacks, loggers=loggers, **settings)
     trainer.fit(
@@ -138,7 +146,7 @@ def train(
         data,
         val=val if job.typical else None,
         task=nn.CrossEntropyLoss(),
-        optimizer=made,
+        optimizer=built,
         metrics=[fw.metrics.build("accuracy")] if job.typical else [],
         batch_size=job.batch_size,
     )

@@ -34,9 +34,11 @@ API = {  # the rows of `scripts/bench api`
     "tight, compiled step": ("loops", "tight_compiled"),
     "ours, as on the command line": ("ours", "eager"),
     "ours, compile=step": ("ours", "compiled"),
-    "ours, DataLoader, AdamW()": ("ours", "user_dataloader"),
-    "ours, in memory, AdamW()": ("ours", "user_optimizer"),
-    "ours, in memory, adamw by name": ("ours", "by_name"),
+    "ours, compile=auto": ("ours", "compile_auto"),
+    "ours, DataLoader, AdamW()": ("ours", "dataloader_adamw"),
+    "ours, in memory, AdamW()": ("ours", "in_memory_adamw"),
+    "ours, in memory, AdamW(), fused=False": ("ours", "in_memory_adamw_not_fused"),
+    "ours, in memory, adamw by name": ("ours", "in_memory_by_name"),
 }
 PEERS = {  # name and function: module
     "lightning": "peers",

@@ -19,7 +19,8 @@ from torch.utils.data import (
     random_split,
 )
 
-from framework.data.tensor_loader import gathered_batches, gathers
+from framework.data.foreign_loader import ForeignLoader
+from framework.data.tensor_loader import tensor_source
 
 INPUTS = torch.randn(50, 3, 4, 2, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(50)
@@ -118,7 +119,7 @@ def epochs(loader: DataLoader, gathered: bool) -> tuple[list, list[torch.Tensor]
     batches = []
     states = []
     for _ in range(2):
-        for batch in gathered_batches(loader) if gathered else loader:
+        for batch in ForeignLoader(loader).epoch() if gathered else loader:
             batches.append(batch)
             torch.rand(3)  # as a model with dropout
             states.append(torch.get_rng_state())
@@ -130,7 +131,8 @@ def epochs(loader: DataLoader, gathered: bool) -> tuple[list, list[torch.Tensor]
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_gathered_batches_are_those_of_the_loader(name):
-    assert gathers(LOADERS[name]()) == (name != NOT_GATHERED)
+    gathers = tensor_source(LOADERS[name]()) is not None
+    assert gathers == (name != NOT_GATHERED)
     torch.manual_seed(3)
     expected, expected_states = epochs(LOADERS[name](), gathered=False)
     torch.manual_seed(3)
@@ -151,7 +153,7 @@ def test_an_index_out_of_range_is_an_index_error_as_with_the_loader(index):
             return iter([0, index])
 
     loader = DataLoader(DATA, batch_size=2, sampler=Wrong(DATA))
-    for batches in (loader, gathered_batches(loader)):
+    for batches in (loader, ForeignLoader(loader).epoch()):
         with pytest.raises(IndexError):
             list(batches)
 
@@ -181,6 +183,9 @@ UNUSUAL = {
     "workers": lambda: DataLoader(DATA, num_workers=1),
     "own __getitem__": lambda: DataLoader(Noisy(INPUTS, TARGETS)),
     "subset of own __getitem__": lambda: DataLoader(Subset(Noisy(INPUTS, TARGETS), [0, 1])),
+    "an index of a subset is too large": lambda: DataLoader(
+        Subset(Subset(DATA, range(5)), [1, 2, 7]), sampler=[0, 1]
+    ),
     "map-style": lambda: DataLoader(Map()),
     "concatenated": lambda: DataLoader(ConcatDataset([DATA, DATA])),
     "dict": lambda: DataLoader(StackDataset(inputs=INPUTS, targets=TARGETS)),
@@ -194,13 +199,14 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_anything_unusual_is_read_as_it_is(name):
-    assert not gathers(UNUSUAL[name]())
+    assert tensor_source(UNUSUAL[name]()) is None
 
 
 def test_tensors_that_change_between_epochs_are_read_again():
     data = TensorDataset(INPUTS.clone(), TARGETS)
     loader = DataLoader(data, batch_size=50)
-    list(gathered_batches(loader))
+    reader = ForeignLoader(loader)
+    list(reader.epoch())
     data.tensors = (copy.copy(INPUTS) + 1, TARGETS)
-    ((inputs, _),) = gathered_batches(loader)
+    ((inputs, _),) = reader.epoch()
     assert torch.equal(inputs, INPUTS + 1)

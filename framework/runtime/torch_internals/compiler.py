@@ -48,10 +48,11 @@ class CompiledFunction:
         self.compile_seconds = 0.0
         self.graph_break: str | None = None
         self.settings: dict[str, bool] = {}  # of torch's compiler, during a call
-        one_graph = not traces_backward or hasattr(self.config, "trace_autograd_ops")
-        if traces_backward and one_graph:
+        can_trace_backward = hasattr(self.config, "trace_autograd_ops")
+        if traces_backward and can_trace_backward:
             self.settings["trace_autograd_ops"] = True
-        self.reports_breaks = one_graph
+        # Without that setting torch always splits at `autograd.grad`: a break says nothing new.
+        self.reports_breaks = can_trace_backward or not traces_backward
         if getattr(self.config, "use_recursive_dict_tags_for_guards", False):
             # Otherwise torch 2.10 does not notice that `requires_grad` of a parameter has changed,
             # and an unfrozen parameter is not trained.

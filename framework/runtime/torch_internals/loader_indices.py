@@ -6,11 +6,13 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 
-def start_epoch(loader: DataLoader[Any]) -> tuple[Iterator[Any], Iterator[Any] | None]:
+def batch_and_index_iterators(
+    loader: DataLoader[Any],
+) -> tuple[Iterator[Any], Iterator[Any] | None]:
     """Start an epoch of a DataLoader without workers.
 
-    Gain: the iterator of the DataLoader takes 15 microseconds per batch for the profiler, a tenth
-    of the step of a small model. The indices alone take 3. The sampler, and the generators of
+    Gain: `next` of the DataLoader's iterator opens a range of the profiler for each batch, which
+    takes five times as long as the indices of 32 samples. The sampler, and the generators of
     sampler and DataLoader, draw the same numbers, since torch creates the iterator here.
 
     Returns:

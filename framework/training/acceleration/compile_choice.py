@@ -16,10 +16,11 @@ from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.errors.terminal import print_note
+from framework.runtime.torch_internals.compiler import CompilationError
 
-Kind = Literal["compiled", "eager"]
-WARM_UP_STEPS = 4  # of each kind; they compile, and fill caches
-TIMED_STEPS = 12  # of each kind
+StepKind = Literal["compiled", "eager"]
+WARM_UP_PER_KIND = 4  # steps that compile and fill caches
+TIMED_PER_KIND = 12  # steps
 
 
 class CompileChoice:
@@ -30,7 +31,7 @@ class CompileChoice:
     """
 
     def __init__(self) -> None:
-        self.kind: Kind | None = None
+        self.kind: StepKind | None = None
 
     def reset(self) -> None:
         """Forget the choice of an earlier fit."""
@@ -57,7 +58,7 @@ class MeasuredStep:
 
     The time of a step is that from its start to the start of the next one, since the update is a
     part of a compiled step, but follows an eager one. The median ignores steps that compile,
-    validate or save.
+    validate or save. Steps of several batches are eager.
 
     It is a `StepImplementation` (see `training/step.py`), as are the two steps.
 
@@ -79,8 +80,8 @@ class MeasuredStep:
         self.compiled = compiled
         self.choice = choice
         self.device = device
-        self.seconds: dict[Kind, list[float]] = {"eager": [], "compiled": []}
-        self.running: Kind | None = None  # the kind of the last step
+        self.seconds: dict[StepKind, list[float]] = {"compiled": [], "eager": []}
+        self.running: StepKind | None = None  # the kind of the last step, if it is measured
         self.began = 0.0
 
     def __call__(
@@ -90,6 +91,9 @@ class MeasuredStep:
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
         """Run the step of the chosen kind, or one of each kind in turn."""
+        if share is not None:
+            self.running = None
+            return self.eager(batch, share, phase)
         if self.choice.kind is None:
             self._measure()
         kind = self.choice.kind or self._next_kind()
@@ -99,15 +103,16 @@ class MeasuredStep:
         try:
             return self.compiled(batch, share, phase)
         except FrameworkError as error:
-            if self.choice.kind is not None:
+            if not isinstance(error.__cause__, CompilationError):
                 raise
-            # torch cannot compile the step, and has not run any of it.
             self.choice.kind = "eager"
-            print_note(f"compile=auto: eager steps, since the step cannot be compiled: {error}")
+            print_note(f"compile=auto: eager steps, since torch cannot compile: {error.__cause__}")
             return self.eager(batch, share, phase)
 
-    def _next_kind(self) -> Kind:
-        return "eager" if self.running == "compiled" else "compiled"
+    def _next_kind(self) -> StepKind:
+        if len(self.seconds["compiled"]) > len(self.seconds["eager"]):
+            return "eager"
+        return "compiled"
 
     def _measure(self) -> None:
         """Add the time of the last step; choose once there are enough of them."""
@@ -117,10 +122,10 @@ class MeasuredStep:
         if self.running is not None:
             self.seconds[self.running].append(now - self.began)
         self.began = now
-        if min(map(len, self.seconds.values())) < WARM_UP_STEPS + TIMED_STEPS:
+        if min(map(len, self.seconds.values())) < WARM_UP_PER_KIND + TIMED_PER_KIND:
             return
-        compiled = median(self.seconds["compiled"][WARM_UP_STEPS:])
-        eager = median(self.seconds["eager"][WARM_UP_STEPS:])
+        compiled = median(self.seconds["compiled"][WARM_UP_PER_KIND:])
+        eager = median(self.seconds["eager"][WARM_UP_PER_KIND:])
         self.choice.kind = "compiled" if compiled < eager else "eager"
         print_note(
             f"compile=auto: a step takes {compiled * 1e3:.3g} ms compiled, {eager * 1e3:.3g} ms "

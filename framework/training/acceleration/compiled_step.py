@@ -48,7 +48,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], setting: Compile, clock: Clock):
-        self.function = CompiledFunction(function, traces_backward=setting == "step")
+        self.function = CompiledFunction(function, traces_backward=setting != "model")
         self.setting = setting
         self.clock = clock
         self.compilations = 0
@@ -119,6 +119,7 @@ class CompiledStep:
         clock: receives the time of compilations.
         single_call: the step with its update, for steps of one batch; None if batches may have to
             be split.
+        setting: the value of the setting `compile`, for messages.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class CompiledStep:
         precision: Precision,
         clock: Clock,
         single_call: "CompiledSingleCall | None",
+        setting: Compile = "step",
     ):
         self.model = model
         self.task = task
@@ -136,7 +138,7 @@ class CompiledStep:
         self.precision = precision
         self.clock = clock
         self.single_call = single_call
-        self.compiled_gradients = Compiled(self._gradients, "step", clock)
+        self.compiled_gradients = Compiled(self._gradients, setting, clock)
 
     def __call__(
         self,
@@ -199,6 +201,7 @@ class CompiledSingleCall(SingleCallStep):
         precision: Precision,
         clock: Clock,
         callbacks: GradientCallbacks,
+        setting: Compile = "step",
     ):
         super().__init__(optimizer, callbacks)
         self.model = model
@@ -209,7 +212,7 @@ class CompiledSingleCall(SingleCallStep):
             self.update = pure_updates.find(optimizer)
         self.step_numbers = pure_updates.step_numbers(optimizer)
         self.checks_finite = bool(callbacks.callbacks)
-        self.compiled = Compiled(self._step, "step", clock)
+        self.compiled = Compiled(self._step, setting, clock)
         self.states: list[State] = []
         self.settings: list[dict[str, Any]] = []  # of each group, in this step
         self.supported_settings: list[dict[str, Any]] | None = None

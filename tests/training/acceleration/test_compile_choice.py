@@ -7,16 +7,17 @@ from torch import nn
 from fits import SPLIT, same, smooth_network
 from framework import Trainer
 from framework.errors import FrameworkError, SettingError
+from framework.runtime.torch_internals.compiler import CompilationError
 from framework.training.acceleration import compile_choice
 from framework.training.acceleration.compile_choice import (
-    TIMED_STEPS,
-    WARM_UP_STEPS,
+    TIMED_PER_KIND,
+    WARM_UP_PER_KIND,
     CompileChoice,
     MeasuredStep,
 )
 from framework.training.acceleration.compiled_step import Compiled
 
-MEASURED = 2 * (WARM_UP_STEPS + TIMED_STEPS)
+MEASURED = 2 * (WARM_UP_PER_KIND + TIMED_PER_KIND)
 
 
 class Steps:
@@ -72,13 +73,34 @@ def test_a_step_that_torch_cannot_compile_runs_eagerly(monkeypatch, capsys):
     steps = Steps(monkeypatch, {"eager": 0.1})
 
     def fail(batch, share, phase):
-        raise FrameworkError("compile=step: torch cannot compile this")
+        raise FrameworkError("compile=auto: use compile=off") from CompilationError("planned")
 
     choice = CompileChoice()
     step = MeasuredStep(steps.step("eager"), fail, choice, torch.device("cpu"))
     assert [step(None, None)[0] for _ in range(3)] == ["eager"] * 3
     assert choice.kind == "eager"
-    assert "cannot be compiled" in capsys.readouterr().err
+    assert "torch cannot compile: planned" in capsys.readouterr().err
+
+
+def test_another_error_of_a_compiled_step_is_raised(monkeypatch):
+    steps = Steps(monkeypatch, {"eager": 0.1})
+
+    def fail(batch, share, phase):
+        raise FrameworkError("planned")
+
+    step = MeasuredStep(steps.step("eager"), fail, CompileChoice(), torch.device("cpu"))
+    with pytest.raises(FrameworkError, match="planned"):
+        step(None, None)
+
+
+def test_steps_of_several_batches_are_eager_and_not_measured(monkeypatch):
+    steps = Steps(monkeypatch, {"eager": 0.1, "compiled": 0.2})
+    choice = CompileChoice()
+    step = steps.measured(choice)
+    for _ in range(2 * MEASURED):
+        step(None, 0.5)
+    assert choice.kind is None
+    assert set(steps.called) == {"eager"}
 
 
 @pytest.fixture

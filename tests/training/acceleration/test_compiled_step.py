@@ -122,7 +122,9 @@ def test_bias_corrections_follow_the_steps_of_each_parameter(name, uncompiled):
     numbers = single_call_step(compiled).numbers
     assert [set(group) for group in numbers] == [{"lr"}]
     numbers = single_call_step(fit(optimizer=recipe, compile="step")).numbers
-    assert [set(group) for group in numbers] == [{"lr", "correction1", "correction2"}]
+    assert [set(group) for group in numbers] == [
+        {"lr", "bias_correction1", "bias_correction2_sqrt"}
+    ]
 
 
 class Idle(nn.Module):
