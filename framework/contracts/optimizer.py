@@ -203,7 +203,7 @@ def runs_fused(part: Callable[..., Optimizer], device: torch.device, dtype: torc
     parameter.grad = torch.zeros_like(parameter)
     try:
         part([parameter], fused=True).step()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
         return False
     return True
 

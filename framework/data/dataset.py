@@ -27,7 +27,6 @@ from framework.runtime.memory_format import channels_last as to_channels_last, c
 from framework.system.files import read_json
 
 from .foreign_loader import (
-    MAX_BUFFERED,
     READ_AGAIN as READ_AGAIN,
     ForeignLoader as ForeignLoader,
     copy_batch,
@@ -428,7 +427,7 @@ class Loader:
     @property
     def max_buffered(self) -> int:
         """The number of batches that `Measures` may buffer."""
-        return 1 if self.reuses_memory else MAX_BUFFERED
+        return 1 if self.reuses_memory else 16
 
     @property
     def description(self) -> str:

@@ -16,8 +16,6 @@ from .tensor_loader import gathered_batches, tensor_source
 from .workers import as_batch
 
 READ_AGAIN = "pass a list of batches or a DataLoader, which can be read again"
-MAX_BUFFERED = 16
-"""The number of batches whose outputs `Measures` adds up at once, if each has its own memory."""
 READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 """Attributes of loaders and samplers with the objects that they read from."""
 
@@ -34,6 +32,7 @@ class ForeignLoader:
         DataError: `batches` is not iterable.
     """
 
+    max_buffered = 1
     split: None = None  # not known
     batch_size: None = None  # not known
     skipped = 0
@@ -70,11 +69,6 @@ class ForeignLoader:
             if is_iterable and self.batches.num_workers > 1:
                 raise TypeError("the length does not count the smaller last batch of each worker")
         return len(self.batches)  # type: ignore[arg-type]  # the TypeError is part of the contract
-
-    @property
-    def max_buffered(self) -> int:
-        """The number of batches that `Measures` may buffer."""
-        return 1 if self.reuses_memory else MAX_BUFFERED
 
     @property
     def description(self) -> str:

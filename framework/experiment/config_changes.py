@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from framework.composition.sections import SECTIONS, section_settings
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback, changes_training, follows_metrics
 from framework.contracts.schedule import observes
@@ -40,14 +41,28 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
 
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that differ: "optimizer.lr=0.1 (was 0.001)" by path."""
+    """Return the settings that differ: "optimizer.lr=0.1 (was 0.001)" by path.
+
+    A setting of a section that an older run does not have, since it is newer, had its default.
+    """
     before = dict(setting_leaves(old))
     after = dict(setting_leaves(new))
     changed = {}
     for path in {**before, **after}:
+        if path not in before and is_section_default(path, after[path]):
+            continue
         if not equal_values(before.get(path), after.get(path)):
             changed[path] = f"{path}={after.get(path)} (was {before.get(path)})"
     return changed
+
+
+def is_section_default(path: str, value: Any) -> bool:
+    """Return whether a value is the default of a setting of a section, such as trainer.fused."""
+    section, _, name = path.partition(".")
+    if section not in SECTIONS:
+        return False
+    setting = section_settings(section).get(name)
+    return setting is not None and not setting.required and setting.default == value
 
 
 def equal_values(one: Any, other: Any) -> bool:

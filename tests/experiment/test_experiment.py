@@ -257,3 +257,9 @@ def test_a_second_signal_stops_a_run_at_once(interrupt, tmp_path):
 def test_loggers_know_the_metrics_before_they_open():
     experiment = Experiment(composed(*QUICK, "+metrics=f1").spec)
     assert [metric.name for metric in experiment.trainer().metrics] == ["accuracy", "f1"]
+
+
+@pytest.mark.parametrize(("setting", "fused"), [("true", True), ("false", None)])
+def test_trainer_fused_false_leaves_the_implementation_to_torch(setting, fused):
+    spec = composed("data=blobs", f"trainer.fused={setting}", "optimizer=adamw")
+    assert Experiment(spec).optimizer.defaults["fused"] is fused

@@ -345,6 +345,12 @@ def test_the_fingerprint_ignores_the_folder_of_a_run():
     }
 
 
+def test_a_setting_that_is_newer_than_a_run_had_its_default():
+    assert compare_configs({"trainer": {}}, {"trainer": {"fused": True}}) == {}
+    changed = compare_configs({"trainer": {}}, {"trainer": {"fused": False}})
+    assert list(changed) == ["trainer.fused"]
+
+
 def test_the_same_command_resumes_a_killed_process(tmp_path):
     command = [sys.executable, "-m", "framework", "train", *SMALL, "run.name=a", "resume=auto"]
     command += ["trainer.max_epochs=10", "callbacks.checkpoint.every=3steps"]

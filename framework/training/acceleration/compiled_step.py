@@ -150,8 +150,6 @@ class CompiledStep:
         if share is None and self.single_call is not None and self.single_call.is_ready():
             with self.clock.detail("forward, backward and update"):
                 return self.single_call(batch)
-        if self.single_call is not None:
-            self.single_call.counters_checked = False  # a parameter may get no gradient
         factor = self._loss_factor(share)
         with self.clock.detail("forward and backward"):
             result, gradients = self.compiled_gradients(batch, factor)
@@ -214,18 +212,13 @@ class CompiledSingleCall(SingleCallStep):
         self.checks_finite = bool(callbacks.callbacks)
         self.compiled = Compiled(self._step, setting, clock)
         self.states: list[State] = []
-        self.settings: list[dict[str, Any]] = []  # of each group, in this step
-        self.supported_settings: list[dict[str, Any]] | None = None
-        # By group: the step counters of its parameters, and the tensors that the call reads.
-        self.counters: list[list[Tensor]] = []
-        self.numbers: list[dict[str, Tensor]] = []
-        self.counters_checked = False
+        self.counters: list[list[Tensor]] = []  # of steps, by group
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
         """Run the step; not updated if the loss or a gradient is not finite."""
         self.set_learning_rates()
-        self._set_step_numbers()
-        result, gradients, finite = self.compiled(batch, self.numbers, self.settings)
+        settings = [constant_settings(group) for group in self.optimizer.param_groups]
+        result, gradients, finite = self.compiled(batch, self.group_numbers(), settings)
         if not self.checks_finite or bool(finite):
             return result, True
         for parameter, gradient in zip(self.trainable, gradients, strict=True):
@@ -238,19 +231,12 @@ class CompiledSingleCall(SingleCallStep):
             return False
         if self.checks_finite and self.precision.device.type != "cpu":
             return False  # each step would wait for the device
-        self.settings = [constant_settings(group) for group in self.optimizer.param_groups]
-        if self.settings != self.supported_settings:
-            if pure_updates.find(self.optimizer) is not self.update:
-                return False
-            self.supported_settings = self.settings
-        return True
+        return pure_updates.find(self.optimizer) is self.update  # its settings may have changed
 
     def prepare_state(self) -> bool:
         """Collect the state tensors; return whether each parameter has its state."""
         state = self.optimizer.state
         self.states = [tensors_of(state.get(p)) for p in self.trainable]
-        self.numbers = []
-        self.counters_checked = False
         self.counters = [[] for _ in self.optimizer.param_groups]
         for index, own in zip(self.group_indices, self.states, strict=True):
             if "step" in own:
@@ -259,30 +245,23 @@ class CompiledSingleCall(SingleCallStep):
             return True
         return all(self._is_stateless(group) for group in self.optimizer.param_groups)
 
-    def _set_step_numbers(self) -> None:
-        """Set the tensors with the numbers of each group that the call reads.
+    def group_numbers(self) -> list[dict[str, Tensor]]:
+        """Return tensors with the numbers of each group that the call reads.
 
         They are the learning rate and, on a CPU, the numbers that depend on the step only (see
         `StepNumbers`). Gain: compiled for a CPU, the powers in the bias corrections of Adam are
-        computed for each 16 elements, a quarter of the step in `scripts/bench api --workloads mlp`.
+        computed for each vector of elements, a fifth of the time of a step of the tiny MLP.
         """
-        if not self.counters_checked:
-            self.numbers = [{"lr": rate} for rate in self.learning_rates]
+        numbers = [{"lr": rate} for rate in self.learning_rates]
         if self.step_numbers is None or self.precision.device.type != "cpu":
-            return
+            return numbers
         for index, group in enumerate(self.optimizer.param_groups):
-            counters = self.counters[index]
-            if not self.counters_checked and len(set(map(float, counters))) != 1:
-                continue  # a parameter was frozen for some steps
-            if self.counters_checked and len(self.numbers[index]) == 1:
-                continue
-            for name, value in self.step_numbers(float(counters[0]) + 1, group).items():
-                tensor = self.numbers[index].get(name)
-                if tensor is None:
-                    tensor = torch.zeros_like(self.learning_rates[index])
-                    self.numbers[index][name] = tensor
-                tensor.fill_(value)
-        self.counters_checked = True
+            steps = set(map(float, self.counters[index]))
+            if len(steps) != 1:
+                continue  # a parameter was not updated in some steps
+            for name, value in self.step_numbers(steps.pop() + 1, group).items():
+                numbers[index][name] = torch.full_like(self.learning_rates[index], value)
+        return numbers
 
     def _is_stateless(self, group: dict[str, Any]) -> bool:
         """Return whether the update has no state, as SGD without momentum."""
@@ -332,7 +311,6 @@ class CompiledSingleCall(SingleCallStep):
                 self.trainable, gradients, self.states, self.group_indices, strict=True
             ):
                 if gradient is None:
-                    self.counters_checked = False  # this parameter does not count the step
                     continue
                 group = {**settings[index], **numbers[index]}
                 new_parameter, new_state = self.update(parameter, gradient, state, group)

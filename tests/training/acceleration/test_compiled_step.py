@@ -119,9 +119,9 @@ def test_bias_corrections_follow_the_steps_of_each_parameter(name, uncompiled):
     assert_same(compiled, fit(Pause(), optimizer=recipe))
     steps = {int(state["step"]) for state in compiled.optimizer.state.values()}
     assert steps == {9, 12}
-    numbers = single_call_step(compiled).numbers
+    numbers = single_call_step(compiled).group_numbers()
     assert [set(group) for group in numbers] == [{"lr"}]
-    numbers = single_call_step(fit(optimizer=recipe, compile="step")).numbers
+    numbers = single_call_step(fit(optimizer=recipe, compile="step")).group_numbers()
     assert [set(group) for group in numbers] == [
         {"lr", "bias_correction1", "bias_correction2_sqrt"}
     ]
