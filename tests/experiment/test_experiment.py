@@ -261,5 +261,5 @@ def test_loggers_know_the_metrics_before_they_open():
 
 @pytest.mark.parametrize(("setting", "fused"), [("true", True), ("false", None)])
 def test_trainer_fused_false_leaves_the_implementation_to_torch(setting, fused):
-    spec = composed("data=blobs", f"trainer.fused={setting}", "optimizer=adamw")
-    assert Experiment(spec).optimizer.defaults["fused"] is fused
+    job = composed("data=blobs", f"trainer.fused={setting}", "optimizer=adamw")
+    assert Experiment(job.spec).optimizer.defaults["fused"] is fused
