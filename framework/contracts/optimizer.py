@@ -158,7 +158,7 @@ def build_optimizer(
         BuildError: the optimizer cannot be built.
     """
     defer_compiler()
-    params = list(given.get("params", ()))
+    params = [with_list(item) for item in given.get("params", ())]
     if not settings.keys() & {"fused", "foreach"}:
         settings = {**settings, **implementation(entry.part, params)}
     try:
@@ -175,6 +175,13 @@ def build_optimizer(
     return optimizer
 
 
+def with_list(item: Any) -> Any:
+    """Return an item of `params`; if it is a group with an iterator, with a list in its place."""
+    if not isinstance(item, Mapping) or isinstance(item["params"], Tensor):
+        return item
+    return {**item, "params": list(item["params"])}
+
+
 def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dict[str, bool]:
     """Return {"fused": True} if an optimizer has a fused kernel for all parameters, else {}.
 
@@ -188,24 +195,45 @@ def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dic
     """
     if "fused" not in inspect.signature(part).parameters:
         return {}
-    places = {(tensor.device, tensor.dtype) for tensor in tensors(params)}
-    if places and all(runs_fused(part, *place) for place in places):
+    parameters = list(tensors(params))
+    if not parameters or not all(map(is_dense, parameters)):
+        return {}  # the kernels read parameters in the order of their memory
+    places = {(parameter.device, parameter.dtype) for parameter in parameters}
+    if all(runs_fused(part, *place) for place in places):
         return {"fused": True}
     return {}
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory without gaps and overlaps, in any order of axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def runs_fused(part: Callable[..., Optimizer], device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether an optimizer has a fused kernel for a device and dtype.
 
-    It runs a step on one number, since the available kernels differ between releases of torch.
+    It runs two steps on some numbers, since the kernels differ between releases of torch: that of
+    SGD for bf16 and fp16 on a CPU is wrong in torch 2.13 (from 16 numbers on).
     """
-    parameter = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
-    parameter.grad = torch.zeros_like(parameter)
+    results: list[Tensor] = []
     try:
-        part([parameter], fused=True).step()
+        for fused in (True, False):
+            parameter = nn.Parameter(torch.zeros(64, device=device, dtype=dtype))
+            parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer = part([parameter], fused=fused)
+            optimizer.step()
+            optimizer.step()
+            results.append(parameter.detach())
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
         return False
-    return True
+    return torch.allclose(results[0], results[1], rtol=0.02, atol=0.0)
 
 
 def tensors(params: Iterable[Any]) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -35,7 +35,6 @@ def as_batches(
     shuffle: bool,
     seed: int,
     device: torch.device,
-    model: nn.Module | None = None,
 ) -> Batches:
     """Return a loader of the batches of a source.
 
@@ -45,7 +44,6 @@ def as_batches(
         shuffle: whether to shuffle a split.
         seed: the seed of the order of a split.
         device: the device to read for.
-        model: the model that reads the batches of a split, for their memory format.
 
     Raises:
         DataError: the source is a `Data`, which has several splits.
@@ -57,7 +55,7 @@ def as_batches(
     if isinstance(source, IterableDataset):  # torch gives it a `__getitem__` that only raises
         source = DataLoader(source, batch_size=batch_size)
     elif is_map_style(source):
-        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed, model=model)
+        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)
     if isinstance(source, Loader | ForeignLoader):
         return source.to(device)
     return ForeignLoader(source).to(device)  # type: ignore[arg-type]  # not map-style: an iterable

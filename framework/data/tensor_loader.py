@@ -5,10 +5,12 @@ memory, `index_select` makes the same batch in one call for each tensor. Gain: s
 "ours, DataLoader, AdamW()" of `scripts/bench api`.
 
 The DataLoader's own sampler chooses the indices, so the batches and their order are the same, bit
-for bit, and all random generators are left in the same state.
+for bit, and all random generators are left in the same state. The tensors of the data set and the
+indices of a Subset are looked up when an epoch starts.
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +73,8 @@ def gather_batch(source: TensorSource, indices: Any, dataset: Dataset[Any]) -> A
         indices: the item of a batch sampler: usually a list of ints.
         dataset: reads indices that are not a list of ints from 0 to the number of samples.
     """
+    if not isinstance(indices, Tensor) and not all(map(is_index, indices)):
+        return read_samples(dataset, indices)
     try:
         rows = torch.as_tensor(indices)
         if rows.dtype != torch.int64 or rows.ndim != 1:
@@ -80,6 +84,11 @@ def gather_batch(source: TensorSource, indices: Any, dataset: Dataset[Any]) -> A
         return [tensor.index_select(0, rows) for tensor in source.tensors]
     except (TypeError, ValueError, IndexError, RuntimeError):
         return read_samples(dataset, indices)
+
+
+def is_index(index: Any) -> bool:
+    """Return whether an index is an int of Python or NumPy; a tensor may have an axis."""
+    return type(index) is int or (isinstance(index, Integral) and not isinstance(index, bool))
 
 
 def read_samples(dataset: Dataset[Any], indices: Any) -> Any:

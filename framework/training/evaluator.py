@@ -243,7 +243,6 @@ class Evaluator:
             shuffle=shuffle,
             seed=self.seed,
             device=self.device,
-            model=self.model,
         )
 
 

@@ -84,6 +84,9 @@ def restore_optimizer(
     if [len(group["params"]) for group in saved["param_groups"]] != sizes:
         raise SettingError(OTHER_GROUPS)
     groups, changed = merged_groups(saved["param_groups"], before, now)
+    for group, own in zip(groups, optimizer.param_groups, strict=False):
+        if "fused" in own:
+            group["fused"] = own["fused"]  # as now: both implementations have the same state
     if changed:
         check_state(optimizer, saved["state"], groups, changed)
     state = copy.deepcopy(saved["state"])

@@ -38,6 +38,7 @@ from .acceleration.compiled_step import (
     ExplainedStep,
 )
 from .acceleration.cuda_graph import CudaGraph, GraphedSingleCall, GraphedStep
+from .acceleration.fused_selection import prepare_step
 from .acceleration.fused_update import FusedUpdate
 from .parameters import ModelParameters
 from .step_checks import (
@@ -371,7 +372,12 @@ def select_update(optimizer: Optimizer, precision: Precision) -> Callable[[], No
     """Return a function that does the same as `optimizer.step()`, with the scaler of fp16."""
     if precision.scaler is None:
         return FusedUpdate(optimizer)
-    return lambda: precision.step(optimizer, optimizer.step)
+
+    def update() -> None:
+        prepare_step(optimizer)
+        precision.step(optimizer, optimizer.step)
+
+    return update
 
 
 def set_learning_rates(

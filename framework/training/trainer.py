@@ -56,11 +56,16 @@ from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
 from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
-from .acceleration.fused_selection import release_fused, select_fused
+from .acceleration.fused_selection import FusedSelection
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
-from .optimizer_state import group_settings, mark_learning_rates, start_learning_rates
+from .optimizer_state import (
+    group_settings,
+    mark_learning_rates,
+    match_layout,
+    start_learning_rates,
+)
 from .parameters import ModelParameters
 from .single_sample import check_single_sample, single_sample
 from .step import TrainingStep, select_step, select_update
@@ -175,6 +180,7 @@ class Trainer(Evaluator):
         self._find_listeners()
         self._was_prepared = False  # for a first fit
         self._last_fit: trainer_state.FitSettings | None = None
+        self._fused: FusedSelection | None = None
         self._record: dict[str, float | Tensor] = {}  # the logged values of the current step
         self._own_tags: set[str] = set()  # of the values that the trainer itself logs
         self._open_count = 0  # the number of `with trainer:` blocks that are open
@@ -245,21 +251,25 @@ class Trainer(Evaluator):
         """
         # Gradients are needed, even if the caller has disabled them.
         with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():
-            self.prepare_fit(
-                model=model,
-                data=data,
-                task=task,
-                optimizer=optimizer,
-                val=val,
-                schedule=schedule,
-                metrics=metrics,
-                batch_size=batch_size,
-                resume=resume,
-            )
-            deterministic = deterministic_algorithms(self.deterministic)
-            with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
-                while not self.done:
-                    run_epoch(self)
+            try:
+                self.prepare_fit(
+                    model=model,
+                    data=data,
+                    task=task,
+                    optimizer=optimizer,
+                    val=val,
+                    schedule=schedule,
+                    metrics=metrics,
+                    batch_size=batch_size,
+                    resume=resume,
+                )
+                deterministic = deterministic_algorithms(self.deterministic)
+                with deterministic, memory_errors(self.device), self.fitting(), torch_errors():
+                    while not self.done:
+                        run_epoch(self)
+            finally:
+                if self._fused is not None:
+                    self._fused.release()
         return self.state
 
     def stop(self, by: str, reason: str, signal: Signals | None = None) -> None:
@@ -427,9 +437,9 @@ class Trainer(Evaluator):
         self._speed_since = (time.perf_counter(), self.state.samples)
 
     def _choose_fused(self) -> None:
-        """Select or release the fused kernel, after the saved state of the optimizer is loaded."""
-        choose = select_fused if self.fused else release_fused
-        choose(self.optimizer, self.optimizer_settings)
+        """Select the fused kernel, after the saved state of the optimizer is loaded."""
+        match_layout(self.optimizer)  # the user may have changed the memory format of the model
+        self._fused = FusedSelection(self.optimizer, self.optimizer_settings, self.fused)
 
     def _make_training_step(self) -> TrainingStep:
         parameters = ModelParameters(self.model, self.optimizer)
@@ -525,7 +535,8 @@ class Trainer(Evaluator):
         """Leave the model, optimizer and task as the next fit expects them."""
         if self.schedule is not None:
             mark_learning_rates(self.optimizer)
-        release_fused(self.optimizer, self.optimizer_settings)
+        if self._fused is not None:
+            self._fused.release()
         self._last_fit = trainer_state.FitSettings(
             optimizer=self.optimizer,
             after_fit=group_settings(self.optimizer, self.model),

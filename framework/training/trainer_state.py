@@ -94,7 +94,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
     """
     return trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": optimizer_state(trainer),
         "optimizer_settings": trainer.optimizer_settings,
         "optimizer_class": type(trainer.optimizer).__name__,
         "schedule": trainer.schedule.state_dict() if isinstance(trainer.schedule, Schedule) else {},
@@ -111,6 +111,15 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "skipped": trainer.train_batches.skipped,
         "random": seeds.capture(),
     }
+
+
+def optimizer_state(trainer: TrainerParts) -> dict[str, Any]:
+    """Return the state dict of the optimizer, with `fused` of each group as the user has set it."""
+    state = trainer.optimizer.state_dict()
+    for group, by_user in zip(state["param_groups"], trainer.optimizer_settings, strict=False):
+        if "fused" in by_user["settings"]:
+            group["fused"] = by_user["settings"]["fused"]
+    return state
 
 
 def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:

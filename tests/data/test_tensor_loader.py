@@ -92,6 +92,9 @@ LOADERS = {
     ),
     "batches as tensors": lambda: DataLoader(DATA, batch_sampler=IndexTensors()),
     "unusual indices": lambda: DataLoader(DATA, batch_sampler=Odd()),
+    "samples as tensors": lambda: DataLoader(
+        DATA, batch_size=4, sampler=[torch.tensor([3]), torch.tensor([4])]
+    ),
     "sampler that draws as it goes": lambda: DataLoader(DATA, batch_size=4, sampler=Shuffles()),
     "subset": lambda: DataLoader(Subset(DATA, list(range(40, 3, -2))), batch_size=4, shuffle=True),
     "subset of a subset": lambda: DataLoader(

@@ -14,66 +14,61 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from framework.contracts.optimizer import implementation
-
-UserSettings = Sequence[Mapping[str, Any]]
-"""`optimizer_settings` of a fit: the settings of each group as the user has set them."""
+from framework.runtime.momentum import complete_momentum
 
 
-def select_fused(optimizer: Optimizer, user_settings: UserSettings) -> None:
-    """Select the fused implementation of each group that leaves the choice to torch.
+class FusedSelection:
+    """Selects the fused implementation of an optimizer for a fit, and undoes that after it.
 
-    It is selected if torch has it for the device and dtype of each parameter of the group.
+    It is selected for each group that leaves the choice to torch, if torch has it for the device
+    and dtype of each parameter of the group.
 
     Args:
         optimizer: with its saved state if the fit resumes.
-        user_settings: the settings of the user.
+        user_settings: `optimizer_settings` of the fit: the settings of each group as the user has
+            set them.
+        allowed: whether to select anything.
     """
-    if not is_of_torch(optimizer):
-        return
-    for index, group in enumerate(optimizer.param_groups):
-        if leaves_choice(user_settings, index) and supports_fused(type(optimizer), group):
-            group["fused"] = True
-            move_counters(optimizer, group, on_device=True)
-            optimizer.defaults["fused"] = True  # also of groups that a callback adds
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        user_settings: Sequence[Mapping[str, Any]],
+        allowed: bool,
+    ):
+        self.optimizer = optimizer
+        self.groups = len(optimizer.param_groups)
+        self.selected: set[int] = set()  # indices of groups
+        self.default = optimizer.defaults.get("fused")
+        # A subclass may have another `step`.
+        if not allowed or not type(optimizer).__module__.startswith("torch.optim."):
+            return
+        for index, group in enumerate(optimizer.param_groups):
+            by_user: Mapping[str, Any] = {}
+            if index < len(user_settings):
+                by_user = user_settings[index]["settings"]
+            if leaves_choice(by_user) and supports_fused(type(optimizer), group):
+                group["fused"] = True
+                move_counters(optimizer, group, on_device=True)
+                self.selected.add(index)
+        if self.selected and self.default is None:
+            optimizer.defaults["fused"] = True  # for groups that a callback adds
+
+    def release(self) -> None:
+        """Undo the selection, also for groups that were added with the default since."""
+        if not self.selected:
+            return
+        for index, group in enumerate(self.optimizer.param_groups):
+            added = index >= self.groups and self.default is None
+            if (added or index in self.selected) and group.get("fused") is not None:
+                group["fused"] = None
+                move_counters(self.optimizer, group, on_device=False)
+        self.optimizer.defaults["fused"] = self.default
+        self.selected = set()
 
 
-def release_fused(optimizer: Optimizer, user_settings: UserSettings) -> None:
-    """Undo `select_fused`: after a fit the optimizer has the settings of the user."""
-    if not is_of_torch(optimizer):
-        return
-    for index, group in enumerate(optimizer.param_groups):
-        if leaves_choice(user_settings, index) and group.get("fused") is not None:
-            group["fused"] = None
-            move_counters(optimizer, group, on_device=False)
-            optimizer.defaults["fused"] = None
-
-
-def avoid_fused_for_sparse(optimizer: Optimizer) -> None:
-    """Set `fused` of each group with a sparse gradient to False, as no fused kernel takes these.
-
-    This also holds for groups that were built with `fused=True`; their first step would fail.
-    """
-    for group in optimizer.param_groups:
-        if not group.get("fused"):
-            continue
-        gradients = [parameter.grad for parameter in group["params"]]
-        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-            group["fused"] = False
-
-
-def is_of_torch(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer is one of torch; a subclass may have another `step`."""
-    return type(optimizer).__module__.startswith("torch.optim.")
-
-
-def leaves_choice(user_settings: UserSettings, index: int) -> bool:
-    """Return whether the user has set neither `fused` nor `foreach` of a group.
-
-    Args:
-        user_settings: the settings of the user.
-        index: of the group. A callback may have added groups after those of the user.
-    """
-    settings = user_settings[min(index, len(user_settings) - 1)]["settings"]
+def leaves_choice(settings: Mapping[str, Any]) -> bool:
+    """Return whether the settings of a group have neither `fused` nor `foreach`."""
     return settings.get("fused", False) is None and settings.get("foreach", False) is None
 
 
@@ -87,6 +82,28 @@ def supports_fused(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
     return "fused" in implementation(kind, group["params"])
 
 
+def prepare_step(optimizer: Optimizer) -> None:
+    """Prepare for `step()` of an optimizer with fused groups.
+
+    A group with a sparse gradient gets `fused=False`, even if it was built with `fused=True`: no
+    fused kernel takes sparse gradients. A gradient gets the strides of its parameter, since the
+    kernels read both in the order of their memory. SGD gets missing momenta.
+    """
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            continue
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                group["fused"] = False
+                break
+            if gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    complete_momentum(optimizer)
+
+
 def move_counters(optimizer: Optimizer, group: Mapping[str, Any], on_device: bool) -> None:
     """Move the numbers of steps to where torch expects them.
 
@@ -95,6 +112,7 @@ def move_counters(optimizer: Optimizer, group: Mapping[str, Any], on_device: boo
         group: one of its groups.
         on_device: to the device of the parameter, as fused kernels do; otherwise to the CPU.
     """
+    on_cpu = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     for parameter in group["params"]:
         state = optimizer.state.get(parameter, {})
         step = state.get("step")
@@ -103,4 +121,4 @@ def move_counters(optimizer: Optimizer, group: Mapping[str, Any], on_device: boo
         if on_device:
             state["step"] = step.to(parameter.device, torch.float32)
         else:
-            state["step"] = step.cpu()
+            state["step"] = step.to("cpu", on_cpu)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.runtime.identity import identical, kept_tensors
-from framework.runtime.momentum import complete_momentum
 from framework.runtime.torch_internals.fused_kernels import Kernel, fused_kernel
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 
-from .fused_selection import avoid_fused_for_sparse
+from .fused_selection import prepare_step
 
 
 class KernelInputs(NamedTuple):
@@ -58,8 +57,7 @@ class FusedUpdate:
         inputs = self.current_inputs()
         gradients = None if inputs is None else gradients_of(inputs)
         if inputs is None or gradients is None or self.kernel is None:
-            avoid_fused_for_sparse(self.optimizer)
-            complete_momentum(self.optimizer)
+            prepare_step(self.optimizer)
             self.optimizer.step()
             return
         with torch.no_grad():
@@ -163,13 +161,15 @@ class FusedUpdate:
 
 
 def gradients_of(inputs: list[KernelInputs]) -> list[list[Tensor]] | None:
-    """Return the gradients of each group; None if one is missing or sparse."""
+    """Return the gradients of each group; None if `prepare_step` is needed before the update."""
     groups = []
     for each in inputs:
         gradients = []
         for parameter in each.parameters:
             gradient = parameter.grad
             if gradient is None or gradient.is_sparse:
+                return None
+            if gradient.stride() != parameter.stride():
                 return None
             gradients.append(gradient)
         groups.append(gradients)

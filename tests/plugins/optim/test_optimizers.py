@@ -253,3 +253,34 @@ def test_an_optimizer_built_by_name_is_fused_as_on_the_command_line(name):
     assert [group["fused"] for group in optimizer.param_groups] == [True]
     complex_parameters = [nn.Parameter(torch.ones(2, dtype=torch.cfloat))]
     assert not fw.optimizers.build(name, complex_parameters, lr=0.1).defaults["fused"]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_implementation_gives_the_weights_of_a_loop_for_each_dtype(name, dtype):
+    """The fused SGD of torch 2.13 omits half of the update of bf16 and fp16 parameters on a CPU."""
+    results = []
+    for fused in (True, False):
+        parameter = nn.Parameter(torch.linspace(-0.1, 0.1, 48, dtype=dtype))
+        optimizer = fw.optimizers.build(name, [parameter], lr=0.1)
+        if not fused:
+            optimizer.param_groups[0].update(fused=False, foreach=False)
+        for _ in range(3):
+            parameter.grad = torch.linspace(0.2, 0.4, 48, dtype=dtype)
+            optimizer.step()
+        results.append(parameter.detach().double())
+    torch.testing.assert_close(results[0], results[1], rtol=0.02, atol=2e-3)
+
+
+def test_parameters_that_share_memory_with_gaps_are_not_fused():
+    weights = torch.zeros(4, 8)
+    part = nn.Parameter(weights[:, :4])
+    assert not fw.optimizers.build("sgd", [part], lr=0.1).defaults["fused"]
+    columns = nn.Parameter(torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last))
+    assert fw.optimizers.build("sgd", [columns], lr=0.1).defaults["fused"]
+
+
+def test_a_group_may_hold_an_iterator():
+    model = nn.Linear(2, 2)
+    optimizer = fw.optimizers.build("adamw", [{"params": model.parameters()}], lr=0.1)
+    assert len(optimizer.param_groups[0]["params"]) == 2

@@ -238,3 +238,71 @@ def test_on_cuda_the_counters_of_an_optimizer_follow_the_implementation():
     for _ in range(2):
         trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer)
         assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
+
+
+class Transposed(fw.Callback):
+    """Replaces gradients by equal ones in another order of memory."""
+
+    def on_gradients(self, trainer):
+        for parameter in trainer.model.parameters():
+            if parameter.ndim == 2:
+                parameter.grad = parameter.grad.t().contiguous().t()
+
+
+def test_a_gradient_of_other_strides_gives_the_same_update():
+    models = []
+    for callbacks in ([Transposed()], []):
+        model = smooth_network()
+        trained(MAKERS["adamw"](model.parameters()), model, callbacks=callbacks)
+        models.append(model)
+    assert same(*models)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd, momentum"])
+def test_the_memory_format_may_change_between_two_fits(name):
+    images = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    data = TensorSplit(images, torch.arange(32) % 3)
+    models = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+        optimizer = MAKERS[name](model.parameters())
+        trainer = Trainer(max_epochs=1, device="cpu", fused=fused)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            model.to(memory_format=memory_format)
+            trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer)
+        models.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(models[0], models[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_fit_that_cannot_start_returns_the_optimizer_as_it_was():
+    class Broken(fw.Logger):
+        def open(self, folder, step, metrics):
+            raise ValueError("planned")
+
+    model = network()
+    optimizer = MAKERS["adamw"](model.parameters())
+    with pytest.raises(ValueError, match="planned"):
+        trained(optimizer, model, loggers=[Broken()])
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_resumed_optimizer_keeps_its_own_implementation():
+    def run(max_steps, resume=None, **more):
+        model = smooth_network()
+        seen = []
+        look = At(9, lambda trainer: seen.append(trainer.optimizer.param_groups[0]["fused"]))
+        trainer = Trainer(max_steps=max_steps, device="cpu", callbacks=[look])
+        optimizer = MAKERS["adamw"](model.parameters(), **more)
+        task = nn.CrossEntropyLoss()
+        trainer.fit(model, SPLIT, task=task, optimizer=optimizer, batch_size=16, resume=resume)
+        return trainer, seen
+
+    states = []
+    save = At(4, lambda trainer: states.append(trainer.state_dict()))
+    model = smooth_network()
+    trained(MAKERS["adamw"](model.parameters()), model, callbacks=[save])
+    assert states[0]["optimizer"]["param_groups"][0]["fused"] is None
+    state = run(7)[0].state_dict()
+    for choice in ({"foreach": True}, {"foreach": False}, {"fused": False}):
+        assert run(12, state, **choice)[1] == [choice.get("fused")]
