@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from framework.errors import BuildError, SettingError, did_you_mean
@@ -205,7 +206,12 @@ def implementation(part: Callable[..., Optimizer], params: Iterable[Any]) -> dic
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor fills its memory without gaps and overlaps, in any order of axes."""
+    """Return whether a tensor fills its memory without gaps and overlaps, in any order of axes.
+
+    A parameter of a lazy module will, as it gets its memory from torch.
+    """
+    if is_lazy(tensor):
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
