@@ -92,6 +92,7 @@ def test_every_run_counts_the_time_waiting_for_data():
     assert fit(SPLIT).clock.shares()["waiting for data"] < 0.3
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.10
 def test_a_profile_lists_the_slowest_activity_first_and_writes_a_trace(tmp_path, capfd):
     trainer = fit(SPLIT, Slow(), profile=True, folder=tmp_path)
     shown = capfd.readouterr().err

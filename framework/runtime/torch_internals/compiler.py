@@ -1,6 +1,7 @@
 """Functions that torch compiles independently of each other."""
 
 import inspect
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from time import perf_counter
@@ -79,7 +80,10 @@ class CompiledFunction:
         breaks_before = dict(self.graph_breaks)
         start = perf_counter()
         try:
-            result = self._call_with_settings(inputs)
+            if self.reports_breaks:
+                result = self._call_with_settings(inputs)
+            else:
+                result = self._call_without_warnings(inputs)
         except self.failure as error:
             raise CompilationError(str(error).strip().splitlines()[0]) from error
         has_compiled = self.frames["total"] != frames_before
@@ -100,6 +104,12 @@ class CompiledFunction:
         finally:
             for name, value in before.items():
                 setattr(self.config, name, value)
+
+    def _call_without_warnings(self, inputs: tuple[Any, ...]) -> Any:
+        """Call it without a warning of torch 2.10, which reads `grad` of tensors at the break."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+            return self._call_with_settings(inputs)
 
     def _new_break(self, before: dict[str, int]) -> str | None:
         """Return the reason of the first graph break since the given counts."""

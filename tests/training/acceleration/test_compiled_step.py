@@ -26,8 +26,6 @@ RECIPES = [
     ("adagrad", {"lr": 0.1}),
     ("lion", {"lr": 0.001}),
 ]
-# The compiler of torch 2.10 reads `grad` of tensors that have none.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 compiles = pytest.mark.slow  # tens of seconds each
 
 
