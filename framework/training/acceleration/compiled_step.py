@@ -4,8 +4,9 @@
 
 - compile=model: `Compiled` is the model of the eager step.
 - compile=step: `CompiledStep`; it passes steps of one batch to `CompiledSingleCall` if it can.
+- compile=auto: the same or the eager step, whichever is faster (`compile_choice.py`).
 
-Both are run by `ExplainedStep`.
+All are run by `ExplainedStep`.
 """
 
 import warnings

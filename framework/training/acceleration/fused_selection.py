@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from framework.contracts.optimizer import implementation
-from framework.runtime.momentum import complete_momentum
 
 
 class FusedSelection:
@@ -87,7 +86,7 @@ def prepare_step(optimizer: Optimizer) -> None:
 
     A group with a sparse gradient gets `fused=False`, even if it was built with `fused=True`: no
     fused kernel takes sparse gradients. A gradient gets the strides of its parameter, since the
-    kernels read both in the order of their memory. SGD gets missing momenta.
+    kernels read both in the order of their memory.
     """
     for group in optimizer.param_groups:
         if not group.get("fused"):
@@ -101,7 +100,6 @@ def prepare_step(optimizer: Optimizer) -> None:
                 break
             if gradient.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
-    complete_momentum(optimizer)
 
 
 def move_counters(optimizer: Optimizer, group: Mapping[str, Any], on_device: bool) -> None:

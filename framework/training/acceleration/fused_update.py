@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.runtime.identity import identical, kept_tensors
+from framework.runtime.momentum import complete_momentum
 from framework.runtime.torch_internals.fused_kernels import Kernel, fused_kernel
 from framework.runtime.torch_internals.optimizer_hooks import has_step_hooks
 
@@ -58,6 +59,7 @@ class FusedUpdate:
         gradients = None if inputs is None else gradients_of(inputs)
         if inputs is None or gradients is None or self.kernel is None:
             prepare_step(self.optimizer)
+            complete_momentum(self.optimizer)
             self.optimizer.step()
             return
         with torch.no_grad():
