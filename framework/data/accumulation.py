@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 
 from framework.errors import DataError
+from framework.runtime.memory_format import ChannelsLast, choose_memory_format
 
 from .dataset import Batch, Data, ForeignLoader, Loader, Split, known_length
 from .workers import as_batch
@@ -35,6 +36,8 @@ def as_batches(
     shuffle: bool,
     seed: int,
     device: torch.device,
+    channels_last: ChannelsLast = False,
+    model: nn.Module | None = None,
 ) -> Batches:
     """Return a loader of the batches of a source.
 
@@ -44,6 +47,8 @@ def as_batches(
         shuffle: whether to shuffle a split.
         seed: the seed of the order of a split.
         device: the device to read for.
+        channels_last: whether to convert images (see `Loader`, which has a setting of its own).
+        model: the model that reads the batches, for `channels_last=auto`.
 
     Raises:
         DataError: the source is a `Data`, which has several splits.
@@ -55,10 +60,19 @@ def as_batches(
     if isinstance(source, IterableDataset):  # torch gives it a `__getitem__` that only raises
         source = DataLoader(source, batch_size=batch_size)
     elif is_map_style(source):
-        source = Loader(source, batch_size, batch_size, shuffle=shuffle, seed=seed)
+        source = Loader(
+            source,
+            batch_size,
+            batch_size,
+            channels_last=channels_last,
+            shuffle=shuffle,
+            seed=seed,
+            model=model,
+        )
     if isinstance(source, Loader | ForeignLoader):
         return source.to(device)
-    return ForeignLoader(source).to(device)  # type: ignore[arg-type]  # not map-style: an iterable
+    memory_format = choose_memory_format(channels_last, model)
+    return ForeignLoader(source, memory_format).to(device)  # type: ignore[arg-type]  # an iterable
 
 
 def is_map_style(source: Any) -> TypeGuard[Split]:

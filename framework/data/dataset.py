@@ -23,7 +23,7 @@ from framework.runtime import seeds
 from framework.runtime.batch import Batch as Batch
 from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory import check_room
-from framework.runtime.memory_format import channels_last as to_channels_last, choose_memory_format
+from framework.runtime.memory_format import ChannelsLast, choose_memory_format
 from framework.system.files import read_json
 
 from .foreign_loader import (
@@ -309,7 +309,7 @@ class Loader:
         timeout_seconds: NonNegativeFloat = 0.0,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         read: Literal["auto", "memory", "workers"] = "auto",
-        channels_last: Literal["auto"] | bool = "auto",
+        channels_last: ChannelsLast = "auto",
         limit: PositiveInt | None = None,
         sampling: Literal["once", "weighted"] = "once",
         *,
@@ -481,7 +481,8 @@ class Loader:
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
             chunk = indices[number * self.batch_size : (number + per_read) * self.batch_size]
-            rows = self._converted([tensor.index_select(0, chunk) for tensor in tensors])
+            rows = [tensor.index_select(0, chunk) for tensor in tensors]
+            rows = list(self.memory_format.convert(rows))
             columns = [torch.split(tensor, self.batch_size) for tensor in rows]
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
@@ -506,13 +507,7 @@ class Loader:
                     warnings.warn(f"{error}; the sample is skipped", stacklevel=2)
                 if isinstance(batch, FrameworkError):
                     raise batch
-                yield self._converted(batch)
-
-    def _converted(self, batch: Sequence[Tensor]) -> Batch:
-        """Return a batch in the memory format of the model."""
-        if self.memory_format.channels_last:
-            return tuple(map(to_channels_last, batch))
-        return tuple(batch)
+                yield self.memory_format.convert(batch)
 
 
 def as_split(source: Any) -> Split:

@@ -11,6 +11,7 @@ from framework.errors import DataError, short
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
 from framework.runtime.copy_stream import CopyStream
+from framework.runtime.memory_format import MemoryFormat
 
 from .tensor_loader import gathered_batches, tensor_source
 from .workers import as_batch
@@ -28,6 +29,10 @@ class ForeignLoader:
     The iterable may write each batch into the memory of the previous one. So a batch is valid only
     until the next one is read; use `keep` to keep it for longer.
 
+    Args:
+        batches: the iterable.
+        memory_format: the format that images are converted to.
+
     Raises:
         DataError: `batches` is not iterable.
     """
@@ -37,13 +42,18 @@ class ForeignLoader:
     batch_size: None = None  # not known
     skipped = 0
 
-    def __init__(self, batches: Iterable[Any]):
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        memory_format: MemoryFormat = MemoryFormat(False, ""),  # noqa: B008  # it is immutable
+    ):
         if not hasattr(batches, "__iter__"):
             raise DataError(
                 "data: expected a Data, a split, a data set with a length or an iterable of "
                 f"batches, got {short(batches)}"
             )
         self.batches = batches
+        self.memory_format = memory_format
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None
         self.started = False
@@ -75,8 +85,8 @@ class ForeignLoader:
         """A short text on how batches are read."""
         name = type(self.batches).__name__
         if tensor_source(self.batches) is not None:
-            return f"{name}, in memory, one gather per batch"
-        return f"{name}, read batch by batch"
+            return f"{name}, in memory, one gather per batch{self.memory_format.description}"
+        return f"{name}, read batch by batch{self.memory_format.description}"
 
     @property
     def single_pass(self) -> bool:
@@ -107,11 +117,11 @@ class ForeignLoader:
         self.started = True
         batches = map(as_batch, self._iterate(start))
         if self.copies is None:
-            return batches
+            return map(self.memory_format.convert, batches)
         reads = ((batch, None) for batch in batches)
         ahead = isinstance(self.batches, DataLoader)
         copied = self.copies.ahead(reads) if ahead else self.copies.in_turn(reads)
-        return (batch for batch, _ in copied)
+        return (self.memory_format.convert(batch) for batch, _ in copied)
 
     def _iterate(self, start: int) -> Iterator[Any]:
         """Return an iterator that begins with batch number `start`.

@@ -1,8 +1,13 @@
 """The order of the numbers of images in memory: channels first or channels last."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
+
+from .batch import Batch
+
+ChannelsLast = Literal["auto"] | bool
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -33,10 +38,14 @@ class MemoryFormat(NamedTuple):
     channels_last: bool
     description: str
 
+    def convert(self, batch: Sequence[Tensor]) -> Batch:
+        """Return a batch in this format."""
+        if self.channels_last:
+            return tuple(map(channels_last, batch))
+        return tuple(batch)
 
-def choose_memory_format(
-    setting: bool | Literal["auto"], model: nn.Module | None = None
-) -> MemoryFormat:
+
+def choose_memory_format(setting: ChannelsLast, model: nn.Module | None = None) -> MemoryFormat:
     """Return the memory format for the images of a model.
 
     A convolution is faster with channels last. But the format has to be changed back once, often

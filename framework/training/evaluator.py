@@ -18,6 +18,7 @@ from framework.runtime.batch import move_batch
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
+from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
 
 from .step_checks import check_input_dtype, check_result, count_of
@@ -235,7 +236,14 @@ class Evaluator:
     def _report(self, values: dict[str, float]) -> None:
         """Report the values of an evaluation; a Trainer logs them."""
 
-    def _batches(self, source: Source, batch_size: int, *, shuffle: bool = False) -> Batches:
+    def _batches(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        channels_last: ChannelsLast = False,
+    ) -> Batches:
         check_batch_size(batch_size)
         return as_batches(
             source,
@@ -243,6 +251,8 @@ class Evaluator:
             shuffle=shuffle,
             seed=self.seed,
             device=self.device,
+            channels_last=channels_last,
+            model=self.model,
         )
 
 

@@ -47,6 +47,7 @@ from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
+from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
 from framework.system.files import check_disk_error, check_exists, disk_errors
@@ -71,6 +72,7 @@ from .single_sample import check_single_sample, single_sample
 from .step import TrainingStep, select_step, select_update
 from .validation import (
     check_callbacks,
+    check_channels_last,
     check_fit,
     check_folder,
     check_loggers,
@@ -197,6 +199,7 @@ class Trainer(Evaluator):
         schedule: Callable[[int], float] | None = None,
         metrics: Sequence[Metric] = (),
         batch_size: int = 32,
+        channels_last: ChannelsLast = False,
         resume: dict[str, Any] | None = None,
     ) -> State:
         """Train a model until a limit is reached or a callback calls `stop`.
@@ -234,6 +237,10 @@ class Trainer(Evaluator):
             metrics: measured on training batches and in validation.
             batch_size: samples in a batch, for a `Data` or a split; four times as many in
                 validation.
+            channels_last: convert images to the memory format channels last, in which most
+                convolutional models are faster; auto: if the model is expected to be. Numbers
+                differ by rounding. A model that calls `view` on the output of a convolution needs
+                `reshape` or `flatten` instead. A `Loader` has a setting of its own.
             resume: a result of `state_dict`, to continue that fit. A setting of the optimizer's
                 groups that differs from the one that the saved fit started with takes effect; all
                 others are restored. The result equals that of an uninterrupted fit with a `Data`, a
@@ -261,6 +268,7 @@ class Trainer(Evaluator):
                     schedule=schedule,
                     metrics=metrics,
                     batch_size=batch_size,
+                    channels_last=channels_last,
                     resume=resume,
                 )
                 deterministic = deterministic_algorithms(self.deterministic)
@@ -348,11 +356,13 @@ class Trainer(Evaluator):
         metrics: Sequence[Metric],
         batch_size: int,
         resume: dict[str, Any] | None,
+        channels_last: ChannelsLast = False,
     ) -> None:
         """Check the arguments of `fit`, and create everything that the first step needs."""
         metrics = check_metrics(metrics)
         check_fit(model, task, optimizer, schedule)
         needs_targets = not isinstance(task, Task)
+        check_channels_last(channels_last)
         check_source("data", data, needs_targets)
         if val is not None:
             check_source("val", val, needs_targets)
@@ -370,10 +380,13 @@ class Trainer(Evaluator):
             self.task.check(data)
             val = data.val if val is None else val
             data = data.train
-        self.train_batches = self._batches(data, batch_size, shuffle=True)
+        self.train_batches = self._batches(
+            data, batch_size, shuffle=True, channels_last=channels_last
+        )
         self.val_batches = None
         if val is not None:
-            self.val_batches = self._batches(val, 4 * batch_size)  # no gradients need memory
+            eval_batch_size = 4 * batch_size  # no gradients need memory
+            self.val_batches = self._batches(val, eval_batch_size, channels_last=channels_last)
             count_steps(self.val_batches, 1, "validation")
         check_schedule(schedule, self.val_batches is not None)
         self.metrics = metrics

@@ -187,6 +187,12 @@ def check_batch_size(batch_size: Any) -> None:
         raise SettingError(f"batch_size={batch_size!r}: expected an int >= 1")
 
 
+def check_channels_last(channels_last: Any) -> None:
+    """Raise SettingError for a value that is neither a bool nor "auto"."""
+    if not isinstance(channels_last, bool) and channels_last != "auto":
+        raise SettingError(f"channels_last={channels_last!r}: expected True, False or 'auto'")
+
+
 def check_fit(model: Any, task: Any, optimizer: Any, schedule: Any) -> None:
     """Raise SettingError for arguments that `fit` cannot train with."""
     if not isinstance(model, nn.Module):

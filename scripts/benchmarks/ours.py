@@ -116,6 +116,14 @@ def in_memory_by_name(job: Job, watch: Watch) -> None:
     train(job, watch, sources=in_memory)
 
 
+def dataloader_channels_last(job: Job, watch: Watch) -> None:
+    train(job, watch, sources=dataloaders, optimizer=adamw, channels_last="auto")
+
+
+def by_name_channels_last(job: Job, watch: Watch) -> None:
+    train(job, watch, sources=in_memory, channels_last="auto")
+
+
 def train(
     job: Job,
     watch: Watch,
@@ -123,6 +131,7 @@ def train(
     status: Sequence[fw.Callback] = (),
     sources: Callable[[Job, nn.Module], Sources] = as_on_command_line,
     optimizer: Callable[[Job, nn.Module], Optimizer] = adamw_by_name,
+    channels_last: Literal["auto"] | bool = False,
     **settings: Any,
 ) -> None:
     """Train until the watch ends it; in the typical mode with the named callbacks and loggers."""
@@ -149,4 +158,5 @@ def train(
         optimizer=built,
         metrics=[fw.metrics.build("accuracy")] if job.typical else [],
         batch_size=job.batch_size,
+        channels_last=channels_last,
     )

@@ -39,6 +39,8 @@ API = {  # the rows of `scripts/bench api`
     "ours, in memory, AdamW()": ("ours", "in_memory_adamw"),
     "ours, in memory, AdamW(), fused=False": ("ours", "in_memory_adamw_not_fused"),
     "ours, in memory, adamw by name": ("ours", "in_memory_by_name"),
+    "ours, DataLoader, channels_last=auto": ("ours", "dataloader_channels_last"),
+    "ours, by name, channels_last=auto": ("ours", "by_name_channels_last"),
 }
 PEERS = {  # name and function: module
     "lightning": "peers",
@@ -51,7 +53,12 @@ PEERS = {  # name and function: module
     "keras": "keras_peer",
 }
 UNSUPPORTED = {("keras", "transformer")}  # keras takes no torch model
-UNSUPPORTED |= {("ours, channels first", name) for name in WORKLOADS if name != "cnn"}  # no images
+OF_IMAGES = (
+    "ours, channels first",
+    "ours, DataLoader, channels_last=auto",
+    "ours, by name, channels_last=auto",
+)
+UNSUPPORTED |= {(row, name) for row in OF_IMAGES for name in WORKLOADS if name != "cnn"}
 SECONDS_PER_CONTENDER = 40.0
 LEAST_ROUNDS = 2
 PROGRESS = 0.8  # of the median contender's fall of the loss; below it, the training differs

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -698,6 +699,48 @@ def test_the_setting_channels_last_overrides_the_choice(name, channels_last):
     loader = Loader(split, eval_batch_size=4, model=model, channels_last=channels_last)
     assert (next(loader.epoch())[0].stride(1) == 1) is channels_last
     assert loader.description.endswith(", channels last") is channels_last
+
+
+@pytest.mark.parametrize("kind", ["split", "DataLoader", "list"])
+@pytest.mark.parametrize("channels_last", [False, True, "auto"])
+def test_fit_converts_images_of_any_source_for_training_and_validation(kind, channels_last):
+    """The values stay the same, and the result differs by rounding only."""
+    images = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(12) % 3
+    sources = {
+        "split": TensorSplit(images, targets),
+        "DataLoader": DataLoader(TensorDataset(images, targets), 4),
+        "list": [(images[:4], targets[:4]), (images[4:8], targets[4:8])],
+    }
+    read = []
+
+    def train(channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.Conv2d(4, 4, 3, stride=2),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        )
+        hook = model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        trainer = Trainer(max_epochs=2)
+        trainer.fit(
+            model,
+            sources[kind],
+            val=sources[kind],
+            task=nn.CrossEntropyLoss(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            batch_size=4,
+            channels_last=channels_last,
+        )
+        hook.remove()
+        return trainer, [parameter.detach() for parameter in model.parameters()]
+
+    trainer, parameters = train(channels_last)
+    assert all((batch.stride(1) == 1) == bool(channels_last) for batch in read[1:])  # [0]: a check
+    assert ("channels last" in trainer.state.reading) == bool(channels_last)
+    for ours, expected in zip(parameters, train(False)[1], strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_auto_without_a_model_does_not_change_images():
