@@ -59,6 +59,7 @@ from .registry.kinds import (  # noqa: E402  # after guard_start
     norms,
     optimizers,
     schedulers,
+    strategies,
     tasks,
     transforms,
 )
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .contracts.pure_optimizer import PureOptimizer
     from .contracts.schedule import Schedule
     from .contracts.state import Every, Stop
+    from .contracts.strategy import Strategy
     from .contracts.task import Step, Task
     from .contracts.transform import Transform
     from .data.dataset import (
@@ -162,6 +164,7 @@ __all__ = [
     "Shape",
     "Step",
     "Stop",
+    "Strategy",
     "Target",
     "Task",
     "TensorSplit",
@@ -186,6 +189,7 @@ __all__ = [
     "optimizers",
     "schedulers",
     "short",
+    "strategies",
     "tasks",
     "transforms",
 ]
@@ -197,6 +201,7 @@ _NAMES = {
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
+    "Strategy": "contracts.strategy",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",

@@ -116,7 +116,16 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
 
 
 def complain(error: Exception, with_traceback: bool) -> int:
-    """Print an error with its location in user code or in the framework; return the exit status."""
+    """Print an error with its location in user code or in the framework; return the exit status.
+
+    Of several processes of a run only the first one that fails prints.
+    """
+    status = error.exit_status if isinstance(error, FrameworkError) else 1
+    if "WORLD_SIZE" in os.environ:
+        from framework.runtime.processes import claim_report
+
+        if not claim_report(error):
+            return status
     if with_traceback:
         print_traceback(error)
     lines = [f"framework: {line}" for line in message_lines(error_lines(error))]
@@ -126,7 +135,7 @@ def complain(error: Exception, with_traceback: bool) -> int:
         print("\n".join(lines), file=sys.stderr, flush=True)
     except BrokenPipeError:
         silence_broken_streams()
-    return error.exit_status if isinstance(error, FrameworkError) else 1
+    return status
 
 
 def has_calls(error: Exception) -> bool:
@@ -216,8 +225,12 @@ def train(arguments: list[str]) -> None:
 
     def job(composed: Job) -> Any:
         from framework.experiment.experiment import train as train_experiment
+        from framework.experiment.launch import is_launcher, launch
 
         in_sweep = composed.number is not None
+        if is_launcher(composed.spec):
+            devices = composed.spec.sections["trainer"]["devices"]
+            sys.exit(launch(devices, arguments))
         result = train_experiment(
             composed.spec,
             composed.experiment,
@@ -225,12 +238,12 @@ def train(arguments: list[str]) -> None:
             None if in_sweep else STARTED,
             inexact=composed.inexact,
         )
-        if not in_sweep:
+        if not in_sweep and result.is_main:
             from .output import print_result
 
             print_result(result)
-            if result.signal is not None:
-                sys.exit(128 + result.signal)
+        if not in_sweep and result.signal is not None:
+            sys.exit(128 + result.signal)
         return result
 
     if line.multirun:

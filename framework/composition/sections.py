@@ -111,7 +111,7 @@ register(
     Section(
         "trainer",
         "framework.training.trainer:Trainer",
-        given=("seed", "callbacks", "loggers", "folder"),
+        given=("seed", "strategy", "callbacks", "loggers", "folder"),
     ),
     Section("parameters", "framework.contracts.optimizer:Parameters"),
     Section("loader", "framework.data.dataset:Loader", given=("split", "shuffle", "seed", "model")),

@@ -31,6 +31,7 @@ DIRECT = (
     "callback",
     "logger",
     "initializer",
+    "strategy",
 )
 """Kinds that an experiment builds itself; parts of other kinds are built by parts that use them."""
 

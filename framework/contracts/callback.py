@@ -97,10 +97,13 @@ class Callback(Stateful):
         follows_metrics: whether the callback uses logged values to change or end the run. Then a
             resumed run must measure them at the same steps. None: True if the callback changes
             training and listens to `log` or `validation_end`.
+        only_main: whether only the main process of a run with several calls it, since it only
+            prints or writes files. It must not communicate then (see `Strategy`).
     """
 
     changes_training: ClassVar[bool] = True
     follows_metrics: ClassVar[bool | None] = None
+    only_main: ClassVar[bool] = False
 
     def on_fit_start(self, trainer: Context) -> None:
         """Called before the first step, after a resumed state is restored."""
@@ -212,13 +215,22 @@ def follows_metrics(kind: Any) -> bool:
     return kind.changes_training and (validations or logs)
 
 
-def listeners(callbacks: Sequence[Callback]) -> dict[str, list[Callable[[Context], None]]]:
-    """Return the overridden methods of the callbacks for each event."""
+def listeners(
+    callbacks: Sequence[Callback], is_main: bool = True
+) -> dict[str, list[Callable[[Context], None]]]:
+    """Return the overridden methods of the callbacks for each event.
+
+    Args:
+        callbacks: all callbacks of the run.
+        is_main: whether this is the main process; if not, callbacks with `only_main` are left out.
+    """
     found: dict[str, list[Callable[[Context], None]]] = {}
     for event in EVENTS:
         name = f"on_{event}"
         found[event] = []
         for callback in callbacks:
+            if callback.only_main and not is_main:
+                continue
             if getattr(type(callback), name) is not getattr(Callback, name):
                 found[event].append(getattr(callback, name))
     return found

@@ -19,6 +19,7 @@ from framework.runtime.precision import Precision
 from .logger import Logger
 from .metric import Measures, Metric
 from .state import Cadence, State
+from .strategy import Strategy
 from .task import Task
 
 
@@ -43,6 +44,7 @@ class Context(Protocol):
         device: the device of the model and of the batches that the task receives.
         precision: `autocast()` for a forward pass in training, `inference(model)` for a
             measurement; `scaler` for fp16, else None.
+        strategy: the processes of the run; its collective methods must be called by all of them.
         folder: the folder of the run, where callbacks write their files; None without one.
         manifest: facts of the run that its checkpoints store.
         seed: the seed of all random numbers in training.
@@ -72,6 +74,7 @@ class Context(Protocol):
     loggers: list[Logger]
     device: torch.device
     precision: Precision
+    strategy: Strategy
     folder: Path | None
     manifest: dict[str, Any]
     seed: int
@@ -147,7 +150,7 @@ class Context(Protocol):
         """
 
     def capture(self) -> dict[str, Any]:
-        """Return everything that the next steps depend on, as plain types and tensors.
+        """Return everything that the next steps depend on, as plain types and tensors (collective).
 
         The tensors are not copied, and the next step changes them: copy or write them before.
         """

@@ -447,7 +447,7 @@ def zero_of_none(loss: Tensor, some: Tensor) -> Tensor:
     return torch.where(some, loss, 0.0)
 
 
-def share_of(count: int | Tensor, total: int | Tensor) -> float | Tensor:
+def share_of(count: int | Tensor, total: float | Tensor) -> float | Tensor:
     """Return the share of a batch in the items of a step; 0 if the step has none."""
     if isinstance(total, Tensor):
         return count / torch.where(total == 0, 1, total)

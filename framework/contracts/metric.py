@@ -17,6 +17,7 @@ from framework.errors import DataError, SettingError, short
 from .alignment import call_aligned
 from .loss import portion
 from .loss_properties import describe_outputs
+from .strategy import Strategy
 
 
 class Metric:
@@ -225,12 +226,21 @@ class Measures:
         metrics: the metrics; the loss is always measured.
         device: the device of the sums.
         max_buffered: the maximum number of batches in the buffer; 1 if their memory may be reused.
+        strategy: the processes that measure parts of each batch; `read` and `agreed_empty` are
+            collective.
     """
 
     large = 2**16  # elements of the buffered outputs, above which they are summed up at once
 
-    def __init__(self, metrics: Sequence[Metric], device: torch.device, max_buffered: int = 16):
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        device: torch.device,
+        max_buffered: int = 16,
+        strategy: Strategy | None = None,
+    ):
         self.metrics = list(metrics)
+        self.strategy = Strategy() if strategy is None else strategy
         self.max_buffered = max_buffered
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.loss = torch.zeros(2, dtype=self.dtype, device=device)  # the sum, the items
@@ -354,13 +364,19 @@ class Measures:
         """Whether no batch was added since the last reading; it reads the device."""
         return not self.buffer and float(self.loss[1]) == 0
 
+    def agreed_empty(self) -> bool:
+        """Return whether no process has added a batch since the last reading (collective)."""
+        return all(self.strategy.gather(self.empty))
+
     def read(self) -> dict[str, float]:
-        """Return the means over all batches since the last reading, in one transfer.
+        """Return the means over all batches since the last reading, in one transfer (collective).
 
         Returns:
             Values by name, such as {"loss": 0.3, "accuracy": 0.9}.
         """
         self._sum_up()
+        if self.strategy.world_size > 1:
+            self._add_other_processes()
         totals = [self.loss, *self.values.values(), *self.sums]
         numbers = torch.cat([total.reshape(-1) for total in totals]).to("cpu", torch.float64)
         parts = iter(torch.split(numbers, [total.numel() for total in totals]))
@@ -375,6 +391,14 @@ class Measures:
         self.values = {}
         self.restored = False
         return values
+
+    def _add_other_processes(self) -> None:
+        """Replace the sums by those over all processes; one without a batch has none."""
+        states = self.strategy.gather(self.state_dict())
+        self.load_state_dict(states[0])
+        for state in states[1:]:
+            self.add_state(state)
+        self.restored = False
 
     def mark(self) -> Mark:
         """Return the present sums, for `undo`."""
@@ -417,6 +441,21 @@ class Measures:
             held["values"] = [dict(batch.values) for batch in self.buffer]
         state["held"] = held
         return state
+
+    def add_state(self, state: dict[str, Any]) -> None:
+        """Add the sums in a result of `state_dict`, as of another process."""
+        other = Measures(self.metrics, self.loss.device, self.max_buffered)
+        other.load_state_dict(state)
+        self._sum_up()
+        other._sum_up()
+        self.loss += other.loss
+        for name, total in other.values.items():
+            before = self.values.get(name)
+            self.values[name] = total if before is None else before + total
+        if self.sums and other.sums:
+            self.sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
+        else:
+            self.sums = self.sums or other.sums
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a result of `state_dict`; the sums of other metrics are dropped."""

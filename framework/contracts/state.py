@@ -2,13 +2,13 @@
 
 import copy
 import re
-import time
 from dataclasses import dataclass, field
 from signal import Signals
 from typing import Annotated, Any
 
 from framework.errors import SettingError, short
 from framework.registry.annotations import Pattern
+from framework.runtime.shared_time import SHARED_TIME
 
 COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
@@ -69,7 +69,7 @@ class State:
     steps_per_epoch: int = 0
     reading: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=SHARED_TIME.now)
     _stop: Stop | None = field(default=None, init=False)
 
     @property
@@ -87,7 +87,7 @@ class State:
     @property
     def wall_seconds(self) -> float:
         """Seconds since the run began, without the time between a stop and a resume."""
-        return time.monotonic() - self.started
+        return SHARED_TIME.now() - self.started
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that a resumed run cannot derive, as plain types."""
@@ -115,7 +115,7 @@ class State:
             for name, value in saved["metrics"].items()
             if isinstance(value, int | float)
         }
-        self.started = time.monotonic() - saved["wall_seconds"]
+        self.started = SHARED_TIME.now() - saved["wall_seconds"]
 
 
 class Cadence:
@@ -140,11 +140,11 @@ class Cadence:
         self.number = float(match[1])
         if self.unit in ("step", "epoch") and self.number != int(self.number):
             raise SettingError(f"{setting}: expected a whole number of {self.unit}s, got {every!r}")
-        self._last = time.monotonic()
+        self._last = SHARED_TIME.now()
 
     def restart(self) -> None:
         """Restart the clock of a cadence in minutes."""
-        self._last = time.monotonic()
+        self._last = SHARED_TIME.now()
 
     def due(self, state: State, *, epoch_end: bool = False) -> bool:
         """Return whether it is due. Call it once after each step.
@@ -157,7 +157,7 @@ class Cadence:
             return state.step % int(self.number) == 0
         if self.unit == "epoch":
             return epoch_end and state.epoch % int(self.number) == 0
-        now = time.monotonic()
+        now = SHARED_TIME.now()
         if now - self._last < self.number * SECONDS[self.unit]:
             return False
         self._last = now

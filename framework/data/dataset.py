@@ -26,6 +26,7 @@ from framework.runtime.memory import check_room
 from framework.runtime.memory_format import ChannelsLast, choose_memory_format
 from framework.system.files import read_json
 
+from .batch_slice import BatchSlice, filled
 from .foreign_loader import (
     READ_AGAIN as READ_AGAIN,
     ForeignLoader as ForeignLoader,
@@ -331,6 +332,7 @@ class Loader:
         self.class_sampler: ClassSampler | None = None
         if sampling == "weighted" and shuffle:
             self.class_sampler = ClassSampler(self.split)
+        self.slice = BatchSlice()
         self.skipped = 0
         self.copies: CopyStream | None = None
         self.uncached: DeterministicSamples | None = None  # samples that `to` reads into memory
@@ -380,13 +382,24 @@ class Loader:
             epoch = 0
         else:
             set_epoch(self.split, epoch)
-        indices = self.order(epoch)[: len(self) * self.batch_size]
+        indices = self.slice.of_batches(
+            self.order(epoch)[: len(self) * self.batch_size], self.batch_size
+        )
         if self.tensors is not None:
-            return self._read_tensors(self.tensors, indices, start)
-        rest = indices[start * self.batch_size :]
-        if isinstance(self.split, GatheredSplit):
-            return self._gather(self.split, rest)
-        return self._read_samples(epoch, rest)
+            batches = self._read_tensors(self.tensors, indices, start)
+        else:
+            rest = indices[start * self.own_batch_size :]
+            if isinstance(self.split, GatheredSplit):
+                batches = self._gather(self.split, rest)
+            else:
+                batches = self._read_samples(epoch, rest)
+        return batches if self.slice.is_whole else filled(batches, len(self) - start)
+
+    @property
+    def own_batch_size(self) -> int:
+        """The number of rows that this process reads of a full batch."""
+        first, last = self.slice.bounds(self.batch_size)
+        return last - first
 
     def order(self, epoch: int) -> Tensor:
         """Return the indices of the samples of an epoch: a pure function of (seed, epoch)."""
@@ -398,10 +411,17 @@ class Loader:
         return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
-        """Return the indices of the samples in some batches, from batch number `start` on."""
+        """Return the indices of the samples that this process reads in some batches.
+
+        Args:
+            epoch: counted from 0.
+            start: the number of the first batch.
+            batches: the number of batches.
+        """
         first = start * self.batch_size
-        last = first + batches * self.batch_size
-        return self.order(epoch)[first:last].tolist()
+        last = min(first + batches * self.batch_size, len(self) * self.batch_size)
+        indices = self.order(epoch)[first:last]
+        return self.slice.of_batches(indices, self.batch_size).tolist()
 
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""
@@ -467,7 +487,7 @@ class Loader:
 
     def _batches_per_read(self, tensors: Sequence[Tensor]) -> int:
         bytes_per_sample = sum(tensor[:1].nbytes for tensor in tensors)
-        bytes_per_batch = max(bytes_per_sample * self.batch_size, 1)
+        bytes_per_batch = max(bytes_per_sample * self.own_batch_size, 1)
         fitting = max(self.bytes_per_read // bytes_per_batch, 1)
         return min(fitting, max(len(self), 1))
 
@@ -477,23 +497,24 @@ class Loader:
         """Yield views of reads of several batches, from batch number `start` on."""
         indices = indices.to(tensors[0].device)  # once per epoch, not once per batch
         per_read = self._batches_per_read(tensors)
+        size = self.own_batch_size
         # Each read has the same batches with any start: sums may depend on alignment in memory.
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
-            chunk = indices[number * self.batch_size : (number + per_read) * self.batch_size]
+            chunk = indices[number * size : (number + per_read) * size]
             rows = [tensor.index_select(0, chunk) for tensor in tensors]
             rows = list(self.memory_format.convert(rows))
-            columns = [torch.split(tensor, self.batch_size) for tensor in rows]
+            columns = [torch.split(tensor, size) for tensor in rows]
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
 
     def _gather(self, split: GatheredSplit, indices: Tensor) -> Iterator[Batch]:
-        for chunk in torch.split(indices, self.batch_size):
+        for chunk in torch.split(indices, self.own_batch_size):
             if len(chunk):  # torch.split returns one empty chunk for no indices
                 yield split.gather(chunk)
 
     def _read_samples(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
-        chunks = IndexBatches(indices, self.batch_size)
+        chunks = IndexBatches(indices, self.own_batch_size)
         workers = min(self.workers, len(chunks))
         seed = seeds.derive(self.seed, "sample", epoch)
         samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip", workers)

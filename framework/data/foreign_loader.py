@@ -13,6 +13,7 @@ from framework.runtime.batch import Batch
 from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory_format import MemoryFormat
 
+from .batch_slice import BatchSlice
 from .tensor_loader import gathered_batches, tensor_source
 from .workers import as_batch
 
@@ -54,6 +55,7 @@ class ForeignLoader:
             )
         self.batches = batches
         self.memory_format = memory_format
+        self.slice = BatchSlice()
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None
         self.started = False
@@ -116,6 +118,8 @@ class ForeignLoader:
             raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
         self.started = True
         batches = map(as_batch, self._iterate(start))
+        if not self.slice.is_whole:
+            batches = map(self.slice.of_batch, batches)
         if self.copies is None:
             return map(self.memory_format.convert, batches)
         reads = ((batch, None) for batch in batches)

@@ -14,6 +14,7 @@ import torch
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
+from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
 from framework.data.dataset import Data, Loader
@@ -46,11 +47,12 @@ from .build import (
     image_advice,
 )
 from .config_changes import fingerprint
+from .distributed import be_silent, check_alike, connected, open_shared
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
 from .result import Result, read_result, weights_label
-from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer, open_folder
+from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer
 from .run_facts import content_changes, data_facts, fact_changes
 from .weights import initialize_from, load_weights, shapes
 
@@ -143,13 +145,18 @@ class Experiment:
         """
         return build_loader(self.spec, self.model, self.data, split, shuffle=split == "train")
 
-    def trainer(self) -> Trainer:
-        """Return the trainer, which has no folder yet."""
+    def trainer(self, strategy: Strategy | None = None) -> Trainer:
+        """Return the trainer, which has no folder yet.
+
+        Args:
+            strategy: the processes of the run; by default there is one.
+        """
         parts = self.spec.parts
         callbacks = [maker() for maker in parts["callback"]]
         trainer = Trainer(
             **self.spec.sections["trainer"],
             seed=self.spec.seed,
+            strategy=strategy or Strategy(),
             callbacks=[*self.transforms, *callbacks, self.status],
             loggers=[maker() for maker in parts["logger"]],
         )
@@ -209,23 +216,32 @@ class Prepared:
     folder: RunFolder | None = None
 
     def claim(self) -> Path:
-        """Make the folder of the run, unless it is resumed, and write its description."""
+        """Make the folder of the run, unless it is resumed, and write its description (collective).
+
+        The main process makes and locks it.
+        """
         spec = self.built.spec
-        if self.resumed is None:
-            folder = self._new_folder()
-        else:
-            folder = self.resumed.folder
-            self.resumed.rewind()
-            if self.resumed.changed:
-                folder.write("config.yaml", spec.tree)
-        self.folder = folder  # its lock is released when the object is deleted
-        self.trainer.folder = folder.path
+        strategy = self.trainer.strategy
+        if strategy.is_main:
+            self.folder = self._claimed_folder()  # its lock is released with the object
+        path: Path = strategy.from_main(None if self.folder is None else self.folder.path)
+        self.trainer.folder = path
         self.trainer.manifest = {
-            "run": str(folder.path),
+            "run": str(path),
             "config": fingerprint(spec.tree),
             "threads": self.threads,
         }
-        return folder.path
+        return path
+
+    def _claimed_folder(self) -> RunFolder:
+        """Return the new folder of a run, or that of the resumed run."""
+        if self.resumed is None:
+            return self._new_folder()
+        folder = self.resumed.folder
+        self.resumed.rewind()
+        if self.resumed.changed:
+            folder.write("config.yaml", self.built.spec.tree)
+        return folder
 
     def _new_folder(self) -> RunFolder:
         """Return the folder of a new run; if its description cannot be written, it is removed."""
@@ -264,11 +280,11 @@ class Prepared:
         """Release the lock of the folder, for another process or another object of this one."""
         folder = self.resumed.folder if self.resumed is not None else self.folder
         if folder is not None:
-            folder.lock.close()
+            folder.release()
 
     def log_start(self, layers: str | None = None) -> str | None:
         """Log the config, the layers and the graph of a new run. See `log_run_start`."""
-        if self.trainer.state.step != 0:
+        if self.trainer.state.step != 0 or not self.trainer.strategy.is_main:
             return layers
         built = self.built
         return log_run_start(
@@ -291,12 +307,14 @@ class Prepared:
         state = trainer.state
         assert trainer.folder is not None
         result = Result(trainer.folder, stopped=state.stop, steps=state.step)
+        result.is_main = trainer.strategy.is_main
         result.shares = trainer.clock.shares()
         if self.built.data.test is None:
             result.split = None if self.built.data.val is None else "val"
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
+        trainer.strategy.from_main(None)  # the main process has written all checkpoints
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
@@ -304,7 +322,8 @@ class Prepared:
             if self.built.data.test is not None:
                 result.weights["test"] = weights_label(measured, state.step)
         else:
-            self.built.status.on_fit_end(trainer)  # again, for a signal that came after the fit
+            if trainer.strategy.is_main:
+                self.built.status.on_fit_end(trainer)  # again, for a signal that came after the fit
         result.signal = stopped[0] if stopped else None
         result.metrics = dict(state.metrics)
         result.seconds = time.monotonic() - self.started
@@ -312,11 +331,17 @@ class Prepared:
 
 
 @no_exit()
-def train(*args: Any, **settings: Any) -> Result:
+def train(spec: Spec, *args: Any, **settings: Any) -> Result:
     """Fit, then measure the best checkpoint on the test split.
 
     Args: as for `prepare_run`.
     """
+    with connected(spec) as strategy:
+        return train_connected(spec, *args, strategy=strategy, **settings)
+
+
+def train_connected(*args: Any, **settings: Any) -> Result:
+    """Run `train` in a process that is connected with the others of the run."""
     prepared = prepare_run(*args, **settings)
     if isinstance(prepared, Result):
         return prepared
@@ -344,6 +369,7 @@ def prepare_run(
     inexact: bool = False,
     say: Callable[[str], None] = print_message,
     data: Data | None = None,
+    strategy: Strategy | None = None,
 ) -> Prepared | Result:
     """Build an experiment before its training; for a finished run return its result.
 
@@ -356,13 +382,17 @@ def prepare_run(
         inexact: allow settings that change the rest of a resumed run.
         say: prints a line for the user.
         data: of the spec, if it is built already.
+        strategy: the processes of the run, connected; by default there is one.
     """
+    strategy = strategy or Strategy()
+    if not strategy.is_main:
+        say = be_silent
     started = time.monotonic() if started is None else started
-    run = find_run(spec, experiment)
-    resumed = None if run is None else open_folder(run, spec)
+    run = strategy.from_main(find_run(spec, experiment) if strategy.is_main else None)
+    resumed = None if run is None else open_shared(run, spec, strategy)
     if resumed is not None and resumed.done:
         say(f"{run} is complete: nothing is left to train")
-        resumed.folder.lock.close()
+        resumed.folder.release()
         return read_result(resumed.folder.path)
     saved = None
     if resumed is not None:
@@ -374,7 +404,8 @@ def prepare_run(
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
-    trainer = built.trainer()
+    check_alike(strategy, built)
+    trainer = built.trainer(strategy)
     threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
         say(UNSAVED)
@@ -469,7 +500,8 @@ def finish(trainer: Trainer, built: Experiment) -> Path | None:
         trainer.evaluate(built.batches("test"))
     for logger in trainer.loggers:
         logger.hparams(hyperparameters(built.spec), trainer.state.metrics)
-    built.status.done(trainer)
+    if trainer.strategy.is_main:
+        built.status.done(trainer)
     return measured
 
 
@@ -525,7 +557,7 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
 
 def discard_run(folder: RunFolder) -> None:
     """Remove the files of a run that cannot begin, and its folder if nothing else is in it."""
-    folder.lock.close()
+    folder.release()
     with suppress(OSError):
         for name in (*DESCRIPTION, ".lock"):
             (folder.path / name).unlink(missing_ok=True)

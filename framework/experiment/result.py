@@ -28,6 +28,7 @@ class Result:
             "best, step 900".
         advice: how to train faster, if there is a simple way.
         split: that `framework eval` can measure: test, val, or None.
+        is_main: whether this is the result of the main process of a run with several.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Result:
     weights: dict[str, str] = field(default_factory=dict)
     advice: str | None = None
     split: str | None = "test"
+    is_main: bool = True
 
 
 def read_result(run: Path) -> Result:

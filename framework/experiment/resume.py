@@ -73,13 +73,18 @@ class Resumed:
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
 
-def open_folder(run: Path, spec: Spec) -> Resumed:
+def open_folder(run: Path, spec: Spec, writes: bool = True) -> Resumed:
     """Lock the folder of a run and read its newest good checkpoint, or the one that the user named.
+
+    Args:
+        run: the folder.
+        spec: the new experiment.
+        writes: whether this process writes to the folder, and locks it.
 
     Raises:
         RunError: another process writes to the folder.
     """
-    folder = RunFolder.existing(run)
+    folder = RunFolder.existing(run, writes)
     config = read_config(run)
     changed = compare_configs(config, spec.tree)
     data_moved = any(is_path_of_data(path, spec) for path in changed)
@@ -92,7 +97,8 @@ def open_folder(run: Path, spec: Spec) -> Resumed:
     checkpoints = run / "checkpoints"
     checkpoint.refuse_links(checkpoints)
     if checkpoints.is_dir():
-        checkpoint.clean(checkpoints)
+        if writes:
+            checkpoint.clean(checkpoints)
         read_checkpoint(resumed, checkpoints, spec)
     return resumed
 

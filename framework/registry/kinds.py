@@ -128,6 +128,13 @@ loggers = Registry(
         doc="writes scalars, texts and images",
     )
 )
+strategies = Registry(
+    Kind(
+        "strategy",
+        base="framework.contracts.strategy.Strategy",
+        doc="how the processes of a run share its work",
+    )
+)
 
 Activation = Annotated[Callable[..., Any], PartOf("activation")]
 Initializer = Annotated[Callable[..., Any], PartOf("initializer")]

@@ -69,7 +69,7 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):  # no other process sees the folder before it is locked
                 self.path = claim(parent, name)
-                self.lock = WriterLock(self.path)
+                self.lock: WriterLock | None = WriterLock(self.path)
         except OSError as error:
             path = parent / (name or "...")
             raise write_error(error)(
@@ -78,14 +78,22 @@ class RunFolder:
             ) from None
 
     @classmethod
-    def existing(cls, path: Path) -> "RunFolder":
+    def existing(cls, path: Path, writes: bool = True) -> "RunFolder":
         """Open and lock the folder of an existing run.
+
+        Args:
+            path: the folder.
+            writes: whether this process writes to it. If not, another process of the run holds the
+                lock.
 
         Raises:
             RunError: another process writes to the folder, or it cannot be written.
         """
         folder = cls.__new__(cls)
         folder.path = path
+        folder.lock = None
+        if not writes:
+            return folder
         try:
             with locked(path.parent):
                 folder.lock = WriterLock(path)
@@ -95,6 +103,11 @@ class RunFolder:
                 f"the run folder {path} cannot be written: {failure_reason(path, error)}"
             ) from None
         return folder
+
+    def release(self) -> None:
+        """Release the lock, for another process or another object of this one."""
+        if self.lock is not None:
+            self.lock.close()
 
     def write(self, file: str, content: Any) -> None:
         """Write a JSON or YAML file completely or not at all."""

@@ -34,6 +34,7 @@ class Status(Callback):
     """
 
     changes_training = False
+    only_main = True
     seconds = 1.0
     written = -math.inf
 

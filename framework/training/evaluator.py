@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from framework.contracts.loss_properties import describe_outputs
 from framework.contracts.metric import Measures, Metric
+from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
+from framework.data.batch_slice import BatchSlice
 from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -38,8 +40,10 @@ class Evaluator:
         deterministic: bool,
         seed: int,
         micro_batches: MicroBatches,
+        strategy: Strategy | None = None,
     ):
-        self.device = find_device(device)
+        self.strategy = Strategy() if strategy is None else strategy
+        self.device = self.strategy.start(find_device(device))
         self.precision = Precision(precision, self.device)
         self.deterministic = deterministic
         self.seed = seed
@@ -128,6 +132,7 @@ class Evaluator:
         if isinstance(data, Tensor):
             data = TensorSplit(data)
         batches = self._batches(data, batch_size)
+        batches.slice = BatchSlice()  # each process returns all outputs
         outputs: list[Tensor] = []
         with self._inference():
             for batch in batches.epoch():
@@ -164,11 +169,13 @@ class Evaluator:
         Raises:
             DataError: there is no batch.
         """
-        measures = Measures(self.metrics, self.device, batches.max_buffered)
+        measures = Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
         empty = True
         with self._inference():
             for batch in batches.epoch():
                 empty = False
+                if not batch:
+                    continue  # other processes have its rows
                 self._measure_batch(move_batch(batch, self.device), measures)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
@@ -245,7 +252,7 @@ class Evaluator:
         channels_last: ChannelsLast = False,
     ) -> Batches:
         check_batch_size(batch_size)
-        return as_batches(
+        batches = as_batches(
             source,
             batch_size,
             shuffle=shuffle,
@@ -254,6 +261,9 @@ class Evaluator:
             channels_last=channels_last,
             model=self.model,
         )
+        rank = self.strategy.rank
+        batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
+        return batches
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from framework.contracts.context import Context
 from framework.contracts.loss import portion, share_of
 from framework.contracts.metric import Mark, Measures
 from framework.contracts.schedule import factor_of
+from framework.contracts.strategy import Strategy
 from framework.contracts.task import Phase, Step, Task
 from framework.contracts.transform import Transform, transformed_all
 from framework.data.dataset import Batch
@@ -40,6 +41,7 @@ from .acceleration.compiled_step import (
 from .acceleration.cuda_graph import CudaGraph, GraphedSingleCall, GraphedStep
 from .acceleration.fused_selection import prepare_step
 from .acceleration.fused_update import FusedUpdate
+from .agreement import StepTotals, own_random_numbers, step_totals
 from .parameters import ModelParameters
 from .step_checks import (
     check_gradients,
@@ -90,6 +92,8 @@ class TrainingStep:
         measures: receive the loss, outputs and targets of each batch.
         forward_backward: runs forward and backward.
         update: does the same as `optimizer.step()`.
+        strategy: the processes that share the step.
+        totals: of the step, over all processes; None in a single process.
         is_first: no step is done yet.
         is_first_update: no update is done yet.
         checked_reach: names of the phases for which `check_parameters_reached` has run.
@@ -107,6 +111,8 @@ class TrainingStep:
     parameters: ModelParameters
     forward_backward: StepImplementation
     update: Callable[[], None]
+    strategy: Strategy
+    totals: StepTotals | None = field(default=None, init=False)
     is_first: bool = field(default=True, init=False)
     is_first_update: bool = field(default=True, init=False)
     checked_reach: set[str | None] = field(default_factory=set, init=False)
@@ -117,22 +123,27 @@ class TrainingStep:
 
         Args:
             trainer: the fit, whose `loss` is set.
-            window: the batches of the step; their gradients are accumulated.
+            window: the batches of the step; their gradients are accumulated. With several
+                processes, each has a part of the rows of a batch, perhaps none (`NO_ROWS`).
         """
         if self.parameters.others:
             self.parameters.clear_other_gradients()
         trainer.emit("step_start")
-        with self.clock.detail("copy"):
-            batches = [move_batch(batch, self.device) for batch in window]
-            if trainer.transforms:
-                batches = transformed_all(batches, trainer.transforms)
-        set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
+        with own_random_numbers(self.strategy, trainer.seed, trainer.state.step):
+            with self.clock.detail("copy"):
+                batches = [move_batch(batch, self.device) for batch in window if batch]
+                if trainer.transforms:
+                    batches = transformed_all(batches, trainer.transforms)
+            set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
+            if self.strategy.world_size > 1:
+                counts = [count_of(self.task, batch) for batch in batches]
+                self.totals = step_totals(self.strategy, batches, counts, self.device)
 
-        if not self.task.phases:
-            self.backward_and_update(trainer, batches)
-        for phase in self.task.phases:
-            with only_trains(self.model, phase):
-                self.backward_and_update(trainer, batches, phase)
+            if not self.task.phases:
+                self.backward_and_update(trainer, batches)
+            for phase in self.task.phases:
+                with only_trains(self.model, phase):
+                    self.backward_and_update(trainer, batches, phase)
         self.is_first = False
 
     def backward_and_update(
@@ -146,9 +157,11 @@ class TrainingStep:
         try:
             trainer.loss, updated = backward(batches, phase)
         except RuntimeError as error:
-            check_input_dtype(error, self.model, batches[0])
+            if batches:
+                check_input_dtype(error, self.model, batches[0])
             raise
         if not updated:
+            trainer.loss = self.strategy.sum_gradients(self.parameters.optimized, trainer.loss)
             if self.is_first:
                 check_gradients(self.parameters.optimized)
             self.precision.unscale(self.optimizer)
@@ -162,10 +175,11 @@ class TrainingStep:
             parameter.grad = None
 
     def backward(self, batches: Sequence[Batch], phase: Phase | None) -> tuple[Tensor, bool]:
-        """Compute the gradients of the mean loss over all items of the batches.
+        """Compute the gradients of the mean loss over all items of the step.
 
         Returns:
-            The mean loss, shape (), and whether the parameters are updated already.
+            The mean loss, shape (), and whether the parameters are updated already. With several
+            processes, their sum is the mean loss, and that of their gradients its gradient.
         """
         self.parameters.refresh()
         parts: list[Batch] = []
@@ -173,7 +187,9 @@ class TrainingStep:
             parts += self.micro_batches.split(batch)
         counts = [count_of(self.task, part) for part in parts]  # a model may change its inputs
         shares: Sequence[float | Tensor | None] = [None]  # a single part needs no factor
-        if len(parts) > 1:
+        if self.totals is not None:
+            shares = [share_of(count, self.totals.items) for count in counts]
+        elif len(parts) > 1:
             shares = shares_of(counts)
 
         losses = []
@@ -188,6 +204,8 @@ class TrainingStep:
             self.measures.add(result.loss, outputs, targets, count, result.values)
             loss = result.loss.detach()
             losses.append(loss if share is None else portion(loss, share))
+        if not losses:  # other processes have all rows
+            return torch.zeros((), device=self.device), False
         return sum(losses[1:], losses[0]), updated
 
     def backward_with_retry(
@@ -320,6 +338,7 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     cuda_graph: CudaGraph,
     callbacks: GradientCallbacks,
     call_recordable: Callable[[Tensor], None],
+    is_shared: bool = False,
 ) -> StepImplementation:
     """Return the implementation of forward and backward for a fit.
 
@@ -336,11 +355,14 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         cuda_graph: off, on, or auto to capture graphs only if they are faster.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
+        is_shared: whether other processes compute parts of the gradients, so that no step can
+            include the update.
     """
     forward = Compiled(model, compile, clock) if compile == "model" else model
     eager = EagerStep(forward, task, parameters, precision, clock)
     step: StepImplementation = eager
-    with_update = not micro_batches.auto  # an update cannot be undone if memory is full
+    # An update cannot be undone if memory is full.
+    with_update = not micro_batches.auto and not is_shared
     if compile in ("step", "auto") and not task.phases:
         compiled_call = None
         if with_update:

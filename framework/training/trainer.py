@@ -25,6 +25,7 @@ from framework.contracts.logger import Logger
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence, Every, State, Stop
+from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.contracts.transform import transforms_of
 from framework.data.accumulation import (
@@ -58,6 +59,7 @@ from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
+from .agreement import agreed_stop, same_time
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -80,8 +82,10 @@ from .validation import (
     check_micro_batches,
     check_phases,
     check_resume,
+    check_rows,
     check_schedule,
     check_source,
+    check_strategy,
     settings_refused,
 )
 
@@ -114,8 +118,10 @@ class Trainer(Evaluator):
         deterministic: bool = False,
         profile: bool = False,
         fused: bool = True,
+        devices: PositiveInt | None = None,
         *,
         seed: int = 0,
+        strategy: Strategy | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
         folder: Path | None = None,
@@ -145,7 +151,11 @@ class Trainer(Evaluator):
             fused: use the fused kernel of torch, if there is one, for an optimizer that was built
                 with neither `fused` nor `foreach`. It has the same state and formula; results
                 differ by rounding.
+            devices: number of processes that share the run, each with a device of its own or some
+                threads. `framework train` starts them; other programs are started with torchrun.
             seed: of the order of samples and all other random numbers in training.
+            strategy: how the processes of the run share its work, such as
+                `fw.strategies.build("ddp")`; by default there is one process.
             callbacks: called in this order at each event; includes transforms of batches.
             loggers: receive each scalar, text and image.
             folder: the folder of the run, for callbacks and loggers that write files.
@@ -160,7 +170,10 @@ class Trainer(Evaluator):
         refused = settings_refused(settings)
         if refused:
             raise SettingError(next(iter(refused.values())))
-        super().__init__(device, precision, deterministic, seed, MicroBatches(micro_batch))
+        super().__init__(
+            device, precision, deterministic, seed, MicroBatches(micro_batch), strategy
+        )
+        check_strategy(self.strategy, strategy is None, settings)
         self.max_epochs = max_epochs
         self.max_steps = max_steps
         self.validate_every = Cadence(validate_every, "validate_every")
@@ -173,7 +186,7 @@ class Trainer(Evaluator):
         self.fused = fused
         self.folder = check_folder(folder)
         self.callbacks = check_callbacks(callbacks)
-        self.loggers = check_loggers(loggers)
+        self.loggers = check_loggers(loggers) if self.strategy.is_main else []
         self.state = State()
         self.clock = Clock()
         self.schedule: Callable[[int], float] | None = None
@@ -185,6 +198,7 @@ class Trainer(Evaluator):
         self._fused: FusedSelection | None = None
         self._record: dict[str, float | Tensor] = {}  # the logged values of the current step
         self._own_tags: set[str] = set()  # of the values that the trainer itself logs
+        self._stop_request: Stop | None = None  # of this process, in a run of several
         self._open_count = 0  # the number of `with trainer:` blocks that are open
         self._opened_at: int | None = None  # the step at which the loggers were opened
 
@@ -257,7 +271,8 @@ class Trainer(Evaluator):
             SettingError: an argument is not valid.
         """
         # Gradients are needed, even if the caller has disabled them.
-        with seeds.fitting(), torch.inference_mode(False), torch.enable_grad():
+        own_time = same_time(self.strategy)
+        with seeds.fitting(), torch.inference_mode(False), torch.enable_grad(), own_time:
             try:
                 self.prepare_fit(
                     model=model,
@@ -291,8 +306,12 @@ class Trainer(Evaluator):
             reason: a text for the user.
             signal: the signal that ends the run, or None.
         """
-        if self.state.stop is None or signal is not None:
-            self.state.stop = Stop(by, reason, signal)
+        stop = Stop(by, reason, signal)
+        if self.strategy.world_size > 1:  # all processes must end after the same step
+            if self._stop_request is None or signal is not None:
+                self._stop_request = stop
+        elif self.state.stop is None or signal is not None:
+            self.state.stop = stop
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Add values to the record of the current step, which the loggers receive as one.
@@ -396,7 +415,7 @@ class Trainer(Evaluator):
     def _find_listeners(self) -> None:
         """Find the methods of all callbacks, including those that were added since the last fit."""
         check_callbacks(self.callbacks)
-        self._listeners = listeners(self.callbacks)
+        self._listeners = listeners(self.callbacks, self.strategy.is_main)
         self.transforms = transforms_of(self.callbacks)
 
     def _share_targets(self) -> None:
@@ -418,6 +437,8 @@ class Trainer(Evaluator):
         self.state.total_steps = count_total(
             self.state.steps_per_epoch, self.max_epochs, self.max_steps
         )
+        if self._was_prepared:
+            self._stop_request = None
         self._record = {}
         trainer_state.reset(self)
         start_learning_rates(self.optimizer, self.schedule is not None)
@@ -427,7 +448,9 @@ class Trainer(Evaluator):
             last_fit=self._last_fit,
         )
         self._own_tags = self._expected_tags()
-        self.measures = Measures(self.metrics, self.device, self.train_batches.max_buffered)
+        self.measures = Measures(
+            self.metrics, self.device, self.train_batches.max_buffered, self.strategy
+        )
         self._was_prepared = True
         self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
         self._single = single_sample(self.train_batches, self.micro_batches.size)
@@ -435,6 +458,8 @@ class Trainer(Evaluator):
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None
+        self.strategy.prepare(self.model, self.optimizer)
+        check_rows(self.strategy, self.train_batches, self.micro_batches)
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
@@ -470,6 +495,7 @@ class Trainer(Evaluator):
             cuda_graph=self.cuda_graph,
             callbacks=callbacks,
             call_recordable=partial(self._call_recordable, callbacks),
+            is_shared=self.strategy.world_size > 1,
         )
         return TrainingStep(
             model=self.model,
@@ -483,6 +509,7 @@ class Trainer(Evaluator):
             parameters=parameters,
             forward_backward=forward_backward,
             update=select_update(self.optimizer, self.precision),
+            strategy=self.strategy,
         )
 
     def _call_recordable(self, callbacks: GradientCallbacks, loss: Tensor) -> None:
@@ -538,7 +565,7 @@ class Trainer(Evaluator):
             return
         # If this fails, no checkpoint may be saved: the resumed run would lack these values.
         self.at_boundary = False
-        if not self.measures.empty:
+        if not self.measures.agreed_empty():
             self.log_training()
         if self.val_batches is not None and self.validated_step != self.state.step:
             self._validate(self.val_batches)
@@ -557,6 +584,7 @@ class Trainer(Evaluator):
         )
         self._opened_at = None
         self._training_step.parameters.clear_other_gradients()
+        self.strategy.finish(self.model)
         self.clock.finish()
         self.modes.leave()
         self.task.know_targets(None)
@@ -642,7 +670,11 @@ class Trainer(Evaluator):
         state = self.state
         state.step += 1
         state.batch += len(window)
-        state.samples += sum([len(batch[0]) for batch in window])
+        totals = self._training_step.totals
+        if totals is None:
+            state.samples += sum([len(batch[0]) for batch in window])
+        else:
+            state.samples += totals.samples
         if last:
             state.epoch += 1
             state.batch = 0
@@ -671,7 +703,14 @@ class Trainer(Evaluator):
         self._flush()
         self.emit("step_done")
         self.clock.step()
+        if self.strategy.world_size > 1:
+            self._agree_on_stop()
         self.at_boundary = True
+
+    def _agree_on_stop(self) -> None:
+        """End all processes after this step if one of them has to end."""
+        request = self._stop_request or self.state.stop
+        self.state.stop = agreed_stop(self.strategy, request)
 
     # logging, validation and events
 

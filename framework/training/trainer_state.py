@@ -88,7 +88,7 @@ def user_settings(
 
 
 def capture(trainer: TrainerParts) -> dict[str, Any]:
-    """Return the state of the model, and of everything that the next steps depend on.
+    """Return the state of the model, and of everything that the next steps depend on (collective).
 
     The tensors are not copied; the next step changes them.
     """
@@ -105,7 +105,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "callbacks": {
             key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()
         },
-        "measures": trainer.measures.state_dict(),
+        "measures": measures_state(trainer),
         "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
         "skipped": trainer.train_batches.skipped,
@@ -160,13 +160,39 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     trainer.compile_choice.load_state_dict(saved.get("compile", {}))
     for key, callback in keyed(trainer.callbacks).items():
         callback.load_state_dict(saved["callbacks"].get(key, {}))
-    trainer.measures.load_state_dict(saved["measures"])
+    restore_measures(trainer, saved["measures"])
     trainer.state.load_state_dict(saved)
     convert_batch_counter(trainer, saved.get("batch_size"))
     trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
     seeds.restore(saved["random"])
+
+
+def measures_state(trainer: TrainerParts) -> list[dict[str, Any]] | dict[str, Any]:
+    """Return the sums of this process, or a list of those of all processes (collective)."""
+    state = trainer.measures.state_dict()
+    if trainer.strategy.world_size == 1:
+        return state
+    return trainer.strategy.gather(state)
+
+
+def restore_measures(trainer: TrainerParts, saved: list[dict[str, Any]] | dict[str, Any]) -> None:
+    """Restore the sums of each process; with another number of processes, all in the main one.
+
+    Args:
+        trainer: the trainer of this process.
+        saved: the sums of each process; those of one process in a state of an older version.
+    """
+    strategy = trainer.strategy
+    states = [saved] if isinstance(saved, dict) else saved
+    if len(states) == strategy.world_size:
+        trainer.measures.load_state_dict(states[strategy.rank])
+        return
+    if strategy.is_main:
+        trainer.measures.load_state_dict(states[0])
+        for state in states[1:]:
+            trainer.measures.add_state(state)
 
 
 def convert_batch_counter(trainer: TrainerParts, size_before: int | None) -> None:

@@ -21,14 +21,17 @@ from framework.contracts.loss_properties import loss_modules
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import observes
 from framework.contracts.state import Cadence
+from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
+from framework.data.accumulation import Batches
 from framework.data.dataset import Data, ForeignLoader, Loader
 from framework.data.workers import as_batch
-from framework.errors import SettingError, did_you_mean, short
+from framework.errors import DataError, SettingError, did_you_mean, short
 from framework.errors.paths import expanded
 from framework.registry.registry import Registry
 from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches
+from framework.runtime.processes import launched
 
 from .step_checks import parameter_not_trained
 
@@ -66,6 +69,33 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
         except SettingError as error:
             refused[name] = str(error)
     return refused
+
+
+def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, Any]) -> None:
+    """Raise SettingError for settings that a run with several processes does not support.
+
+    Args:
+        strategy: of the run, started.
+        is_default: whether the user has passed none.
+        settings: the settings of the Trainer.
+    """
+    processes = launched().world_size
+    if is_default and processes > 1:
+        raise SettingError(
+            f"strategy: this is one of {processes} processes (WORLD_SIZE), which would all train "
+            "the same model: pass strategy=fw.strategies.build('ddp')"
+        )
+    devices = settings["devices"]
+    if devices is not None and devices != strategy.world_size:
+        raise SettingError(
+            f"devices={devices}: the run has {strategy.world_size} processes; start the program "
+            f"with torchrun --nproc-per-node {devices}, and pass a strategy"
+        )
+    if strategy.world_size > 1 and settings["cuda_graph"] != "off":
+        raise SettingError(
+            f"cuda_graph={settings['cuda_graph']}: expected off with {strategy.world_size} "
+            "processes, whose communication a graph cannot contain"
+        )
 
 
 def check_callbacks(value: Any) -> list[Callback]:
@@ -395,3 +425,36 @@ def build_example(value: Any, registry: str, more: str = "") -> str:
     if registry == "tasks" and value in Registry.every["loss"]:
         registry = "losses"
     return f"fw.{registry}.build({name}{more})"
+
+
+def check_rows(strategy: Strategy, batches: Batches, micro_batches: MicroBatches) -> None:
+    """Raise DataError for training batches that the processes of a run cannot share.
+
+    Args:
+        strategy: of the run, after its `prepare`.
+        batches: of the training.
+        micro_batches: the parts in which the model processes a batch.
+    """
+    processes = strategy.world_size
+    if processes == 1 or batches.batch_size is None:
+        return
+    if batches.batch_size < processes:
+        raise DataError(
+            f"batch_size={batches.batch_size}: expected at least one sample for each of the "
+            f"{processes} processes that share a batch"
+        )
+    if not strategy.forward_is_collective:
+        return
+    if micro_batches.auto or micro_batches.size is not None:
+        raise SettingError(
+            "micro_batch: expected none for a model whose forward pass communicates between "
+            f"{processes} processes (batch normalization, or strategy=fsdp); use a smaller batch "
+            "with trainer.accumulate"
+        )
+    last = len(batches.split) % batches.batch_size
+    if 0 < last < processes and not batches.drop_last:
+        raise DataError(
+            f"the last batch of an epoch has {last} of {len(batches.split)} samples, fewer than "
+            f"the {processes} processes, whose model communicates in its forward pass (batch "
+            "normalization, or strategy=fsdp): use loader.drop_last=true or another batch_size"
+        )

@@ -84,24 +84,35 @@ class Checkpoint(SavingCallback):
             raise SettingError(
                 "checkpoint: the run has no folder to save in; give the Trainer a `folder`"
             )
-        claimed = "run" in trainer.manifest  # a run of an experiment has a new folder of its own
-        if not claimed:
+        if "run" not in trainer.manifest:
             files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
-        checkpoints.clean(self.folder)
         step = trainer.state.step
-        if step == 0 and not claimed and checkpoints.listed(self.folder):
-            raise SettingError(
-                f"checkpoint: {self.folder} already has checkpoints of another fit: give the"
-                " Trainer another folder, or resume with `fit(resume=...)`"
-            )
+        if trainer.strategy.is_main:
+            self._prepare_folder(self.folder, trainer)
         snapshot.check_model(trainer.model.state_dict())
         snapshot.check_training(self._state_of_parts(trainer))
         snapshot.check_training({"optimizer": {"state": state_after_a_step(trainer.optimizer)}})
-        self.saved = step if (self.folder / checkpoints.folder_name(step)).exists() else None
+        exists = (self.folder / checkpoints.folder_name(step)).exists()
+        self.saved = step if trainer.strategy.from_main(exists) else None
         if self.best is not None:
             self.best.start(trainer)
-            self._repair_link(self.best, self.folder)
+            if trainer.strategy.is_main:
+                self._repair_link(self.best, self.folder)
+
+    def _prepare_folder(self, folder: Path, trainer: Context) -> None:
+        """Remove unfinished checkpoints from the folder.
+
+        Raises:
+            SettingError: it has checkpoints of another fit.
+        """
+        checkpoints.clean(folder)
+        claimed = "run" in trainer.manifest  # a run of an experiment has a new folder of its own
+        if trainer.state.step == 0 and not claimed and checkpoints.listed(folder):
+            raise SettingError(
+                f"checkpoint: {folder} already has checkpoints of another fit: give the"
+                " Trainer another folder, or resume with `fit(resume=...)`"
+            )
 
     def on_log(self, trainer: Context) -> None:
         if self.best is not None and self.best.on_training:
@@ -167,8 +178,11 @@ class Checkpoint(SavingCallback):
     def _can_save_after(self, cause: BaseException | None, trainer: Context) -> bool:
         """Return whether the state after an error is complete and new, and can be saved in time.
 
-        There is no time after a KeyboardInterrupt or SystemExit.
+        There is no time after a KeyboardInterrupt or SystemExit. Of a run with several processes
+        the others may have ended, and a checkpoint has values of each.
         """
+        if trainer.strategy.world_size > 1:
+            return False
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             return False
         step = trainer.state.step
@@ -197,6 +211,10 @@ class Checkpoint(SavingCallback):
         step = trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
+        if not trainer.strategy.is_main:
+            self.saved = step
+            self.found_better = False
+            return
         assert self.folder is not None
         state = (self.folder, model, training, step, trainer.manifest)
         pinned = self._pinned_steps(trainer)

@@ -34,6 +34,7 @@ class Progress(Callback):
     """
 
     changes_training = False
+    only_main = True
 
     def __init__(
         self, style: Literal["auto", "bar", "lines"] = "auto", per_second: PositiveFloat = 5.0

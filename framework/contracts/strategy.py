@@ -1,0 +1,90 @@
+"""Strategies: how the processes of a run share its work.
+
+    @strategies.register("ddp")
+    class DDP(Strategy): ...
+
+All communication between processes goes through the strategy of a run. `Strategy` itself is that of
+a single process: nothing is sent. A strategy for several processes overrides all methods.
+
+The methods marked "collective" must be called by every process of the run, in the same order.
+Otherwise the processes wait for each other until the timeout. So they may depend only on values
+that are the same in all processes, such as `state.step` or `state.metrics`, and never on the time,
+a signal, or an error in one process.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Strategy:
+    """Runs in a single process, and is the base of strategies for several processes.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        world_size: the number of processes.
+        forward_is_collective: whether a forward pass in training communicates, so that all
+            processes must run the same number of them; known after `prepare`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    forward_is_collective: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process, which writes files and prints."""
+        return self.rank == 0
+
+    def start(self, device: torch.device) -> torch.device:
+        """Connect the processes before anything else is called; return the device of this one.
+
+        Args:
+            device: the device that the user has chosen; one without an index stands for all of its
+                type, such as cuda.
+
+        Raises:
+            SettingError: the processes or their devices are not available.
+        """
+        return device
+
+    def close(self) -> None:
+        """Disconnect this process. The other processes need not be ready."""
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Give all processes the same weights, or each its part of them (collective).
+
+        It is called once in each fit, before a resumed state is loaded.
+        """
+
+    def finish(self, model: nn.Module) -> None:
+        """Undo what `prepare` has changed in the modules of the model, after the fit."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes (collective)."""
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return a value of each process, in the order of their ranks (collective).
+
+        Args:
+            value: plain types and tensors of any size; the results are on the CPU.
+        """
+        return [value]
+
+    def from_main(self, value: Any) -> Any:
+        """Return the value of the main process (collective)."""
+        return self.gather(value)[0]
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum the gradients of all processes in place; return the sum of the losses (collective).
+
+        Args:
+            parameters: those of the optimizer. A parameter has no gradient afterwards if it had
+                none in any process.
+            loss: shape (), the share of this process in the mean loss.
+        """
+        return loss

@@ -1,0 +1,169 @@
+"""The processes of a run, as a launcher such as torchrun has started them.
+
+Only torch's own environment variables are read. Nothing is inferred from those of a cluster.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is public
+
+from framework.errors import FrameworkError, SettingError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_FOR_CAUSE = 2.0
+"""How long a process whose connection broke waits, so that the cause is reported first."""
+
+
+class Launched(NamedTuple):
+    """The place of this process among those of the run.
+
+    Attributes:
+        rank: its number, from 0.
+        world_size: the number of processes.
+        local_rank: its number on this machine, from 0.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+class LostProcess(FrameworkError):
+    """Another process of the run has ended, or does not answer."""
+
+    exit_status = 1
+
+
+def launched() -> Launched:
+    """Return the place of this process; that of a single process without a launcher.
+
+    Raises:
+        SettingError: a variable is missing or not a number.
+    """
+    present = [name for name in VARIABLES[:2] if name in os.environ]
+    if not present:
+        return Launched(0, 1, 0)
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise SettingError(
+            f"{present[0]} is set in the environment, but {', '.join(missing)} is not: start the "
+            "processes with torchrun, which sets all of them"
+        )
+    rank = environment_number("RANK")
+    world_size = environment_number("WORLD_SIZE")
+    if rank >= world_size:
+        raise SettingError(f"RANK={rank}: expected a number below WORLD_SIZE={world_size}")
+    local_rank = environment_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
+    return Launched(rank, world_size, local_rank)
+
+
+def environment_number(name: str) -> int:
+    """Return the number in a variable of the environment.
+
+    Raises:
+        SettingError: it is not a whole number of at least 0.
+    """
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise SettingError(f"{name}={text}: expected a whole number (set by torchrun)")
+    return int(text)
+
+
+def connect(device: torch.device, timeout_seconds: float) -> None:
+    """Connect the processes of the run with each other.
+
+    Raises:
+        SettingError: they cannot be connected.
+    """
+    backend = "gloo"
+    if device.type == "cuda":
+        if not distributed.is_nccl_available():
+            raise SettingError("several CUDA devices need NCCL, which this build of torch lacks")
+        backend = "cpu:gloo,cuda:nccl"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise SettingError(
+            f"the processes of the run cannot connect at {address} (MASTER_ADDR, MASTER_PORT) "
+            f"within {timeout_seconds:g} s: {cause}"
+        ) from error
+
+
+def disconnect() -> None:
+    """Disconnect this process from the others."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Raise LostProcess for an error of a collective operation in a block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FrameworkError):
+            raise
+        cause = str(error).splitlines()[0]
+        raise LostProcess(
+            "another process of the run has ended or does not answer; the same command with "
+            f"resume=auto continues the run from its last checkpoint. torch: {cause}"
+        ) from error
+
+
+class Report:
+    """Whether this process prints the error that ends it; None before it is decided."""
+
+    prints: bool | None = None
+
+
+def claim_report(error: BaseException) -> bool:
+    """Return whether this process should print an error: the first process that asks does.
+
+    The processes ask a store that all of them can reach. If it cannot be reached, the main process
+    prints, and another process only if the error is its own.
+    """
+    if Report.prints is None:
+        Report.prints = is_first_failure(error)
+    return Report.prints
+
+
+def is_first_failure(error: BaseException) -> bool:
+    """Return whether this process should print an error: the first process that asks does.
+
+    The processes ask a store that all of them can reach. If it cannot be reached, the main process
+    prints, and another process only if the error is its own.
+    """
+    place = launched()
+    if place.world_size == 1:
+        return True
+    consequence = isinstance(error, LostProcess)
+    patience = timedelta(seconds=SECONDS_FOR_CAUSE)
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=patience,
+        )
+        key = f"framework/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if consequence:
+            wait_for_cause(store, key, patience)
+        return store.add(key, 1) == 1
+    except (RuntimeError, ValueError, OSError):
+        return place.rank == 0 or not consequence
+
+
+def wait_for_cause(store: TCPStore, key: str, patience: timedelta) -> None:
+    """Wait a moment for another process to report the cause of a broken connection."""
+    try:
+        store.wait([key], patience)
+    except RuntimeError:  # none does: it was killed
+        return

@@ -1,0 +1,101 @@
+"""What the processes of a run agree on: the items of a step, the time, and the end of the run.
+
+All of it is collective (see `contracts/strategy.py`).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from framework.contracts.state import Stop
+from framework.contracts.strategy import Strategy
+from framework.data.dataset import Batch
+from framework.runtime import seeds
+from framework.runtime.shared_time import SHARED_TIME
+
+
+class StepTotals(NamedTuple):
+    """Sums over the batches of a step, in all processes.
+
+    Attributes:
+        samples: the number of samples.
+        items: the number of items that the mean loss is over.
+    """
+
+    samples: int
+    items: float | Tensor
+
+
+def step_totals(
+    strategy: Strategy,
+    batches: Sequence[Batch],
+    counts: Sequence[int | Tensor],
+    device: torch.device,
+) -> StepTotals:
+    """Return the sums of a step, and let all processes read the same time during it.
+
+    Args:
+        strategy: of the run.
+        batches: those of the step that have rows in this process.
+        counts: the number of items in each of them.
+        device: of the batches; on an accelerator its numbers are not read.
+    """
+    samples = sum(len(batch[0]) for batch in batches)
+    main_time = time.monotonic() if strategy.is_main else 0.0
+    items = torch.as_tensor(sum(counts), dtype=torch.float64)
+    sums = torch.tensor([samples, main_time, 0.0], dtype=torch.float64)
+    if device.type == "cpu":
+        sums[2] = items
+        sums = strategy.sum(sums)
+        total: float | Tensor = float(sums[2])
+    else:
+        sums = strategy.sum(sums)
+        total = strategy.sum(items.to(device))
+    SHARED_TIME.agreed = float(sums[1])
+    return StepTotals(int(sums[0]), total)
+
+
+@contextmanager
+def same_time(strategy: Strategy) -> Iterator[None]:
+    """Let all processes read the time of the main process in a block; see `SharedTime`."""
+    if strategy.world_size > 1:
+        SHARED_TIME.agreed = strategy.from_main(time.monotonic())
+    try:
+        yield
+    finally:
+        SHARED_TIME.agreed = None
+
+
+def agreed_stop(strategy: Strategy, request: Stop | None) -> Stop | None:
+    """Return the reason to end the run that all processes use: that of a signal, else the first.
+
+    Args:
+        strategy: of the run.
+        request: the reason of this process, or None.
+    """
+    requests = int(strategy.sum(torch.tensor(request is not None, dtype=torch.int64)))
+    if requests == 0:
+        return None
+    requested: list[Stop | None] = strategy.gather(request)
+    reasons = [reason for reason in requested if reason is not None]
+    of_signals = [reason for reason in reasons if reason.signal is not None]
+    return [*of_signals, *reasons][0]
+
+
+@contextmanager
+def own_random_numbers(strategy: Strategy, seed: int, step: int) -> Iterator[None]:
+    """Draw the random numbers of (seed, step, rank) in a block, and of (seed, step) after it.
+
+    So the processes have different dropout masks in a step, and equal random numbers in callbacks.
+    None of it depends on an earlier step, so that checkpoints need no generators of each process.
+    """
+    if strategy.world_size == 1:
+        yield
+        return
+    seeds.seed_everything(seeds.derive(seed, "step", step, strategy.rank))
+    yield
+    seeds.seed_everything(seeds.derive(seed, "after step", step))

@@ -1,0 +1,76 @@
+"""What the strategies for several processes have in common: torch.distributed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from framework import PositiveFloat, SettingError, Strategy
+from framework.runtime import processes
+from framework.runtime.torch_internals.pytree import tree_map
+
+
+class ProcessGroup(Strategy):
+    """Connects the processes of the run through torch.distributed: NCCL for CUDA, else gloo.
+
+    Args:
+        timeout_seconds: longest time to wait for the other processes.
+    """
+
+    def __init__(self, timeout_seconds: PositiveFloat = 300.0):
+        self.timeout_seconds = timeout_seconds
+
+    def start(self, device: torch.device) -> torch.device:
+        place = processes.launched()
+        if device.type == "mps":
+            raise SettingError("device=mps: torch.distributed has no backend for it; use cpu")
+        if device.type == "cuda":
+            device = own_cuda_device(device, place)
+        if place.world_size == 1:
+            return device
+        if not distributed.is_initialized():
+            processes.connect(device, self.timeout_seconds)
+        self.rank = place.rank
+        self.world_size = place.world_size
+        return device
+
+    def close(self) -> None:
+        processes.disconnect()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        with processes.lost_processes():
+            distributed.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with processes.lost_processes():
+            distributed.all_gather_object(values, tree_map(on_cpu, value))
+        return values
+
+
+def own_cuda_device(device: torch.device, place: processes.Launched) -> torch.device:
+    """Return the CUDA device of this process: the one with its number on this machine."""
+    if place.world_size > 1 and device.index is not None:
+        raise SettingError(
+            f"device={device}: each process uses the device of its number; use device=cuda"
+        )
+    index = place.local_rank if device.index is None else device.index
+    devices = torch.cuda.device_count()
+    if index >= devices:
+        raise SettingError(
+            f"process {place.rank} needs CUDA device {index}, but this machine has {devices}"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def on_cpu(value: Any) -> Any:
+    """Return a tensor on the CPU; any other value as it is."""
+    return value.cpu() if isinstance(value, Tensor) else value
