@@ -30,6 +30,7 @@ from .foreign_loader import (
     READ_AGAIN as READ_AGAIN,
     ForeignLoader as ForeignLoader,
     copy_batch,
+    known_length as known_length,
     set_epoch,
 )
 from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
@@ -243,14 +244,6 @@ def check_data(data: Data) -> None:
             raise DataError(f"the {name} split of {type(data).__name__} is empty")
     if "train" not in splits:
         raise DataError(f"{type(data).__name__} has no train split")
-
-
-def known_length(source: Any) -> int | None:
-    """Return the length of a split or loader; None if it has none."""
-    try:
-        return len(source)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 class Loader:
