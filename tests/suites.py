@@ -31,6 +31,7 @@ SUITE_OF = {
     "data/test_batches.py": "training",
     "data/test_folds.py": "training",
     "data/test_loader.py": "training",
+    "data/test_source_states.py": "training",
     "errors": "training",
     "experiment": "training",
     "experiment/test_plan.py": "unit",

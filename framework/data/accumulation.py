@@ -160,7 +160,9 @@ def other_order(batches: Batches, in_epoch: bool) -> str | None:
         batches: the loader of the resumed fit.
         in_epoch: whether the saved fit stopped inside an epoch.
     """
-    loader = batches.batches if isinstance(batches, ForeignLoader) else None
+    if not isinstance(batches, ForeignLoader) or batches.continues:
+        return None
+    loader = batches.batches
     if not isinstance(loader, DataLoader):
         return None
     samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
@@ -170,6 +172,13 @@ def other_order(batches: Batches, in_epoch: bool) -> str | None:
     if random and in_epoch:
         return "it stopped inside an epoch, and the DataLoader shuffles the rest in another order"
     return None
+
+
+def training_epoch(batches: Batches, epoch: int, start: int, accumulate: int) -> Iterator[Batch]:
+    """Return an iterator over the batches of an epoch of training (see `epoch` of the loaders)."""
+    if isinstance(batches, ForeignLoader):
+        return batches.training_epoch(epoch, start, accumulate)
+    return batches.epoch(epoch, start)
 
 
 def keep_as_is(item: Item) -> Item:

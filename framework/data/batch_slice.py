@@ -40,6 +40,11 @@ class BatchSlice(NamedTuple):
         last = self.last * size + min(self.last, larger)
         return first, last
 
+    def rows(self, size: int) -> int:
+        """Return the number of rows of the slice of a batch of some size."""
+        first, last = self.bounds(size)
+        return last - first
+
     def sizes(self, rows: int) -> list[int]:
         """Return the number of rows of each part in the slice."""
         size, larger = divmod(rows, self.parts)
@@ -68,6 +73,9 @@ class BatchSlice(NamedTuple):
         if first == last:
             return NO_ROWS
         return tuple(tensor[first:last] for tensor in batch)
+
+
+WHOLE = BatchSlice()
 
 
 def filled(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -31,8 +31,10 @@ from .foreign_loader import (
     READ_AGAIN as READ_AGAIN,
     ForeignLoader as ForeignLoader,
     copy_batch,
+    known_length as known_length,
     set_epoch,
 )
+from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
 from .token_splits import (
     GatheredSplit as GatheredSplit,
     RaggedSplit as RaggedSplit,
@@ -245,14 +247,6 @@ def check_data(data: Data) -> None:
         raise DataError(f"{type(data).__name__} has no train split")
 
 
-def known_length(source: Any) -> int | None:
-    """Return the length of a split or loader; None if it has none."""
-    try:
-        return len(source)
-    except (TypeError, NotImplementedError):
-        return None
-
-
 class Loader:
     """Reads the batches of a split, in an order that is a pure function of (seed, epoch).
 
@@ -284,7 +278,8 @@ class Loader:
             quick try.
         sampling: once reads each training sample once in an epoch; weighted draws the same number
             of samples with replacement, so that each class has the same expected share, however
-            rare it is.
+            rare it is. weighted keeps the drawn indices of an epoch in memory (8 bytes a sample);
+            once does so up to 2**24 samples, and computes them when they are read above that.
         split: the split to read.
         shuffle: whether this is the loader of training.
         seed: the seed of the order and of random samples.
@@ -382,33 +377,37 @@ class Loader:
             epoch = 0
         else:
             set_epoch(self.split, epoch)
-        indices = self.slice.of_batches(
-            self.order(epoch)[: len(self) * self.batch_size], self.batch_size
-        )
         if self.tensors is not None:
+            indices = self.batch_indices(epoch, self.tensors[0].device)
             batches = self._read_tensors(self.tensors, indices, start)
         else:
-            rest = indices[start * self.own_batch_size :]
+            indices = self.batch_indices(epoch)
             if isinstance(self.split, GatheredSplit):
-                batches = self._gather(self.split, rest)
+                batches = map(self.split.gather, indices.read(start))
             else:
-                batches = self._read_samples(epoch, rest)
+                batches = self._read_samples(epoch, IndexBatches(indices, start))
         return batches if self.slice.is_whole else filled(batches, len(self) - start)
 
     @property
     def own_batch_size(self) -> int:
         """The number of rows that this process reads of a full batch."""
-        first, last = self.slice.bounds(self.batch_size)
-        return last - first
+        return self.slice.rows(self.batch_size)
 
-    def order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> Order:
         """Return the indices of the samples of an epoch: a pure function of (seed, epoch)."""
         if self.class_sampler is not None:
             return self.class_sampler.order(self.seed, epoch)
         if isinstance(self.split, GatheredSplit):
             return self.split.order(self.seed, epoch, self.batch_size, self.shuffle)
         size = len(self.split)
-        return seeds.order(self.seed, epoch, size) if self.shuffle else torch.arange(size)
+        return shuffled(self.seed, epoch, size) if self.shuffle else sequential(size)
+
+    def batch_indices(self, epoch: int, device: torch.device = CPU) -> BatchIndices:
+        """Return the indices of the samples that this process reads in each batch of an epoch.
+
+        All ways to read take their indices from here. `device` is the one that uses them.
+        """
+        return BatchIndices(self.order(epoch), self.batch_size, len(self), device, self.slice)
 
     def indices(self, epoch: int, start: int, batches: int) -> list[int]:
         """Return the indices of the samples that this process reads in some batches.
@@ -418,10 +417,7 @@ class Loader:
             start: the number of the first batch.
             batches: the number of batches.
         """
-        first = start * self.batch_size
-        last = min(first + batches * self.batch_size, len(self) * self.batch_size)
-        indices = self.order(epoch)[first:last]
-        return self.slice.of_batches(indices, self.batch_size).tolist()
+        return self.batch_indices(epoch).joined(start, start + batches).tolist()
 
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""
@@ -492,29 +488,22 @@ class Loader:
         return min(fitting, max(len(self), 1))
 
     def _read_tensors(
-        self, tensors: Sequence[Tensor], indices: Tensor, start: int
+        self, tensors: Sequence[Tensor], indices: BatchIndices, start: int
     ) -> Iterator[Batch]:
         """Yield views of reads of several batches, from batch number `start` on."""
-        indices = indices.to(tensors[0].device)  # once per epoch, not once per batch
         per_read = self._batches_per_read(tensors)
         size = self.own_batch_size
         # Each read has the same batches with any start: sums may depend on alignment in memory.
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
-            chunk = indices[number * size : (number + per_read) * size]
+            chunk = indices.joined(number, number + per_read)
             rows = [tensor.index_select(0, chunk) for tensor in tensors]
             rows = list(self.memory_format.convert(rows))
             columns = [torch.split(tensor, size) for tensor in rows]
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
 
-    def _gather(self, split: GatheredSplit, indices: Tensor) -> Iterator[Batch]:
-        for chunk in torch.split(indices, self.own_batch_size):
-            if len(chunk):  # torch.split returns one empty chunk for no indices
-                yield split.gather(chunk)
-
-    def _read_samples(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
-        chunks = IndexBatches(indices, self.own_batch_size)
+    def _read_samples(self, epoch: int, chunks: IndexBatches) -> Iterator[Batch]:
         workers = min(self.workers, len(chunks))
         seed = seeds.derive(self.seed, "sample", epoch)
         samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip", workers)

@@ -14,6 +14,7 @@ from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory_format import MemoryFormat
 
 from .batch_slice import BatchSlice
+from .source_states import SourceStates, stateful_source
 from .tensor_loader import gathered_batches, tensor_source
 from .workers import as_batch
 
@@ -25,7 +26,9 @@ READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 class ForeignLoader:
     """Reads an iterable of batches without changing it.
 
-    A DataLoader over tensors is read with one gather per batch (see `tensor_loader.py`).
+    A DataLoader over tensors is read with one gather per batch (see `tensor_loader.py`). The state
+    of an iterable with `state_dict` and `load_state_dict` is saved with that of a fit (see
+    `source_states.py`).
 
     The iterable may write each batch into the memory of the previous one. So a batch is valid only
     until the next one is read; use `keep` to keep it for longer.
@@ -59,6 +62,10 @@ class ForeignLoader:
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None
         self.started = False
+        self.states: SourceStates | None = None
+        source = stateful_source(batches)
+        if source is not None:
+            self.states = SourceStates(source)
 
     def to(self, device: torch.device) -> "ForeignLoader":
         """Prepare to read for a device, and return this loader.
@@ -117,7 +124,42 @@ class ForeignLoader:
             kind = type(self.batches).__name__
             raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
         self.started = True
-        batches = map(as_batch, self._iterate(start))
+        return self._prepare(self._iterate(start))
+
+    def training_epoch(self, epoch: int, start: int, accumulate: int = 1) -> Iterator[Batch]:
+        """Return the same as `epoch`, and record the states of a source that has one.
+
+        If a state was loaded, the source continues from it, and no batch is read to skip it.
+
+        Args:
+            epoch: the epoch, counted from 0.
+            start: number of batches to skip.
+            accumulate: batches per step.
+        """
+        if self.states is None:
+            return self.epoch(epoch, start)
+        set_epoch(self.batches, epoch)
+        self.started = True
+        length = known_length(self)
+        return self._prepare(self.states.record(epoch, start, self._iterate, length, accumulate))
+
+    def source_state(self, epoch: int, start: int) -> Any:
+        """Return the state of the source before batch number `start` of an epoch; None: unknown."""
+        return None if self.states is None else self.states.at(epoch, start)
+
+    def load_source_state(self, state: Any) -> None:
+        """Continue from a result of `source_state`, unless it is None."""
+        if self.states is not None:
+            self.states.load(state)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the next batch is read from a state that was loaded."""
+        return self.states is not None and self.states.loaded is not None
+
+    def _prepare(self, iterator: Iterator[Any]) -> Iterator[Batch]:
+        """Return an iterator over batches as tuples of tensors, copied and converted as needed."""
+        batches = map(as_batch, iterator)
         if not self.slice.is_whole:
             batches = map(self.slice.of_batch, batches)
         if self.copies is None:
@@ -168,6 +210,14 @@ def makes_new_tensors(batches: Any) -> bool:
     if type(batches) is not DataLoader or batches.batch_sampler is None:
         return False
     return batches.collate_fn is torch.utils.data.default_collate
+
+
+def known_length(source: Any) -> int | None:
+    """Return the length of a split or loader; None if it has none."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def set_epoch(source: Any, epoch: int) -> None:

@@ -10,6 +10,8 @@ from framework.errors import DataError
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
 
+from .sample_order import Order, mapped, sequential, shuffled
+
 
 class GatheredSplit:
     """A split in memory that makes its batches, and may choose the order of its samples.
@@ -32,9 +34,9 @@ class GatheredSplit:
         """Return the samples at indices (a tensor on the CPU) as one batch on the device."""
         raise NotImplementedError
 
-    def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
-        """Return the indices of an epoch: a pure function of the arguments."""
-        return seeds.order(seed, epoch, len(self)) if shuffle else torch.arange(len(self))
+    def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Order:
+        """Return the indices of an epoch, a pure function of the arguments: e.g. a tensor."""
+        return shuffled(seed, epoch, len(self)) if shuffle else sequential(len(self))
 
     def to(self, device: torch.device) -> "GatheredSplit":
         """Make further batches on a device, and return this split."""
@@ -98,7 +100,7 @@ class RaggedSplit(GatheredSplit):
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
-        permutation = super().order(seed, epoch, batch_size, shuffle)
+        permutation = super().order(seed, epoch, batch_size, shuffle)[:]  # as large as `lengths`
         full = len(permutation) - len(permutation) % batch_size
         if not shuffle or self.bucket < 2 or full == 0:
             return permutation
@@ -155,13 +157,13 @@ class WindowSplit(GatheredSplit):
             return (len(self.tokens) - 1) // self.length - 1
         return 1 + -(-(len(self.tokens) - 1 - self.length) // self.stride)
 
-    def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
-        windows = torch.arange(len(self)) * self.stride
+    def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Order:
+        windows = super().order(seed, epoch, batch_size, shuffle)
         if not shuffle:
-            last = len(self.tokens) - 1 - self.length
-            return windows.clamp(max=last)  # the last window ends with the text
+            last = len(self.tokens) - 1 - self.length  # the last window ends with the text
+            return mapped(windows, lambda window: (window * self.stride).clamp(max=last))
         start = torch.randint(self.length, (), generator=seeds.generator(seed, "windows", epoch))
-        return windows[seeds.order(seed, epoch, len(self))] + start
+        return mapped(windows, lambda window: window * self.stride + start)
 
     def content(self) -> Any:
         """Return the content of the samples, see `Data`."""

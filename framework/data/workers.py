@@ -28,6 +28,8 @@ from framework.runtime.torch_internals.data_workers import (
 )
 from framework.system.signals import ENDING, end_with_parent
 
+from .sample_order import BatchIndices, sequential
+
 MEMORY = "loader.read=memory"
 SHARED_MEMORY = Path("/dev/shm")  # contains the batches of workers
 NOT_READING = -1  # in place of an index
@@ -54,19 +56,23 @@ class Read(NamedTuple):
 
 
 class IndexBatches(torch.utils.data.Sampler[list[int]]):
-    """The indices of an epoch as one list per batch, as DataLoader needs them."""
+    """The indices of an epoch as one list per batch, as DataLoader needs them.
 
-    def __init__(self, indices: Tensor, batch_size: int):
-        self.indices = indices
-        self.batch_size = batch_size
+    Args:
+        batches: the indices of each batch.
+        start: number of batches to skip.
+    """
+
+    def __init__(self, batches: BatchIndices, start: int = 0):
+        self.batches = batches
+        self.start = start
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return max(len(self.batches) - self.start, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for chunk in torch.split(self.indices, self.batch_size):
-            if len(chunk):  # torch.split returns one empty chunk for no indices
-                yield chunk.tolist()
+        for indices in self.batches.read(self.start):
+            yield indices.tolist()
 
 
 class SeededSamples(torch.utils.data.Dataset[Any]):
@@ -201,7 +207,8 @@ class DeterministicSamples(SeededSamples):
             DataError: a sample is random.
         """
         count = min(8, len(self))
-        indices = torch.linspace(0, len(self) - 1, count).long()
+        # float32 could round the last index up.
+        indices = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).long()
         few = torch.unique(indices).tolist()
         first = batch_of(collate(self.__getitems__(few)))
         second = batch_of(collate(self.__getitems__(few)))
@@ -259,7 +266,8 @@ def read_all_samples(
     """
     columns: list[Tensor] = []
     done = 0
-    chunks = IndexBatches(torch.arange(len(samples)), CACHE_BATCH)
+    size = len(samples)
+    chunks = IndexBatches(BatchIndices(sequential(size), CACHE_BATCH, size))
     for read in read_batches(samples, chunks, min(workers, len(chunks)), timeout_seconds):
         batch = batch_of(read)
         if not columns:

@@ -1,7 +1,6 @@
 """The contents of a checkpoint: tensors on the CPU and plain types, without code."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from framework.errors import CheckpointError
+from framework.runtime.plain_state import CopyTensor, plain_copy
 
 Weights = Mapping[str, Tensor]  # by name, buffers included
 Facts = Mapping[str, Any] | None  # of the run, in plain JSON types
-ToCPU = Callable[[Tensor], Tensor]
-PLAIN_TYPES = (str, int, float, bool, type(None), bytes)
 
 
 class Snapshot(NamedTuple):
@@ -92,7 +90,9 @@ def snapshot(
     return Snapshot(step, tensors, tied, plain_copy(training, to_cpu), facts)
 
 
-def distinct_tensors(state: Weights, to_cpu: ToCPU) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(
+    state: Weights, to_cpu: CopyTensor
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return each distinct tensor once, on the CPU, and the first name for each further name."""
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -175,39 +175,6 @@ def compact(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def plain_copy(value: Any, to_cpu: ToCPU, path: str = "") -> Any:
-    """Return a copy of a value in plain types, with its tensors on the CPU.
-
-    Subclasses are refused: a numpy.float64 is a float, but it is pickled as code.
-
-    Raises:
-        CheckpointError: a value is of another type; the message has its path.
-    """
-    kind = type(value)
-    if kind in PLAIN_TYPES:
-        return value
-    if kind in (Tensor, torch.nn.Parameter):
-        return to_cpu(value)
-    if kind in (dict, OrderedDict):
-        copied = {}
-        for key, item in value.items():
-            key_copy = plain_copy(key, to_cpu, f"{path} (a key)")
-            copied[key_copy] = plain_copy(item, to_cpu, f"{path}.{key}".lstrip("."))
-        return copied
-    if kind in (list, tuple):
-        items = []
-        for index, item in enumerate(value):
-            items.append(plain_copy(item, to_cpu, f"{path}.{index}".lstrip(".")))
-        return kind(items)
-    name = kind.__qualname__
-    if kind.__module__ != "builtins":
-        name = f"{kind.__module__}.{name}"
-    raise CheckpointError(
-        f"{path or 'the training state'} is a {name}, which a checkpoint cannot hold; state_dict "
-        "must give dict, list, tuple, str, int, float, bool, None, bytes or tensors"
-    )
 
 
 def bytes_of(value: Any) -> int:

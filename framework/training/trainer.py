@@ -36,6 +36,7 @@ from framework.data.accumulation import (
     known_targets,
     other_order,
     step_windows,
+    training_epoch,
 )
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
 from framework.errors import DataError, SettingError
@@ -261,6 +262,8 @@ class Trainer(Evaluator):
                 split, or batches whose order is fixed for each epoch (a sampler with `set_epoch`).
                 With a DataLoader that shuffles by torch's global generator this holds only at the
                 end of an epoch, and with one that has its own generator never; both give a warning.
+                An iterable with `state_dict` and `load_state_dict`, such as torchdata's
+                StatefulDataLoader, continues from its saved state, and as exactly as that allows.
 
         Returns:
             The final state.
@@ -616,7 +619,7 @@ class Trainer(Evaluator):
             DataError: the data ends before the last step.
         """
         state = self.state
-        batches = self.train_batches.epoch(state.epoch, state.batch)
+        batches = training_epoch(self.train_batches, state.epoch, state.batch, self.accumulate)
         if self._single is not None:
             batches = self._try_single_sample(batches)
         steps_left = 0

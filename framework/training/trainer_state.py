@@ -11,7 +11,7 @@ from framework.contracts.callback import keyed
 from framework.contracts.context import Context
 from framework.contracts.schedule import Schedule
 from framework.contracts.state import Cadence
-from framework.data.dataset import Loader
+from framework.data.dataset import ForeignLoader, Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
@@ -50,6 +50,8 @@ def reset(trainer: TrainerParts) -> None:
         parameter.grad = None
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = 0
+    elif trainer.train_batches.states is not None:
+        trainer.train_batches.states.reset()
     if isinstance(trainer.schedule, Schedule):
         trainer.schedule.reset()
     for callback in trainer.callbacks:
@@ -92,7 +94,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
 
     The tensors are not copied; the next step changes them.
     """
-    return trainer.state.state_dict() | {
+    saved = trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
         "optimizer": optimizer_state(trainer),
         "optimizer_settings": trainer.optimizer_settings,
@@ -111,6 +113,10 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "skipped": trainer.train_batches.skipped,
         "random": seeds.capture(),
     }
+    if isinstance(trainer.train_batches, ForeignLoader):
+        state = trainer.state
+        saved["source"] = trainer.train_batches.source_state(state.epoch, state.batch)
+    return saved
 
 
 def optimizer_state(trainer: TrainerParts) -> dict[str, Any]:
@@ -166,6 +172,8 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
         trainer.train_batches.skipped = saved["skipped"]
+    else:
+        trainer.train_batches.load_source_state(saved.get("source"))
     seeds.restore(saved["random"])
 
 

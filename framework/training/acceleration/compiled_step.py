@@ -214,6 +214,7 @@ class CompiledSingleCall(SingleCallStep):
         self.compiled = Compiled(self._step, setting, clock)
         self.states: list[State] = []
         self.counters: list[list[Tensor]] = []  # of steps, by group
+        self.step_tensors: dict[tuple[int, str], Tensor] = {}  # by group and name
 
     def __call__(self, batch: Batch) -> tuple[Step, bool]:
         """Run the step; not updated if the loss or a gradient is not finite."""
@@ -239,6 +240,7 @@ class CompiledSingleCall(SingleCallStep):
         state = self.optimizer.state
         self.states = [tensors_of(state.get(p)) for p in self.trainable]
         self.counters = [[] for _ in self.optimizer.param_groups]
+        self.step_tensors = {}
         for index, own in zip(self.group_indices, self.states, strict=True):
             if "step" in own:
                 self.counters[index].append(own["step"])
@@ -257,11 +259,14 @@ class CompiledSingleCall(SingleCallStep):
         if self.step_numbers is None or self.precision.device.type != "cpu":
             return numbers
         for index, group in enumerate(self.optimizer.param_groups):
-            steps = set(map(float, self.counters[index]))
+            steps = {counter.item() for counter in self.counters[index]}
             if len(steps) != 1:
                 continue  # a parameter was not updated in some steps
             for name, value in self.step_numbers(steps.pop() + 1, group).items():
-                numbers[index][name] = torch.full_like(self.learning_rates[index], value)
+                key = (index, name)
+                if key not in self.step_tensors:
+                    self.step_tensors[key] = torch.zeros_like(self.learning_rates[index])
+                numbers[index][name] = self.step_tensors[key].fill_(value)
         return numbers
 
     def _is_stateless(self, group: dict[str, Any]) -> bool:
