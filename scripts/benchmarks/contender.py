@@ -125,6 +125,7 @@ class Watch:
             seconds=seconds,
             steps=updates - self.steps_before,
             epochs=self.epochs,
+            peak_bytes=peak_bytes(),  # without the memory of the next line
             loss=self.loss(),
         )
         if json.loads(sys.stdin.readline() or '"stop"') != "go":
@@ -136,6 +137,19 @@ class Watch:
 
 def answer(answers: IO[str], **content: Any) -> None:
     print(json.dumps(content), file=answers, flush=True)
+
+
+def peak_bytes() -> int | None:
+    """Return the peak resident memory of this process; None on systems other than Linux.
+
+    `resource.getrusage` is no alternative: it includes the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 @torch.no_grad()
