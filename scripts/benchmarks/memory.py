@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.contender import Job
+from benchmarks.contender import Job, peak_bytes
 from benchmarks.rounds import Contender, Failed, Process, table
 from benchmarks.speed import UNSUPPORTED, Plan, prepare
 
@@ -19,7 +19,12 @@ def memory(plan: Plan, chosen: Sequence[Contender]) -> int:
 
     Returns:
         The exit status: 1 when a contender failed.
+
+    Raises:
+        Failed: This system does not report the peak memory.
     """
+    if peak_bytes() is None:
+        raise Failed("--memory: this system has no /proc/self/status with the line VmHWM")
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for workload in plan.workloads:

@@ -14,7 +14,18 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import loops, machine, ours, overhead, safety, speed, startup, sweep  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contender,
+    loops,
+    machine,
+    memory,
+    ours,
+    overhead,
+    safety,
+    speed,
+    startup,
+    sweep,
+)
 from benchmarks.contender import Enough, Job, Watch  # noqa: E402
 from benchmarks.rounds import Failed, ratio, table, take_turns  # noqa: E402
 from benchmarks.speed import Course  # noqa: E402
@@ -89,6 +100,16 @@ def test_every_loop_trains_the_same_model_equally_far(train, typical, job, monke
     assert bool(event_files) is typical
 
 
+def test_the_handwritten_loop_shows_a_progress_bar(job, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    for typical in (True, False):
+        with pytest.raises(Enough):
+            loops.handwritten(
+                job._replace(typical=typical), Watch(job, FakePipes(monkeypatch, "stop"))
+            )
+        assert ("epoch 0:   0%" in capsys.readouterr().err) is typical
+
+
 def test_a_round_consists_of_complete_epochs(job, monkeypatch):
     pipes = FakePipes(monkeypatch, "go", "stop")
     watch = Watch(job, pipes)
@@ -120,6 +141,47 @@ def test_api_prints_a_row_for_each_way_to_call_the_trainer():
     done = bench("api", *options, "--contenders", *names)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(rows(done.stdout)) == ["contender", *names]
+
+
+@pytest.mark.skipif(contender.peak_bytes() is None, reason="needs /proc/self/status")
+def test_memory_prints_the_peak_of_each_contender():
+    names = ["handwritten", "tight"]
+    options = ["--workloads", "mlp", "--modes", "typical", "--rounds", "1"]
+    done = bench("api", "--memory", *options, "--contenders", *names)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = rows(done.stdout)
+    assert list(found) == ["contender", *names]
+    assert found["handwritten"][1:] == ["1.00", "+0.00"]  # against itself
+    assert 50 < float(found["tight"][0].replace(",", "")) < 5000
+
+
+@pytest.mark.skipif(contender.peak_bytes() is None, reason="needs /proc/self/status")
+def test_peak_memory_is_that_of_the_process_without_its_parent():
+    parent = b"x" * 2**28
+    program = """
+from benchmarks.contender import peak_bytes
+before = peak_bytes()
+block = b"x" * 2**27
+print(before, peak_bytes())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    assert before < contender.peak_bytes()
+    assert after - before == pytest.approx(2**27, rel=0.2)
+    assert parent  # kept until here
+
+
+def test_memory_compares_with_the_checkpoint(job):
+    assert memory.checkpoint_bytes(job) == 3 * 4 * (64 * 128 + 128 + 128 * 128 + 128 + 1290)
+    peaks = {"handwritten": 100 * 2**20, "other": 130 * 2**20}
+    found = rows(memory.comparison({"bare": peaks}, checkpoint=20 * 2**20))
+    assert found["other"] == ["130", "1.30", "+1.50"]
 
 
 def course(loss, steps=450, failed=""):
