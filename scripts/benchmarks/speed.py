@@ -62,15 +62,15 @@ class Course(NamedTuple):
 
     Args:
         microseconds: A step's time in each round.
-        failed: The error that ended the contender, if any.
         cpu_microseconds: A step's time on the CPU in each round, of all threads together.
+        failed: The error that ended the contender, if any.
     """
 
     microseconds: list[float]
+    cpu_microseconds: list[float]
     steps: list[int]
     losses: list[float]
     failed: str = ""
-    cpu_microseconds: list[float] = []  # noqa: RUF012  # never changed
 
 
 Courses = dict[str, Course]
@@ -195,7 +195,7 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
 
     The third and later rounds start only before `until`.
     """
-    courses = {name: Course([], [], [], cpu_microseconds=[]) for name in processes}
+    courses = {name: Course([], [], [], []) for name in processes}
     for name, process in processes.items():
         folder = Path(job.folder, name)
         folder.mkdir()
@@ -214,17 +214,20 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
             if answer is None:
                 del running[name]
                 continue
-            steps = answer["steps"]
             course = courses[name]
-            course.microseconds.append(answer["seconds"] / steps * 1e6 if steps else math.inf)
-            cpu = answer["cpu_seconds"] / steps * 1e6 if steps else math.inf
-            course.cpu_microseconds.append(cpu)
+            steps = answer["steps"]
             course.steps.append(steps)
+            course.microseconds.append(microseconds_of_step(answer["seconds"], steps))
+            course.cpu_microseconds.append(microseconds_of_step(answer["cpu_seconds"], steps))
             course.losses.append(answer["loss"])
     for name, process in running.items():
         process.send("stop")
         receive(courses, name, process)
     return courses
+
+
+def microseconds_of_step(seconds: float, steps: int) -> float:
+    return seconds / steps * 1e6 if steps else math.inf
 
 
 def receive(courses: Courses, name: str, process: Process) -> dict[str, Any] | None:

@@ -96,6 +96,7 @@ def test_every_loop_trains_the_same_model_equally_far(train, typical, job, monke
     assert [answer["steps"] for answer in pipes.answers] == [45, 90, 90]
     assert [answer["epochs"] for answer in pipes.answers] == [1, 3, 5]
     assert pipes.answers[-1]["loss"] == pytest.approx(0.16, abs=0.05)
+    assert all(answer["cpu_seconds"] > 0 for answer in pipes.answers)
     event_files = list(Path(job.folder).rglob("events.out.tfevents*"))
     assert bool(event_files) is typical
 
@@ -131,6 +132,8 @@ def test_speed_prints_a_row_for_each_contender():
     assert (done.returncode, done.stderr) == (0, "")
     found = rows(done.stdout)
     assert list(found) == ["contender", *names]
+    assert "| bare, µs a step |" in done.stdout
+    assert found["contender"][0] == "bare, CPU µs a step"  # of the second table
     assert float(found["handwritten"][1]) == 1.0  # against itself
     assert float(found["ours"][0].replace(",", "")) > 0
 
@@ -185,7 +188,7 @@ def test_memory_compares_with_the_checkpoint(job):
 
 
 def course(loss, steps=450, failed=""):
-    return Course([100.0], [steps], [loss], failed)
+    return Course([100.0], [90.0], [steps], [loss], failed)
 
 
 @pytest.mark.parametrize(
