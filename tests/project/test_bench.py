@@ -27,7 +27,14 @@ from benchmarks import (  # noqa: E402
     sweep,
 )
 from benchmarks.contender import Enough, Job, Watch  # noqa: E402
-from benchmarks.rounds import Failed, ratio, table, take_turns  # noqa: E402
+from benchmarks.rounds import (  # noqa: E402
+    Contender,
+    Failed,
+    Process,
+    ratio,
+    table,
+    take_turns,
+)
 from benchmarks.speed import Course  # noqa: E402
 from benchmarks.workloads import WORKLOADS, read  # noqa: E402
 
@@ -226,6 +233,16 @@ def test_the_error_of_a_contender_is_reported(tmp_path):
         check=True,
     )
     assert json.loads(done.stdout) == {"failed": "ValueError: no such thing"}
+
+
+def test_a_contender_that_was_killed_is_reported():
+    process = Process(Contender("tight", sys.executable, "benchmarks.loops", "tight"), 1, "cpu")
+    process.child.kill()
+    process.child.wait()
+    process.send({"x": 1})
+    with pytest.raises(Failed):
+        process.receive()
+    process.close()  # the line that was not read causes no error
 
 
 @pytest.mark.parametrize(
