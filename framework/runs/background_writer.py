@@ -41,7 +41,7 @@ class Writer:
 
     rest = 4.0
     pause = 1.0
-    most_bytes = 128 * 2**20  # `scripts/bench api --memory`, wide MLP: two copies, not three
+    most_bytes = 256 * 2**20
 
     def __init__(self) -> None:
         self.jobs: list[WriteJob] = []
