@@ -259,7 +259,7 @@ class Loader:
 
     - A split in memory: several batches at once by indexing its tensors, on the device that holds
       them.
-    - A `GatheredSplit`: batch by batch, made by the split.
+    - A `GatheredSplit`: batch by batch, made by the split; several at once if it allows this.
     - Any other split: sample by sample through torch's DataLoader. The random numbers of a sample
       are a function of (seed, epoch, sample), so that batches are the same with any number of
       workers and after a restart. For CUDA each batch is copied while the previous one is used.
@@ -383,10 +383,9 @@ class Loader:
         indices = self.order(epoch)[: len(self) * self.batch_size]
         if self.tensors is not None:
             return self._read_tensors(self.tensors, indices, start)
-        rest = indices[start * self.batch_size :]
         if isinstance(self.split, GatheredSplit):
-            return self._gather(self.split, rest)
-        return self._read_samples(epoch, rest)
+            return self._gather(self.split, indices, start)
+        return self._read_samples(epoch, indices[start * self.batch_size :])
 
     def order(self, epoch: int) -> Tensor:
         """Return the indices of the samples of an epoch: a pure function of (seed, epoch)."""
@@ -435,7 +434,9 @@ class Loader:
         if self.tensors is not None:
             text = f"in memory, {self._batches_per_read(self.tensors)} batches per read"
         elif isinstance(self.split, GatheredSplit):
-            text = "in memory, gathered batch by batch"
+            count = self._batches_per_gather(self.split)
+            reads = "gathered batch by batch" if count == 1 else f"{count} batches per read"
+            text = f"{self.split.place}, {reads}"
         else:
             text = f"torch's DataLoader, {self.workers or 'no'} workers"
             if self.uncached is not None:
@@ -466,7 +467,15 @@ class Loader:
         return samples
 
     def _batches_per_read(self, tensors: Sequence[Tensor]) -> int:
-        bytes_per_sample = sum(tensor[:1].nbytes for tensor in tensors)
+        return self._batches_of(sum(tensor[:1].nbytes for tensor in tensors))
+
+    def _batches_per_gather(self, split: GatheredSplit) -> int:
+        if split.bytes_per_sample is None or split.reuses_memory:
+            return 1
+        return self._batches_of(split.bytes_per_sample)
+
+    def _batches_of(self, bytes_per_sample: int) -> int:
+        """Return the number of batches to read at once."""
         bytes_per_batch = max(bytes_per_sample * self.batch_size, 1)
         fitting = max(self.bytes_per_read // bytes_per_batch, 1)
         return min(fitting, max(len(self), 1))
@@ -487,10 +496,19 @@ class Loader:
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
 
-    def _gather(self, split: GatheredSplit, indices: Tensor) -> Iterator[Batch]:
-        for chunk in torch.split(indices, self.batch_size):
-            if len(chunk):  # torch.split returns one empty chunk for no indices
-                yield split.gather(chunk)
+    def _gather(self, split: GatheredSplit, indices: Tensor, start: int) -> Iterator[Batch]:
+        """Yield the batches of a split from batch number `start` on, as `_read_tensors` does."""
+        per_read = self._batches_per_gather(split)
+        first_read = start - start % per_read
+        for number in range(first_read, len(self), per_read):
+            chunk = indices[number * self.batch_size : (number + per_read) * self.batch_size]
+            read = self.memory_format.convert(split.gather(chunk))
+            if per_read == 1:
+                yield read
+                continue
+            columns = [torch.split(tensor, self.batch_size) for tensor in read]
+            batches = zip(*columns, strict=True)
+            yield from islice(batches, max(start - number, 0), None)
 
     def _read_samples(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
         chunks = IndexBatches(indices, self.batch_size)
