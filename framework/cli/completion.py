@@ -63,7 +63,7 @@ function __framework_complete
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
-complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board'
+complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust data board'
 """
 
 
@@ -113,6 +113,8 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     name = before[0]
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
+    if before == ["data"]:
+        return starting(current, ("convert",))
     if name in commands and commands[name].composes:
         return override_words(current, before[1:], index)
     if name == "list":
