@@ -508,7 +508,7 @@ def read_vectors(cells: Any, name: str) -> Any:
 def evenly_spaced(rows: Tensor, most: int) -> Tensor:
     """Return at most `most` of the rows, evenly spaced."""
     step = -(-len(rows) // most)
-    return rows[::step]
+    return rows[::step].contiguous()
 
 
 def read_arrow_inputs(path: Path, facts: dict[str, Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """Splits of data sets in Arrow files: rows are read from the mapped files when they are needed."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,15 @@ class MappedNumbers(GatheredSplit):
         self.labels = labels
         self.shapes = list(shapes)
         self.facts = facts
-        self.bytes_per_sample = 4 * torch.Size(facts["in_shape"]).numel() + labels[:1].nbytes
+        self.dtype = torch.float64 if facts.get("float64") else torch.float32
+        self.mean = torch.as_tensor(facts["mean"], dtype=self.dtype)
+        self.std = torch.as_tensor(facts["std"], dtype=self.dtype)
+        self.starts: Tensor | None = None
+        columns = list(table.columns.values())
+        if len(columns) == 1 and len(table.files) == 1 and columns[0].fixed_shape is not None:
+            # Computed once: reading is a fifth faster (`scripts/bench data`, row reading).
+            self.starts = columns[0].starts(rows)
+        self.bytes_per_sample = 4 * math.prod(facts["in_shape"]) + labels[:1].nbytes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,9 +64,22 @@ class MappedNumbers(GatheredSplit):
         return [self.table.paths, self.table.names, self.rows, self.labels, self.facts]
 
     def gather(self, indices: Tensor) -> Batch:
-        raw = read_numbers(self.table, self.rows[indices], self.shapes, self.facts["in_shape"])
-        batch = (standardize(raw, self.facts), self.labels[indices])
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        raw = self.read_raw(indices)
+        # As `standardize`, without its copy: `raw` is new, and has been read from the file.
+        inputs = raw.to(self.dtype).sub_(self.mean).div_(self.std).float()
+        labels = self.labels.index_select(0, indices)
+        if self.device.type == "cpu":
+            return inputs, labels
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels))
+
+    def read_raw(self, indices: Tensor) -> Tensor:
+        """Return the numbers of some samples as they are in the files."""
+        in_shape = self.facts["in_shape"]
+        if self.starts is None:
+            return read_numbers(self.table, self.rows[indices], self.shapes, in_shape)
+        column = next(iter(self.table.columns.values()))
+        values = column.take(0, self.starts.index_select(0, indices), math.prod(in_shape))
+        return values.reshape(len(indices), *in_shape)
 
 
 def read_numbers(

@@ -6,6 +6,7 @@ rows are read, and only those of these rows: checking all of them (`validate(ful
 the file. A column that is read as a whole, such as the targets, is checked completely.
 """
 
+import math
 import mmap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -270,6 +271,10 @@ class MappedColumn:
         else:
             self.dtype = DTYPES[leaf]
         self.views = [file.view(self.dtype) for file in table.files]
+        if self.fixed_shape is not None:
+            # Row r of a record batch begins at bases[batch] + r * values of a row.
+            first = torch.cat([part.first for part in parts])
+            self.bases = first - table.batch_starts * math.prod(self.fixed_shape)
 
     @property
     def fixed_shape(self) -> tuple[int, ...] | None:
@@ -350,21 +355,46 @@ class MappedColumn:
         Raises:
             DataError: a row has another shape.
         """
-        needed = torch.Size(shape).numel()
+        needed = math.prod(shape)
+        if self.fixed_shape is not None:
+            starts = self.starts(rows)
+            if len(self.views) == 1:
+                return self.take(0, starts, needed).reshape(len(rows), *shape)
+            pieces = self.by_file(self.table.file_of_batch[self.table.batch_of(rows)], starts)
+        else:
+            pieces = self.starts_of_lists(rows, shape)
         result: Tensor | None = None
-        for number, chosen, sizes, start, _ in self.spans(rows):
-            if self.fixed_shape is None:
-                self.check_shape(sizes, shape, rows[chosen])
-            values = self.take(number, start, needed)
-            if len(chosen) == len(rows):
-                result = values
-                break
+        for number, chosen, starts in pieces:
+            values = self.take(number, starts, needed)
             if result is None:
                 result = values.new_empty(len(rows), needed)
             result[chosen] = values
         if result is None:
             result = torch.empty(0, needed, dtype=self.dtype)
         return result.reshape(len(rows), *shape)
+
+    def starts(self, rows: Tensor) -> Tensor:
+        """Return the positions of the first values of rows, for a column of fixed shape."""
+        count = math.prod(self.fixed_shape or ())
+        return self.bases[self.table.batch_of(rows)] + rows * count
+
+    def by_file(self, files: Tensor, starts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of each file, the indices of its rows, and the starts of these."""
+        for number in torch.unique(files).tolist():
+            chosen = (files == number).nonzero()[:, 0]
+            yield number, chosen, starts[chosen]
+
+    def starts_of_lists(
+        self, rows: Tensor, shape: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the same as `by_file` for lists that are stored with offsets.
+
+        Raises:
+            DataError: a list has another shape.
+        """
+        for number, chosen, sizes, starts, _ in self.spans(rows):
+            self.check_shape(sizes, shape, rows[chosen])
+            yield number, chosen, starts
 
     def check_shape(self, sizes: list[Tensor], shape: Sequence[int], rows: Tensor) -> None:
         """Raise DataError for a row whose lists do not have a shape."""
@@ -482,6 +512,10 @@ class MappedTable:
     def __reduce__(self) -> Any:
         return MappedTable, (self.paths, self.names)
 
+    def batch_of(self, rows: Tensor) -> Tensor:
+        """Return the number of the record batch of each row, counted through all files."""
+        return torch.searchsorted(self.batch_starts, rows, right=True) - 1
+
     def locate(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield the places of some rows, file by file.
 
@@ -489,7 +523,7 @@ class MappedTable:
             The number of the file, the indices into `rows`, the numbers of the record batches in
             the file, and the rows in their batches.
         """
-        batch = torch.searchsorted(self.batch_starts, rows, right=True) - 1
+        batch = self.batch_of(rows)
         local = rows - self.batch_starts[batch]
         if len(self.files) == 1:
             yield 0, torch.arange(len(rows)), batch, local
