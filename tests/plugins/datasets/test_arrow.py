@@ -359,7 +359,7 @@ def test_empty_cells_and_nan_are_errors(tmp_path, labels):
 def test_a_compressed_file_is_refused_with_advice(tmp_path, numbers, labels):
     columns = {"x": fixed(numbers[1]), "label": labels}
     path = write(tmp_path / "z.arrow", columns, compression="zstd", batch_rows=ROWS)
-    with pytest.raises(DataError, match="compressed.*framework data convert"):
+    with pytest.raises(DataError, match=r"compressed.*framework data convert"):
         build(path)
 
 
@@ -400,6 +400,7 @@ def test_a_damaged_file_is_an_error_or_read_within_its_bounds(tmp_path, labels, 
     path = tmp_path / "b.arrow"
     rng = random.Random(0)
     outcomes = set()
+    messages = []
     for number in range(150):
         content = bytearray(original)
         if number % 3 == 0:
@@ -415,8 +416,9 @@ def test_a_damaged_file_is_an_error_or_read_within_its_bounds(tmp_path, labels, 
                     data.train[row]
                 outcomes.add("read")
             except FrameworkError as error:
-                assert "\n" not in str(error)
+                messages.append(str(error))
                 outcomes.add("refused")
+    assert not any("\n" in message for message in messages)
     assert outcomes == {"read", "refused"}
 
 
