@@ -68,17 +68,18 @@ def data(
             for batch_size in batch_sizes:
                 task = Task(str(file), 0, width, batch_size, trains, limit, threads)
                 lines.append(compare(task, in_memory, rounds))
-    header = ["measured", "batch", "in memory", "arrow", "speed", "RssAnon", "RssFile"]
+    header = ["measured", "batch", "in memory", "arrow", "speed", "by CPU", "RssAnon", "RssFile"]
     print(table(header, lines))
     return 0
 
 
 def compare(task: Task, rows: int, rounds: int) -> list[str]:
-    """Return the row of the table for a task: ns per row of both, their ratio, and the memory."""
+    """Return the row of the table for a task: ns per row of both, their ratios, and the memory."""
     file = Reader(task)
     memory = Reader(task._replace(rows=rows, limit=0))
     try:
         times = take_turns({"file": file.seconds, "memory": memory.seconds}, rounds)
+        own = ratio(memory.cpu[-rounds:], file.cpu[-rounds:])
     finally:
         file.close()
         memory.close()
@@ -88,6 +89,7 @@ def compare(task: Task, rows: int, rounds: int) -> list[str]:
         f"{1e9 * statistics.median(times['memory']):.0f} ns",
         f"{1e9 * statistics.median(times['file']):.0f} ns",
         f"{ratio(times['memory'], times['file']):.2f}",
+        f"{own:.2f}",
         f"{file.largest['RssAnon'] >> 20} MiB",
         f"{file.largest['RssFile'] >> 20} MiB",
     ]
@@ -103,12 +105,14 @@ class Reader:
         self.process.start()
         theirs.close()
         self.largest = {"RssAnon": 0, "RssFile": 0}
+        self.cpu: list[float] = []  # seconds of processor time per row, of each round
         self.pipe.recv()  # it is ready
 
     def seconds(self) -> float:
         """Return the seconds per row of one round."""
         self.pipe.send(True)
-        seconds, memory = self.pipe.recv()
+        seconds, cpu, memory = self.pipe.recv()
+        self.cpu.append(cpu)
         for name, size in memory.items():
             self.largest[name] = max(size, self.largest[name])
         return float(seconds)
