@@ -242,7 +242,7 @@ def open_parquet(path: Path) -> Source:
     """Return a Parquet file as a source."""
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(path, pre_buffer=False)  # the whole file would be buffered
     row_bytes = file.metadata.row_group(0).total_byte_size if file.metadata.num_row_groups else 0
     rows = file.metadata.row_group(0).num_rows if file.metadata.num_row_groups else 0
     per_batch = max(1, min(2**16, BATCH_BYTES * max(rows, 1) // max(row_bytes, 1)))

@@ -46,6 +46,7 @@ class Task(NamedTuple):
 
 def data(
     gigabytes: float,
+    in_memory: float,
     megabytes: int,
     width: int,
     batch_sizes: Sequence[int],
@@ -59,7 +60,7 @@ def data(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         rows = int(gigabytes * GIGABYTE / (4 * width))
-        in_memory = min(rows, GIGABYTE // (4 * width))
+        known = min(rows, int(in_memory * GIGABYTE / (4 * width)))
         file = write_rows(folder / f"rows-{rows}x{width}.arrow", rows, width)
         print(f"{file.stat().st_size / GIGABYTE:.2f} GB in {file}")
         limit = megabytes * 2**20
@@ -67,7 +68,7 @@ def data(
         for trains in (False, True):
             for batch_size in batch_sizes:
                 task = Task(str(file), 0, width, batch_size, trains, limit, threads)
-                lines.append(compare(task, in_memory, rounds))
+                lines.append(compare(task, known, rounds))
     header = ["measured", "batch", "in memory", "arrow", "speed", "by CPU", "RssAnon", "RssFile"]
     print(table(header, lines))
     return 0
@@ -161,7 +162,11 @@ def batches_of(task: Task) -> Any:
     if task.rows:
         import torch
 
-        split = TensorSplit(*split.gather(torch.arange(task.rows)))
+        inputs = torch.empty(task.rows, task.width)
+        labels = torch.empty(task.rows, dtype=torch.int64)
+        for rows in torch.arange(task.rows).split(ROWS_PER_WRITE):
+            inputs[rows], labels[rows] = split.gather(rows)
+        split = TensorSplit(inputs, labels)
         del found
     loader = Loader(split, batch_size=task.batch_size, shuffle=True, drop_last=True)
     epoch = 0
