@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .data.dataset import (
         Batch,
         Data,
+        GatheredSplit,
         LabelledSplit,
         Loader,
         RaggedSplit,
@@ -133,6 +134,7 @@ __all__ = [
     "Every",
     "Fraction",
     "FrameworkError",
+    "GatheredSplit",
     "Head",
     "Initializer",
     "Kind",
@@ -197,6 +199,7 @@ _NAMES = {
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
+    "GatheredSplit": "data.dataset",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",

@@ -383,3 +383,13 @@ def test_the_data_of_a_workload_fits_its_model(name):
     assert len(inputs) == workload.train
     assert outputs.shape[0] == 2
     assert outputs.shape[2:] == targets.shape[1:]
+
+
+def test_the_data_benchmark_prints_speed_and_memory(tmp_path):
+    command = ["data", "--gigabytes", "0.01", "--rounds", "1", "--batch-sizes", "64"]
+    done = bench(*command, "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert set(table) >= {"reading", "training"}
+    assert float(table["reading"][3]) > 0  # the ratio
+    assert [file.suffix for file in tmp_path.iterdir()] == [".arrow"]
