@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from .data.dataset import (
         Batch,
         Data,
+        GatheredSplit,
         LabelledSplit,
         Loader,
         RaggedSplit,
@@ -135,6 +136,7 @@ __all__ = [
     "Every",
     "Fraction",
     "FrameworkError",
+    "GatheredSplit",
     "Head",
     "Initializer",
     "Kind",
@@ -202,6 +204,7 @@ _NAMES = {
     "Data": "data.dataset",
     "Every": "contracts.state",
     "Strategy": "contracts.strategy",
+    "GatheredSplit": "data.dataset",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",

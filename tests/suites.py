@@ -29,6 +29,7 @@ SUITE_OF = {
     "contracts/test_state.py": "unit",
     "data": "unit",
     "data/test_batches.py": "training",
+    "data/test_convert.py": "training",
     "data/test_folds.py": "training",
     "data/test_loader.py": "training",
     "data/test_source_states.py": "training",

@@ -570,6 +570,23 @@ def board(arguments: list[str]) -> int:
     return serve_board(args.root, args.port)
 
 
+def data(arguments: list[str]) -> None:
+    """Run `framework data`."""
+    parser = Parser("data", "Convert data to memory-mapped Arrow files.", help_texts.DATA)
+    parser.add_argument("action", choices=["convert"], help="what to do")
+    parser.add_argument(
+        "source", type=expanded, metavar="IN", help="a file, or a folder of classes"
+    )
+    parser.add_argument("target", type=expanded, metavar="OUT", help="the Arrow file or folder")
+    overwrite = "replace OUT if it exists"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
+    args = parser.parse_args(arguments)
+    from framework.data.convert import convert
+
+    for file, rows in convert(args.source, args.target, args.overwrite).items():
+        print_line(f"{rows} rows in {file}")
+
+
 def completion(arguments: list[str]) -> None:
     """Run `framework completion`."""
     from .completion import SCRIPTS
@@ -601,6 +618,7 @@ COMMANDS = {
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
+    "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "board": Command(board, "start TensorBoard on the runs"),
     "completion": Command(completion, "print a script for completion with TAB"),
 }

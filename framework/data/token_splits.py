@@ -14,14 +14,20 @@ from .sample_order import Order, mapped, sequential, shuffled
 
 
 class GatheredSplit:
-    """A split in memory that makes its batches, and may choose the order of its samples.
+    """A split that makes its batches, and may choose the order of its samples.
 
-    Subclasses implement `__len__` (samples of an epoch) and `gather` (a batch).
+    Subclasses implement `__len__` (samples of an epoch) and `gather` (a batch). A batch should be
+    made from memory, or from a file that is mapped into memory: data workers do not read it.
     """
 
     device = torch.device("cpu")
     reuses_memory = True
     """Whether `gather` may write a batch into the memory of the previous one; False is faster."""
+    bytes_per_sample: int | None = None
+    """The size of a sample if samples are independent of the others in their batch: then `gather`
+    may be called for several batches at once. None: for one batch after the other."""
+    place = "in memory"
+    """Where the samples are, for the description of the loader."""
 
     def __len__(self) -> int:
         raise NotImplementedError
