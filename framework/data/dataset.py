@@ -382,17 +382,14 @@ class Loader:
             epoch = 0
         else:
             set_epoch(self.split, epoch)
-        indices = self.slice.of_batches(
-            self.order(epoch)[: len(self) * self.batch_size], self.batch_size
-        )
+        order = self.order(epoch)[: len(self) * self.batch_size]
+        indices = self.slice.of_batches(order, self.batch_size)
         if self.tensors is not None:
             batches = self._read_tensors(self.tensors, indices, start)
+        elif isinstance(self.split, GatheredSplit):
+            batches = self._gather(self.split, order[start * self.batch_size :])
         else:
-            rest = indices[start * self.own_batch_size :]
-            if isinstance(self.split, GatheredSplit):
-                batches = self._gather(self.split, rest)
-            else:
-                batches = self._read_samples(epoch, rest)
+            batches = self._read_samples(epoch, indices[start * self.own_batch_size :])
         return batches if self.slice.is_whole else filled(batches, len(self) - start)
 
     @property
@@ -509,9 +506,10 @@ class Loader:
             yield from islice(batches, max(start - number, 0), None)
 
     def _gather(self, split: GatheredSplit, indices: Tensor) -> Iterator[Batch]:
-        for chunk in torch.split(indices, self.own_batch_size):
-            if len(chunk):  # torch.split returns one empty chunk for no indices
-                yield split.gather(chunk)
+        for batch in torch.split(indices, self.batch_size):
+            first, last = self.slice.bounds(len(batch))
+            if first < last:
+                yield split.gather_part(batch[first:last], batch)
 
     def _read_samples(self, epoch: int, indices: Tensor) -> Iterator[Batch]:
         chunks = IndexBatches(indices, self.own_batch_size)
