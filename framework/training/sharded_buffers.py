@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from framework.contracts.strategy import Strategy
 from framework.runtime.pairwise import PairwiseSum
+from framework.runtime.torch_internals.norms import has_statistics
 from framework.runtime.torch_internals.tensor_version import version_of
 
 
@@ -38,17 +39,23 @@ class Buffer:
         return self.start.is_floating_point() or self.start.is_complex()
 
     def is_unchanged(self) -> bool:
-        """Return whether the buffer still has the value `start`."""
+        """Return whether the buffer still has the value `start`.
+
+        A norm with running statistics updates them without a change of their versions.
+        """
+        if has_statistics(self.module) and self.module.training:
+            return False
         tensor = getattr(self.module, self.name)
         return tensor is self.present and version_of(tensor) == self.version
 
     def term(self, shard: int, has_rows: bool) -> Tensor:
         """Return what a shard adds to the sum over all shards, shape (elements,)."""
         value = self.of_shards.get(shard, self.start)
-        counts = has_rows if self.is_mean else shard == 0
-        if not self.is_mean:
-            value = value.long()
-        return value.reshape(-1) if counts else torch.zeros_like(value).reshape(-1)
+        if self.is_mean:
+            value = value - self.start if has_rows else torch.zeros_like(value)
+        else:
+            value = value.long() if shard == 0 else torch.zeros_like(value, dtype=torch.int64)
+        return value.reshape(-1)
 
     def set(self, value: Tensor) -> None:
         """Change the value."""
@@ -92,6 +99,8 @@ class ShardedBuffers:
         """Keep the changes of a shard, and undo them for the next one."""
         number = self.first + len(self.rows)
         self.rows.append(has_rows)
+        if not has_rows:
+            return
         for buffer in self.buffers.values():
             if not buffer.is_unchanged():
                 buffer.of_shards[number] = getattr(buffer.module, buffer.name).clone()
@@ -119,7 +128,7 @@ class ShardedBuffers:
             sizes = [buffer.start.numel() for buffer in group]
             for buffer, part in zip(group, torch.split(total, sizes), strict=True):
                 value = part.view(buffer.start.shape)
-                buffer.set(value / shards_with_rows if buffer.is_mean else value)
+                buffer.set(buffer.start + value / shards_with_rows if buffer.is_mean else value)
 
 
 def groups_of(buffers: Sequence[Buffer]) -> list[list[Buffer]]:
