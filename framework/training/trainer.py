@@ -160,9 +160,9 @@ class Trainer(Evaluator):
             shards: a power of two: cut each batch into as many parts, which are computed one by one
                 and summed in fixed order. So the weights, the losses and the metrics are the same,
                 bit for bit, on 1, 2, 4, ... processes, up to the number of shards, on the same kind
-                of machine with the same number of threads for an operation. On one process a
-                step of a small MLP with 8 shards takes about 15 times the CPU time. Batch norms normalize over a shard, and
-                random numbers depend on (seed, step, shard).
+                of machine with the same number of threads for an operation (OMP_NUM_THREADS). On
+                one process, a step of a small MLP with 8 shards takes about 15 times the CPU time.
+                Batch norms normalize over a shard. Random numbers depend on (seed, step, shard).
             seed: of the order of samples and all other random numbers in training.
             strategy: how the processes of the run share its work, such as
                 `fw.strategies.build("ddp")`; by default there is one process.
