@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from framework.runtime.pairwise import pairwise_sum
+
 
 class Strategy:
     """Runs in a single process, and is the base of strategies for several processes.
@@ -54,10 +56,18 @@ class Strategy:
     def close(self) -> None:
         """Disconnect this process. The other processes need not be ready."""
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+    ) -> None:
         """Give all processes the same weights, or each its part of them (collective).
 
         It is called once in each fit, before a resumed state is loaded.
+
+        Args:
+            model: the model in training.
+            optimizer: over its parameters.
+            joint_batch_norm: whether batch normalization uses the samples of all processes; False
+                with `trainer.shards`, where it uses those of a shard.
         """
 
     def finish(self, model: nn.Module) -> None:
@@ -66,6 +76,16 @@ class Strategy:
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes (collective)."""
         return tensor
+
+    def sum_pairwise(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, added in fixed order (collective).
+
+        Neighboring processes are added first: ((0 + 1) + (2 + 3)), as in `PairwiseSum`. The number
+        of processes is a power of two.
+        """
+        if self.world_size == 1:
+            return tensor
+        return pairwise_sum(self.gather(tensor)).to(tensor.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Return a value of each process, in the order of their ranks (collective).

@@ -380,12 +380,12 @@ class Loader:
         if self.tensors is not None:
             indices = self.batch_indices(epoch, self.tensors[0].device)
             batches = self._read_tensors(self.tensors, indices, start)
+        elif isinstance(self.split, GatheredSplit):
+            whole = BatchIndices(self.order(epoch), self.batch_size, len(self))
+            batches = self._gather(self.split, whole, start)
         else:
             indices = self.batch_indices(epoch)
-            if isinstance(self.split, GatheredSplit):
-                batches = self._gather(self.split, indices, start)
-            else:
-                batches = self._read_samples(epoch, IndexBatches(indices, start))
+            batches = self._read_samples(epoch, IndexBatches(indices, start))
         return batches if self.slice.is_whole else filled(batches, len(self) - start)
 
     @property
@@ -507,28 +507,39 @@ class Loader:
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
             chunk = indices.joined(number, number + per_read)
+            if not len(chunk):  # other processes have the rows of the last batch
+                return
             rows = [tensor.index_select(0, chunk) for tensor in tensors]
             rows = list(self.memory_format.convert(rows))
             columns = [torch.split(tensor, size) for tensor in rows]
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
 
-    def _gather(self, split: GatheredSplit, indices: BatchIndices, start: int) -> Iterator[Batch]:
-        """Yield the batches of a split from batch number `start` on, as `_read_tensors` does."""
+    def _gather(self, split: GatheredSplit, batches: BatchIndices, start: int) -> Iterator[Batch]:
+        """Yield the batches of a split from batch number `start` on, as `_read_tensors` does.
+
+        Args:
+            split: the split.
+            batches: the indices of whole batches.
+            start: number of batches to skip.
+        """
         per_read = self._batches_per_gather(split)
         if per_read == 1:
-            for chunk in indices.read(start):
-                yield self.memory_format.convert(split.gather(chunk))
+            for batch in batches.read(start):
+                first, last = self.slice.bounds(len(batch))
+                if first < last:
+                    part = split.gather_part(batch[first:last], batch)
+                    yield self.memory_format.convert(part)
             return
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
-            chunk = indices.joined(number, number + per_read)
-            if not len(chunk):
+            joined = batches.joined(number, number + per_read)
+            indices = self.slice.of_batches(joined, self.batch_size)
+            if not len(indices):
                 return
-            read = self.memory_format.convert(split.gather(chunk))
+            read = self.memory_format.convert(split.gather(indices))
             columns = [torch.split(tensor, self.own_batch_size) for tensor in read]
-            batches = zip(*columns, strict=True)
-            yield from islice(batches, max(start - number, 0), None)
+            yield from islice(zip(*columns, strict=True), max(start - number, 0), None)
 
     def _read_samples(self, epoch: int, chunks: IndexBatches) -> Iterator[Batch]:
         workers = min(self.workers, len(chunks))

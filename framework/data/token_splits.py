@@ -40,6 +40,15 @@ class GatheredSplit:
         """Return the samples at indices (a tensor on the CPU) as one batch on the device."""
         raise NotImplementedError
 
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
+        """Return some samples of a batch, padded like the whole batch.
+
+        Args:
+            indices: of the samples.
+            batch: the indices of the whole batch.
+        """
+        return self.gather(indices)
+
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Order:
         """Return the indices of an epoch, a pure function of the arguments: e.g. a tensor."""
         return shuffled(seed, epoch, len(self)) if shuffle else sequential(len(self))
@@ -97,13 +106,16 @@ class RaggedSplit(GatheredSplit):
         return [self.tokens, self.lengths, self.others, self.bucket]
 
     def gather(self, indices: Tensor) -> Batch:
+        return self.gather_part(indices, indices)
+
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
         lengths = self.lengths[indices, None]
-        columns = torch.arange(int(lengths.max()))
+        columns = torch.arange(int(self.lengths[batch].max()))
         padding = len(self.tokens) - 1
         places = torch.where(columns < lengths, self.starts[indices, None] + columns, padding)
-        batch = [self.tokens[places].long()]
-        batch += [other[indices] for other in self.others]
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        parts = [self.tokens[places].long()]
+        parts += [other[indices] for other in self.others]
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in parts)
 
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
         permutation = super().order(seed, epoch, batch_size, shuffle)[:]  # as large as `lengths`

@@ -23,6 +23,7 @@ from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
 
+from .shards import ShardedMeasures, slice_of
 from .step_checks import check_input_dtype, check_result, count_of
 from .validation import check_batch_size, check_metrics, check_source, check_task
 
@@ -41,6 +42,7 @@ class Evaluator:
         seed: int,
         micro_batches: MicroBatches,
         strategy: Strategy | None = None,
+        shards: int | None = None,
     ):
         self.strategy = Strategy() if strategy is None else strategy
         self.device = self.strategy.start(find_device(device))
@@ -48,6 +50,7 @@ class Evaluator:
         self.deterministic = deterministic
         self.seed = seed
         self.micro_batches = micro_batches
+        self.shards = shards
         self.metrics: list[Metric] = []
         self._checked_first = False  # whether the task has checked a step of this measurement
 
@@ -169,17 +172,26 @@ class Evaluator:
         Raises:
             DataError: there is no batch.
         """
-        measures = Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        measures = self._new_measures(batches)
         empty = True
         with self._inference():
             for batch in batches.epoch():
                 empty = False
                 if not batch:
                     continue  # other processes have its rows
-                self._measure_batch(move_batch(batch, self.device), measures)
+                moved = move_batch(batch, self.device)
+                parts = measures.parts(moved) if isinstance(measures, ShardedMeasures) else [moved]
+                for part in parts:
+                    self._measure_batch(part, measures)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()
+
+    def _new_measures(self, batches: Batches) -> Measures:
+        if self.shards is None:
+            return Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        own = self.shards // self.strategy.world_size
+        return ShardedMeasures(self.metrics, self.device, batches.max_buffered, self.strategy, own)
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:
         """Add a batch to the measures; with `micro_batch=auto` in parts that fit into memory."""
@@ -261,8 +273,7 @@ class Evaluator:
             channels_last=channels_last,
             model=self.model,
         )
-        rank = self.strategy.rank
-        batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
+        batches.slice = slice_of(self.strategy, self.shards)
         return batches
 
 

@@ -131,20 +131,24 @@ class TrainingStep:
         trainer.emit("step_start")
         with own_random_numbers(self.strategy, trainer.seed, trainer.state.step):
             with self.clock.detail("copy"):
-                batches = [move_batch(batch, self.device) for batch in window if batch]
-                if trainer.transforms:
-                    batches = transformed_all(batches, trainer.transforms)
+                batches = self.read(trainer, window)
             set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
-            if self.strategy.world_size > 1:
-                counts = [count_of(self.task, batch) for batch in batches]
-                self.totals = step_totals(self.strategy, batches, counts, self.device)
-
             if not self.task.phases:
                 self.backward_and_update(trainer, batches)
             for phase in self.task.phases:
                 with only_trains(self.model, phase):
                     self.backward_and_update(trainer, batches, phase)
         self.is_first = False
+
+    def read(self, trainer: StepContext, window: Sequence[Batch]) -> list[Batch]:
+        """Return the batches of a step that have rows, on the device and after all transforms."""
+        batches = [move_batch(batch, self.device) for batch in window if batch]
+        if trainer.transforms and batches:
+            batches = transformed_all(batches, trainer.transforms)
+        if self.strategy.world_size > 1:
+            counts = [count_of(self.task, batch) for batch in batches]
+            self.totals = step_totals(self.strategy, batches, counts, self.device)
+        return batches
 
     def backward_and_update(
         self,
@@ -161,7 +165,7 @@ class TrainingStep:
                 check_input_dtype(error, self.model, batches[0])
             raise
         if not updated:
-            trainer.loss = self.strategy.sum_gradients(self.parameters.optimized, trainer.loss)
+            trainer.loss = self.sum_gradients(trainer.loss)
             if self.is_first:
                 check_gradients(self.parameters.optimized)
             self.precision.unscale(self.optimizer)
@@ -207,6 +211,10 @@ class TrainingStep:
         if not losses:  # other processes have all rows
             return torch.zeros((), device=self.device), False
         return sum(losses[1:], losses[0]), updated
+
+    def sum_gradients(self, loss: Tensor) -> Tensor:
+        """Sum the gradients of all processes; return the sum of the losses (collective)."""
+        return self.strategy.sum_gradients(self.parameters.optimized, loss)
 
     def backward_with_retry(
         self,

@@ -18,6 +18,7 @@ from framework.runtime import seeds
 
 from .acceleration.compile_choice import CompileChoice
 from .optimizer_state import group_settings, restore_optimizer, same_setting
+from .shards import ShardedMeasures
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
@@ -178,7 +179,12 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
 
 
 def measures_state(trainer: TrainerParts) -> list[dict[str, Any]] | dict[str, Any]:
-    """Return the sums of this process, or a list of those of all processes (collective)."""
+    """Return the sums of this process, or a list of those of all processes (collective).
+
+    With shards it is the list of the sums of all shards.
+    """
+    if isinstance(trainer.measures, ShardedMeasures):
+        return trainer.measures.all_states()
     state = trainer.measures.state_dict()
     if trainer.strategy.world_size == 1:
         return state
@@ -194,6 +200,9 @@ def restore_measures(trainer: TrainerParts, saved: list[dict[str, Any]] | dict[s
     """
     strategy = trainer.strategy
     states = [saved] if isinstance(saved, dict) else saved
+    if isinstance(trainer.measures, ShardedMeasures):
+        trainer.measures.restore_states(states)
+        return
     if len(states) == strategy.world_size:
         trainer.measures.load_state_dict(states[strategy.rank])
         return

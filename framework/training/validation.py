@@ -63,12 +63,40 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
             "compile=auto chooses by measured times, so two runs may differ: "
             "expected off, model or step with deterministic=true"
         )
+    reason = shards_refused(settings)
+    if reason is not None:
+        refused["shards"] = reason
     for name in ("validate_every", "log_every"):
         try:
             Cadence(settings[name], name)
         except SettingError as error:
             refused[name] = str(error)
     return refused
+
+
+def shards_refused(settings: Mapping[str, Any]) -> str | None:
+    """Return the reason why a Trainer refuses `shards`, or settings together with it; or None."""
+    shards = settings["shards"]
+    if shards is None:
+        return None
+    if shards & (shards - 1):
+        return f"shards={shards}: expected a power of two"
+    devices = settings["devices"]
+    if devices is not None and shards % devices:
+        return f"shards={shards}: expected a multiple of devices={devices}"
+    if settings["compile"] != "off":
+        return (
+            f"shards={shards}: expected compile=off, as the result of compiled code depends on the "
+            "shapes that a process has seen before"
+        )
+    if settings["cuda_graph"] != "off":
+        return f"shards={shards}: expected cuda_graph=off, as its graphs have one batch each"
+    if settings["micro_batch"] == "auto":
+        return (
+            f"shards={shards}: expected no micro_batch=auto, which depends on the memory of a "
+            "process; a number is possible"
+        )
+    return None
 
 
 def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, Any]) -> None:
@@ -90,6 +118,12 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
         raise SettingError(
             f"devices={devices}: the run has {strategy.world_size} processes; start the program "
             f"with torchrun --nproc-per-node {devices}, and pass a strategy"
+        )
+    shards = settings["shards"]
+    if shards is not None and shards % strategy.world_size:
+        raise SettingError(
+            f"shards={shards}: expected a multiple of the {strategy.world_size} processes of the "
+            "run"
         )
     if strategy.world_size > 1 and settings["cuda_graph"] != "off":
         raise SettingError(
@@ -387,6 +421,14 @@ def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
         )
 
 
+def check_shards(task: Task, shards: int | None) -> None:
+    """Raise SettingError for shards of a task whose batches cannot be split."""
+    if shards is not None and not task.splits_batches:
+        raise SettingError(
+            f"shards: expected null, as {type(task).__name__} compares the samples of a batch"
+        )
+
+
 def as_list(name: str, value: Any, registry: str) -> list[Any]:
     """Return the items of a list of parts.
 
@@ -427,14 +469,27 @@ def build_example(value: Any, registry: str, more: str = "") -> str:
     return f"fw.{registry}.build({name}{more})"
 
 
-def check_rows(strategy: Strategy, batches: Batches, micro_batches: MicroBatches) -> None:
+def check_rows(
+    strategy: Strategy, batches: Batches, micro_batches: MicroBatches, shards: int | None = None
+) -> None:
     """Raise DataError for training batches that the processes of a run cannot share.
 
     Args:
         strategy: of the run, after its `prepare`.
         batches: of the training.
         micro_batches: the parts in which the model processes a batch.
+        shards: the number of virtual shards of a batch, if any.
     """
+    if shards is not None:
+        if strategy.forward_is_collective:
+            raise SettingError(
+                f"shards={shards}: expected strategy=ddp or a single process; "
+                f"{type(strategy).__name__} communicates in the forward pass"
+            )
+        if batches.batch_size is not None and batches.batch_size < shards:
+            raise DataError(
+                f"shards={shards}: expected batch_size={shards} or more, got {batches.batch_size}"
+            )
     processes = strategy.world_size
     if processes == 1 or batches.batch_size is None:
         return

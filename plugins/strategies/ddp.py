@@ -10,9 +10,7 @@ from framework import PositiveFloat, SettingError, strategies
 from framework.runtime.processes import lost_processes
 
 from .batch_norm import batch_norms, synchronize, undo
-from .process_group import ProcessGroup
-
-BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
+from .process_group import BUCKET_BYTES, ProcessGroup
 
 
 @strategies.register("ddp")
@@ -30,14 +28,16 @@ class DDP(ProcessGroup):
     def __init__(self, timeout_seconds: PositiveFloat = 300.0):
         super().__init__(timeout_seconds)
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+    ) -> None:
         if self.world_size == 1:
             return
         check_same_model(self, model)
         with torch.no_grad(), lost_processes():
             for tensor in [*model.parameters(), *model.buffers()]:
                 distributed.broadcast(tensor.detach(), src=0)
-        norms = list(batch_norms(model))
+        norms = list(batch_norms(model)) if joint_batch_norm else []
         for module in norms:
             synchronize(module)
         self.forward_is_collective = bool(norms)
