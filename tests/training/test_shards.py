@@ -148,7 +148,7 @@ def fit_all(folder, name, strategy, resume_from=None):
         )
         results[case] = {
             "weights": {key: value.tolist() for key, value in model.state_dict().items()},
-            "train/loss": record.of("train/loss")[-4:],
+            "train/loss": record.of("train/loss")[-2:],
             "val/loss": record.of("val/loss")[-1:],
             "val/accuracy": record.of("val/accuracy")[-1:],
             "samples": trainer.state.samples,
