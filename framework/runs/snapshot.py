@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from framework.errors import CheckpointError
+from framework.runtime.sharded import is_sharded
 
 Weights = Mapping[str, Tensor]  # by name, buffers included
 Facts = Mapping[str, Any] | None  # of the run, in plain JSON types
@@ -188,7 +189,7 @@ def plain_copy(value: Any, to_cpu: ToCPU, path: str = "") -> Any:
     kind = type(value)
     if kind in PLAIN_TYPES:
         return value
-    if kind in (Tensor, torch.nn.Parameter):
+    if kind in (Tensor, torch.nn.Parameter) or is_sharded(value):
         return to_cpu(value)
     if kind in (dict, OrderedDict):
         copied = {}

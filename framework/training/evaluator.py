@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,17 @@ from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
+from framework.runtime.sharded import has_shards
 
 from .step_checks import check_input_dtype, check_result, count_of
-from .validation import check_batch_size, check_metrics, check_source, check_task
+from .validation import (
+    check_batch_size,
+    check_evaluated_rows,
+    check_metrics,
+    check_source,
+    check_stand_in,
+    check_task,
+)
 
 
 class Evaluator:
@@ -151,7 +160,7 @@ class Evaluator:
             DataError: it is not one tensor.
         """
         try:
-            output = self.model(batch[0])
+            output = self.strategy.forward(outputs_of, self.model, batch[0])
         except RuntimeError as error:
             check_input_dtype(error, self.model, batch)
             raise
@@ -170,13 +179,24 @@ class Evaluator:
             DataError: there is no batch.
         """
         measures = Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        unused = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
+        sharded = has_shards(self.model)
+        if sharded:
+            check_evaluated_rows(self.strategy, batches)
+        stand_in: Batch = ()
         with self._inference():
             for batch in batches.epoch():
                 empty = False
-                if not batch:
-                    continue  # other processes have its rows
-                self._measure_batch(move_batch(batch, self.device), measures)
+                if not batch:  # other processes have its rows
+                    if sharded:  # and cannot run the model without this one
+                        check_stand_in(stand_in)
+                        self._measure_batch(stand_in, unused)
+                    continue
+                on_device = move_batch(batch, self.device)
+                if sharded and not stand_in:
+                    stand_in = tuple([tensor[:1].clone() for tensor in on_device])
+                self._measure_batch(on_device, measures)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()
@@ -201,7 +221,7 @@ class Evaluator:
         for part in self.micro_batches.split(batch):
             count = count_of(self.task, part)  # before the model may change the inputs
             try:
-                result = self.task.step(self.model, part)
+                result = self.strategy.forward(self.task.step, self.model, part)
             except RuntimeError as error:
                 check_input_dtype(error, self.model, part)
                 raise
@@ -264,6 +284,11 @@ class Evaluator:
         rank = self.strategy.rank
         batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
         return batches
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the outputs of a model."""
+    return model(inputs)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

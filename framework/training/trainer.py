@@ -51,6 +51,7 @@ from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
+from framework.runtime.sharded import has_shards
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -84,6 +85,7 @@ from .validation import (
     check_resume,
     check_rows,
     check_schedule,
+    check_sharded_callbacks,
     check_source,
     check_strategy,
     settings_refused,
@@ -335,7 +337,10 @@ class Trainer(Evaluator):
         return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
 
     def capture(self) -> dict[str, Any]:
-        """Return the result of `state_dict` without copies: the next step changes the tensors."""
+        """Return the result of `state_dict` without copies: the next step changes the tensors.
+
+        Tensors may be sharded (see `Strategy.full`).
+        """
         return trainer_state.capture(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -343,7 +348,7 @@ class Trainer(Evaluator):
 
         The tensors are copies on their devices: the state does not change as training continues.
         """
-        return copy.deepcopy(self.capture())
+        return copy.deepcopy(self.strategy.full(self.capture(), everywhere=True))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore a result of `state_dict` or `capture`."""
@@ -459,6 +464,9 @@ class Trainer(Evaluator):
         self.at_boundary = True
         self.resumed_from = None
         self.strategy.prepare(self.model, self.optimizer)
+        if has_shards(self.model):
+            self._single = None  # `check_rows` refuses a batch of one sample
+            check_sharded_callbacks(self.callbacks)
         check_rows(self.strategy, self.train_batches, self.micro_batches)
         if resume is not None:
             self.load_state_dict(resume)
@@ -495,7 +503,7 @@ class Trainer(Evaluator):
             cuda_graph=self.cuda_graph,
             callbacks=callbacks,
             call_recordable=partial(self._call_recordable, callbacks),
-            is_shared=self.strategy.world_size > 1,
+            strategy=self.strategy,
         )
         return TrainingStep(
             model=self.model,

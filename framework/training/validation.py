@@ -24,7 +24,7 @@ from framework.contracts.state import Cadence
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import Batches
-from framework.data.dataset import Data, ForeignLoader, Loader
+from framework.data.dataset import Batch, Data, ForeignLoader, Loader
 from framework.data.workers import as_batch
 from framework.errors import DataError, SettingError, did_you_mean, short
 from framework.errors.paths import expanded
@@ -91,6 +91,7 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
             f"devices={devices}: the run has {strategy.world_size} processes; start the program "
             f"with torchrun --nproc-per-node {devices}, and pass a strategy"
         )
+    strategy.check_settings(settings)
     if strategy.world_size > 1 and settings["cuda_graph"] != "off":
         raise SettingError(
             f"cuda_graph={settings['cuda_graph']}: expected off with {strategy.world_size} "
@@ -458,3 +459,39 @@ def check_rows(strategy: Strategy, batches: Batches, micro_batches: MicroBatches
             f"the {processes} processes, whose model communicates in its forward pass (batch "
             "normalization, or strategy=fsdp): use loader.drop_last=true or another batch_size"
         )
+
+
+def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
+    """Raise DataError for an evaluation of a sharded model that the processes cannot share.
+
+    Args:
+        strategy: of the run.
+        batches: of the evaluation.
+    """
+    if batches.batch_size is None:
+        return
+    rows = min(batches.batch_size, len(batches.split))
+    if rows < strategy.world_size:
+        raise DataError(
+            f"the evaluation data has batches of {rows} samples: expected at least one sample for "
+            f"each of the {strategy.world_size} processes, which have parts of the model"
+        )
+
+
+def check_stand_in(sample: Batch) -> None:
+    """Raise DataError if no earlier batch had a sample for this process of a sharded model."""
+    if not sample:
+        raise DataError(
+            "the first batch of the evaluation has fewer samples than processes, which have parts "
+            "of the model: use larger batches"
+        )
+
+
+def check_sharded_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Raise SettingError for callbacks that cannot run a sharded model."""
+    for callback in callbacks:
+        if callback.runs_model:
+            raise SettingError(
+                f"callbacks: {type(callback).__name__} runs the model outside of the training "
+                "step, which strategy=fsdp does not support: remove it, or use strategy=ddp"
+            )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from framework import Callback, Context, PositiveFloat, SettingError, callbacks, gradient_numbers
+from framework.runtime.sharded import full_tensor
 
 
 @callbacks.register("clip_gradients", aliases=["gradient_clipping"])
@@ -64,7 +65,7 @@ class ClipGradients(Callback):
 def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
     """Scale gradients so that their 2-norm is at most `norm`; return the norm before."""
     try:
-        return nn.utils.clip_grad_norm_(parameters, norm)
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, norm))
     except NotImplementedError:  # torch does not clip sparse gradients
         gradients = gradient_numbers(parameters)
     measured = nn.utils.get_total_norm(gradients)

@@ -30,6 +30,7 @@ class Confusion(Callback):
     """
 
     changes_training = False
+    runs_model = True
 
     def __init__(self, every: Every = "1epoch"):
         self.cadence = Cadence(every)

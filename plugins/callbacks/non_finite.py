@@ -18,6 +18,7 @@ from framework import (
     restore_optimizer,
 )
 from framework.contracts.callback import keyed
+from framework.runtime.sharded import load_model_state
 
 from .gradients import gradients_of
 
@@ -212,7 +213,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    trainer.model.load_state_dict(model)
+    load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],
