@@ -103,11 +103,17 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         snapshot as snapshot,
     )
     from .runs.background_writer import Writer as Writer
-    from .runtime import memory as memory, seeds as seeds, shapes as shapes
+    from .runtime import (
+        memory as memory,
+        processes as processes,
+        seeds as seeds,
+        shapes as shapes,
+        sharded as sharded,
+    )
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
-    from .runtime.torch_internals import foreach as foreach
+    from .runtime.torch_internals import foreach as foreach, pytree as pytree
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
     from .system import files as files
     from .training.layer_table import model_undisturbed as model_undisturbed
@@ -244,8 +250,11 @@ _MODULES = {  # not public: for the built-in plugins only
     "foreach": "runtime.torch_internals.foreach",
     "memory": "runtime.memory",
     "paths": "errors.paths",
+    "processes": "runtime.processes",
+    "pytree": "runtime.torch_internals.pytree",
     "seeds": "runtime.seeds",
     "shapes": "runtime.shapes",
+    "sharded": "runtime.sharded",
     "snapshot": "runs.snapshot",
     "terminal": "errors.terminal",
     "user_code": "errors.user_code",

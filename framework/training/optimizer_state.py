@@ -101,7 +101,7 @@ def own_parts(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Any, Any]:
     Raises:
         SettingError: the state of a sharded parameter has another shape.
     """
-    state = copy.deepcopy(saved["state"])
+    state: dict[Any, Any] = copy.deepcopy(saved["state"])
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for index, parameter in zip(group["params"], own["params"], strict=True):
             if index not in state or not is_sharded(parameter):

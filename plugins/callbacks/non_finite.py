@@ -16,9 +16,9 @@ from framework import (
     checkpoints,
     numbers_of,
     restore_optimizer,
+    sharded,
 )
 from framework.contracts.callback import keyed
-from framework.runtime.sharded import load_model_state
 
 from .gradients import gradients_of
 
@@ -213,7 +213,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    load_model_state(trainer.model, model)
+    sharded.load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],

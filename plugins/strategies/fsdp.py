@@ -11,10 +11,16 @@ from torch import Tensor, distributed, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from framework import PositiveFloat, PositiveInt, SettingError, Step, strategies
-from framework.runtime.processes import launched, lost_processes
-from framework.runtime.sharded import full_values, is_sharded
-from framework.runtime.torch_internals.pytree import tree_map
+from framework import (
+    PositiveFloat,
+    PositiveInt,
+    SettingError,
+    Step,
+    processes,
+    pytree,
+    sharded,
+    strategies,
+)
 
 from .batch_norm import batch_norms, synchronize, undo
 from .ddp import check_same_model
@@ -75,11 +81,11 @@ class FSDP(ProcessGroup):
         self.root: Root | None = None  # of the model of the last fit
 
     def start(self, device: torch.device) -> torch.device:
-        processes = launched().world_size
-        if self.mesh is not None and math.prod(self.mesh) != processes:
+        count = processes.launched().world_size
+        if self.mesh is not None and math.prod(self.mesh) != count:
             raise SettingError(
                 f"strategy.mesh={self.mesh}: expected numbers whose product is the number of "
-                f"processes, {processes}, got {math.prod(self.mesh)}"
+                f"processes, {count}, got {math.prod(self.mesh)}"
             )
         return super().start(device)
 
@@ -105,7 +111,7 @@ class FSDP(ProcessGroup):
             check_model(model)
             check_optimizer(model, optimizer)
             check_same_model(self, model)
-            with torch.no_grad(), lost_processes():
+            with torch.no_grad(), processes.lost_processes():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     distributed.broadcast(tensor.detach(), src=0)
             self._shard(model, optimizer)
@@ -139,9 +145,9 @@ class FSDP(ProcessGroup):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
                 root.sharded_modules.append(module)
-        sharded = dict(model.named_parameters())
+        parts = dict(model.named_parameters())
         for group in optimizer.param_groups:
-            group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
+            group["params"] = [parts[names[parameter]] for parameter in group["params"]]
         optimizer.state.clear()
         self.root = root
 
@@ -155,7 +161,7 @@ class FSDP(ProcessGroup):
         return self.root.run(function, args)
 
     def full(self, value: Any, everywhere: bool = False) -> Any:
-        return full_values(value, keep=everywhere or self.is_main)
+        return sharded.full_values(value, keep=everywhere or self.is_main)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         return self.sum(loss.detach())  # the backward pass has summed the gradients
@@ -220,12 +226,14 @@ def converted_inputs(
     dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
     """Return the arguments of a model with floating-point tensors in another dtype."""
-    return tree_map(partial(converted, dtype), args), tree_map(partial(converted, dtype), kwargs)
+    return pytree.tree_map(partial(converted, dtype), args), pytree.tree_map(
+        partial(converted, dtype), kwargs
+    )
 
 
 def converted_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Return the outputs of a model with floating-point tensors in float32."""
-    return tree_map(partial(converted, torch.float32), outputs)
+    return pytree.tree_map(partial(converted, torch.float32), outputs)
 
 
 def converted(dtype: torch.dtype, value: Any) -> Any:
@@ -279,9 +287,7 @@ def is_inside(name: str, names: Sequence[str]) -> bool:
     return any(name.startswith(f"{other}.") for other in names)
 
 
-def can_be_unit(
-    name: str, module: nn.Module, owners: Mapping[nn.Parameter, Sequence[str]]
-) -> bool:
+def can_be_unit(name: str, module: nn.Module, owners: Mapping[nn.Parameter, Sequence[str]]) -> bool:
     """Return whether a module has parameters, and shares none with another part of the model."""
     if type(module).forward is nn.Module.forward:
         return False
@@ -300,7 +306,7 @@ def check_model(model: nn.Module) -> None:
         dtypes.add(parameter.dtype)
         if is_lazy(parameter):
             problem = f"{name} is uninitialized (a lazy module): call the model on a batch first"
-        elif is_sharded(parameter):
+        elif sharded.is_sharded(parameter):
             problem = f"{name} is sharded already, by another strategy"
         elif parameter.ndim == 0:
             problem = f"{name} has no axis to shard: give it the shape (1,)"

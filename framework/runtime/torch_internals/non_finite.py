@@ -31,7 +31,7 @@ class NonFiniteFlag:
             check_each(tensors, self.value)
             return
         sharded = [tensor for tensor in tensors if is_sharded(tensor)]
-        if sharded:  # the kernel takes tensors of one kind, and exchanges the result of sharded ones
+        if sharded:  # the kernel takes tensors of one kind; it exchanges their result
             kernel(sharded, self.value, self._scale)
             tensors = [tensor for tensor in tensors if not is_sharded(tensor)]
         try:
