@@ -12,7 +12,7 @@ from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
-from framework.data.batch_slice import BatchSlice
+from framework.data.batch_slice import BatchSlice, with_stand_ins
 from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -31,7 +31,6 @@ from .validation import (
     check_evaluated_rows,
     check_metrics,
     check_source,
-    check_stand_in,
     check_task,
 )
 
@@ -184,19 +183,10 @@ class Evaluator:
         sharded = has_shards(self.model)
         if sharded:
             check_evaluated_rows(self.strategy, batches)
-        stand_in: Batch = ()
         with self._inference():
-            for batch in batches.epoch():
+            for batch, counts in with_stand_ins(batches.epoch(), sharded):
                 empty = False
-                if not batch:  # other processes have its rows
-                    if sharded:  # and cannot run the model without this one
-                        check_stand_in(stand_in)
-                        self._measure_batch(stand_in, unused)
-                    continue
-                on_device = move_batch(batch, self.device)
-                if sharded and not stand_in:
-                    stand_in = tuple([tensor[:1].clone() for tensor in on_device])
-                self._measure_batch(on_device, measures)
+                self._measure_batch(move_batch(batch, self.device), measures if counts else unused)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()

@@ -18,7 +18,7 @@ from framework.data.dataset import Batch
 from framework.errors import DataError, FrameworkError, SettingError, short
 from framework.errors.user_code import describe, text_of, user_place
 from framework.runtime.memory import is_full
-from framework.runtime.sharded import has_shards
+from framework.runtime.sharded import has_shards, is_sharded
 
 
 def check_result(task: Task, result: Any, parameters: Sequence[Tensor] = ()) -> None:
@@ -184,6 +184,12 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
     if not needs_more and user_place(error) is not None:
         return None
     problem = f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(map(is_sharded, parameters)):
+        return SettingError(
+            f"optimizer={type(optimizer).__name__} does not support sharded parameters: use "
+            f"another one, or strategy=ddp. torch reports: {describe(error)}"
+        )
     if not needs_more:
         return SettingError(problem)
     return SettingError(

@@ -24,7 +24,7 @@ from framework.contracts.state import Cadence
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import Batches
-from framework.data.dataset import Batch, Data, ForeignLoader, Loader
+from framework.data.dataset import Data, ForeignLoader, Loader
 from framework.data.workers import as_batch
 from framework.errors import DataError, SettingError, did_you_mean, short
 from framework.errors.paths import expanded
@@ -475,15 +475,6 @@ def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
         raise DataError(
             f"the evaluation data has batches of {rows} samples: expected at least one sample for "
             f"each of the {strategy.world_size} processes, which have parts of the model"
-        )
-
-
-def check_stand_in(sample: Batch) -> None:
-    """Raise DataError if no earlier batch had a sample for this process of a sharded model."""
-    if not sample:
-        raise DataError(
-            "the first batch of the evaluation has fewer samples than processes, which have parts "
-            "of the model: use larger batches"
         )
 
 

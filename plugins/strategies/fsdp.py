@@ -22,16 +22,16 @@ from framework import (
     strategies,
 )
 
-from .batch_norm import batch_norms, synchronize, undo
-from .ddp import check_same_model
-from .process_group import ProcessGroup
+from .batch_norm import batch_norms, synchronize
+from .ddp import DDP, check_same_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FUSED = (torch.optim.Adam, torch.optim.AdamW)  # their fused kernels take sharded parameters
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @strategies.register("fsdp")
-class FSDP(ProcessGroup):
+class FSDP(DDP):
     """Each process has a part of the parameters, their gradients and the optimizer's state.
 
     It uses torch's `fully_shard` (FSDP2). The parameters of a unit of the model are gathered while
@@ -49,7 +49,8 @@ class FSDP(ProcessGroup):
         units: which modules are gathered one at a time: patterns of their names, or the smallest
             number of parameters of a module. Then the units are the outermost modules of this size
             that are items of an nn.Sequential, nn.ModuleList or nn.ModuleDict, and not such a
-            container themselves.
+            container themselves. A task that computes gradients in its step, such as a gradient
+            penalty, needs [] if it uses a unit.
         param_dtype: number format of the gathered parameters and of the model's computations
             (inputs are converted to it, outputs to float32); null: that of the parameters. For
             autocast, use trainer.precision.
@@ -146,14 +147,8 @@ class FSDP(ProcessGroup):
                 module.set_force_sum_reduction_for_comms(True)
                 root.sharded_modules.append(module)
         parts = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [parts[names[parameter]] for parameter in group["params"]]
-        optimizer.state.clear()
+        replace_parameters(optimizer, {old: parts[name] for old, name in names.items()})
         self.root = root
-
-    def finish(self, model: nn.Module) -> None:
-        for module in batch_norms(model):
-            undo(module)
 
     def forward(self, function: Callable[..., Any], model: Any, *args: Any) -> Any:
         if self.root is None or model is not self.root.model:
@@ -327,11 +322,6 @@ def check_model(model: nn.Module) -> None:
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise SettingError for an optimizer whose parameters cannot be replaced by sharded ones."""
-    if any(optimizer.state.values()):
-        raise SettingError(
-            "strategy=fsdp: expected an optimizer without state, since it replaces the parameters; "
-            "build a new one, or resume with `fit(resume=...)`"
-        )
     own = set(model.parameters())
     for group in optimizer.param_groups:
         if not own.issuperset(group["params"]):
@@ -339,3 +329,30 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
                 "strategy=fsdp: the optimizer has parameters that are not the model's, which it "
                 "cannot shard"
             )
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
+                raise SettingError(
+                    f"strategy=fsdp cannot shard the state of {type(optimizer).__name__}: {name} "
+                    f"has the shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+                )
+
+
+def replace_parameters(optimizer: Optimizer, parts: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Replace the parameters of an optimizer and their state by the parts of this process.
+
+    Args:
+        optimizer: over the parameters of a model, or some of them.
+        parts: the sharded parameter of each of its parameters.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [parts[parameter] for parameter in group["params"]]
+        if group.get("fused") and not isinstance(optimizer, FUSED):
+            group["fused"] = False
+    for parameter, values in list(optimizer.state.items()):
+        part = parts[parameter]
+        del optimizer.state[parameter]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == part.shape:
+                values[name] = sharded.sharded_like(value, part)
+        optimizer.state[part] = values
