@@ -116,6 +116,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runtime.identity import ModelContents as ModelContents
     from .runtime.torch_internals import foreach as foreach, pytree as pytree
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
+    from .runtime.torch_internals.views import without_view as without_view
     from .system import files as files
     from .training.layer_table import model_undisturbed as model_undisturbed
     from .training.optimizer_state import (
@@ -245,6 +246,7 @@ _NAMES = {
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
     "with_stand_ins": "data.batch_slice",
+    "without_view": "runtime.torch_internals.views",
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",

@@ -20,6 +20,7 @@ from framework import (
     pytree,
     sharded,
     strategies,
+    without_view,
 )
 
 from .batch_norm import batch_norms, synchronize
@@ -137,6 +138,8 @@ class FSDP(DDP):
         )
         units = units_of(model, self.units)
         root = Root(model, self.param_dtype)
+        for unit in units:
+            unit.register_forward_hook(outputs_without_views)
         for module in [*reversed(units), root]:  # a unit before the one that contains it
             reshard = module is not root if self.reshard == "auto" else self.reshard
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
@@ -205,7 +208,8 @@ class Root(nn.Module):
         finally:
             self.running = False
         if isinstance(self.result, Step) and isinstance(self.result.loss, Tensor):
-            return self.result.loss.clone()  # torch warns about a view
+            loss: Tensor = without_view(self.result.loss)
+            return loss
         return None
 
     def _check_running(self, module: nn.Module, inputs: Any) -> None:
@@ -215,6 +219,11 @@ class Root(nn.Module):
                 "only a part of its parameters; call `trainer.strategy.forward(function, model, "
                 "...)` in all processes"
             )
+
+
+def outputs_without_views(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Return the outputs of a unit, on which the hooks of its backward pass are not lost."""
+    return pytree.tree_map(without_view, outputs)
 
 
 def converted_inputs(

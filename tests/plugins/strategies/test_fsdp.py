@@ -1,6 +1,7 @@
 """The strategy fsdp on two and four processes, against one process."""
 
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,9 @@ SETTINGS = {
 }
 
 
+VIEWS = (nn.Unflatten(1, (1, 7)), nn.Flatten())
+
+
 class Tied(nn.Module):
     """A network with a tied weight, a frozen parameter, an unused one, and a batch norm."""
 
@@ -45,7 +49,7 @@ class Tied(nn.Module):
         torch.manual_seed(5)
         self.first = nn.Linear(6, 7)
         self.blocks = nn.ModuleList(
-            [nn.Sequential(nn.Linear(7, 7), nn.Tanh()), nn.Sequential(nn.Linear(7, 7), nn.Tanh())]
+            [nn.Sequential(nn.Linear(7, 7), nn.Tanh(), *VIEWS) for _ in range(2)]
         )
         self.norm = nn.BatchNorm1d(7)
         self.unused = nn.Linear(2, 2)
@@ -166,6 +170,7 @@ def error_of(function):
 def two_processes(folder):
     """Return the results of all cases, which the tests below check."""
     fw.discover()
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
     found = {"differences": {}, "errors": {}}
     for name, callbacks in CALLBACKS.items():
         one = fit(callbacks=built(callbacks))
@@ -382,6 +387,7 @@ def test_a_checkpoint_has_the_full_weights(found, folder):
     assert states_equal(resumed.state_dict(), state)
 
 
+@pytest.mark.slow
 def test_four_processes_resume_two_and_replicate_shards(found, folder):
     results = run_in_processes(four_processes, 4, folder, str(folder))
     weights, state, logged = results[0].difference
