@@ -12,7 +12,7 @@ that are the same in all processes, such as `state.step` or `state.metrics`, and
 a signal, or an error in one process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ class Strategy:
         """
         return device
 
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Check the settings of a Trainer, after `start`.
+
+        Raises:
+            SettingError: the strategy does not support one of them.
+        """
+
     def close(self) -> None:
         """Disconnect this process. The other processes need not be ready."""
 
@@ -72,6 +79,29 @@ class Strategy:
 
     def finish(self, model: nn.Module) -> None:
         """Undo what `prepare` has changed in the modules of the model, after the fit."""
+
+    def forward(self, function: Callable[..., Any], model: Any, *args: Any) -> Any:
+        """Return function(model, *args), which runs the model (collective for a sharded model).
+
+        Each call of the model goes through this method, so that a strategy can provide its
+        parameters meanwhile. If gradients are enabled, a backward pass must follow.
+
+        Args:
+            function: any function of the model, such as `task.step`.
+            model: that of the fit, or any other one.
+            args: the further arguments of the function.
+        """
+        return function(model, *args)
+
+    def full(self, value: Any, everywhere: bool = False) -> Any:
+        """Return a value with full tensors in place of sharded ones (collective).
+
+        Args:
+            value: plain types and tensors; dicts, lists and tuples of them.
+            everywhere: whether all processes need the result; if not, sharded tensors become None
+                in all processes but the main one.
+        """
+        return value
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes (collective)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
-from framework.data.batch_slice import BatchSlice
+from framework.data.batch_slice import BatchSlice, with_stand_ins
 from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -22,10 +23,17 @@ from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
+from framework.runtime.sharded import has_shards
 
 from .shards import ShardedMeasures, slice_of
 from .step_checks import check_input_dtype, check_result, count_of
-from .validation import check_batch_size, check_metrics, check_source, check_task
+from .validation import (
+    check_batch_size,
+    check_evaluated_rows,
+    check_metrics,
+    check_source,
+    check_task,
+)
 
 
 class Evaluator:
@@ -154,7 +162,7 @@ class Evaluator:
             DataError: it is not one tensor.
         """
         try:
-            output = self.model(batch[0])
+            output = self.strategy.forward(outputs_of, self.model, batch[0])
         except RuntimeError as error:
             check_input_dtype(error, self.model, batch)
             raise
@@ -173,13 +181,18 @@ class Evaluator:
             DataError: there is no batch.
         """
         measures = self._new_measures(batches)
+        unused = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
+        sharded = has_shards(self.model)
+        if sharded:
+            check_evaluated_rows(self.strategy, batches)
         with self._inference():
-            for batch in batches.epoch():
+            for batch, counts in with_stand_ins(batches.epoch(), sharded):
                 empty = False
-                if not batch:
-                    continue  # other processes have its rows
                 moved = move_batch(batch, self.device)
+                if not counts:
+                    self._measure_batch(moved, unused)
+                    continue
                 parts = measures.parts(moved) if isinstance(measures, ShardedMeasures) else [moved]
                 for part in parts:
                     self._measure_batch(part, measures)
@@ -213,7 +226,7 @@ class Evaluator:
         for part in self.micro_batches.split(batch):
             count = count_of(self.task, part)  # before the model may change the inputs
             try:
-                result = self.task.step(self.model, part)
+                result = self.strategy.forward(self.task.step, self.model, part)
             except RuntimeError as error:
                 check_input_dtype(error, self.model, part)
                 raise
@@ -275,6 +288,11 @@ class Evaluator:
         )
         batches.slice = slice_of(self.strategy, self.shards)
         return batches
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the outputs of a model."""
+    return model(inputs)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +45,7 @@ from .acceleration.fused_update import FusedUpdate
 from .agreement import StepTotals, own_random_numbers, step_totals
 from .parameters import ModelParameters
 from .step_checks import (
+    check_all_have_rows,
     check_gradients,
     check_input_dtype,
     check_parameters_reached,
@@ -143,6 +145,7 @@ class TrainingStep:
     def read(self, trainer: StepContext, window: Sequence[Batch]) -> list[Batch]:
         """Return the batches of a step that have rows, on the device and after all transforms."""
         batches = [move_batch(batch, self.device) for batch in window if batch]
+        check_all_have_rows(self.strategy, window, batches)
         if trainer.transforms and batches:
             batches = transformed_all(batches, trainer.transforms)
         if self.strategy.world_size > 1:
@@ -294,6 +297,7 @@ class EagerStep:
         parameters: the trained parameters, for error messages.
         precision: autocast and gradient scaler.
         clock: for the profiler.
+        strategy: runs the forward pass.
     """
 
     def __init__(
@@ -303,12 +307,14 @@ class EagerStep:
         parameters: ModelParameters,
         precision: Precision,
         clock: Clock,
+        strategy: Strategy,
     ):
         self.forward: Any = forward
         self.task = task
         self.parameters = parameters
         self.precision = precision
         self.clock = clock
+        self.run = strategy.forward
 
     def __call__(
         self,
@@ -319,9 +325,9 @@ class EagerStep:
         """Run forward and backward; never update the parameters."""
         with self.clock.detail("forward"), self.precision.autocast():
             if phase is None:
-                result = self.task.step(self.forward, batch)
+                result = self.run(self.task.step, self.forward, batch)
             else:
-                result = self.task.phase(phase.name, self.forward, batch)
+                result = self.run(partial(self.task.phase, phase.name), self.forward, batch)
         with self.clock.detail("backward"):
             try:
                 loss = result.loss if share is None else result.loss * share
@@ -346,7 +352,7 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     cuda_graph: CudaGraph,
     callbacks: GradientCallbacks,
     call_recordable: Callable[[Tensor], None],
-    is_shared: bool = False,
+    strategy: Strategy,
 ) -> StepImplementation:
     """Return the implementation of forward and backward for a fit.
 
@@ -363,14 +369,14 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         cuda_graph: off, on, or auto to capture graphs only if they are faster.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
-        is_shared: whether other processes compute parts of the gradients, so that no step can
+        strategy: with several processes each computes a part of the gradients, so that no step can
             include the update.
     """
     forward = Compiled(model, compile, clock) if compile == "model" else model
-    eager = EagerStep(forward, task, parameters, precision, clock)
+    eager = EagerStep(forward, task, parameters, precision, clock, strategy)
     step: StepImplementation = eager
     # An update cannot be undone if memory is full.
-    with_update = not micro_batches.auto and not is_shared
+    with_update = not micro_batches.auto and strategy.world_size == 1
     if compile in ("step", "auto") and not task.phases:
         compiled_call = None
         if with_update:

@@ -52,6 +52,7 @@ from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
+from framework.runtime.sharded import has_shards
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -87,6 +88,7 @@ from .validation import (
     check_resume,
     check_rows,
     check_schedule,
+    check_sharded_callbacks,
     check_shards,
     check_source,
     check_strategy,
@@ -348,7 +350,10 @@ class Trainer(Evaluator):
         return self.train_batches.indices(self.state.epoch, self.state.batch, self.accumulate)
 
     def capture(self) -> dict[str, Any]:
-        """Return the result of `state_dict` without copies: the next step changes the tensors."""
+        """Return the result of `state_dict` without copies: the next step changes the tensors.
+
+        Tensors may be sharded (see `Strategy.full`).
+        """
         return trainer_state.capture(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,7 +361,7 @@ class Trainer(Evaluator):
 
         The tensors are copies on their devices: the state does not change as training continues.
         """
-        return copy.deepcopy(self.capture())
+        return copy.deepcopy(self.strategy.full(self.capture(), everywhere=True))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore a result of `state_dict` or `capture`."""
@@ -490,6 +495,9 @@ class Trainer(Evaluator):
             self.strategy.prepare(self.model, self.optimizer)
         else:
             self.strategy.prepare(self.model, self.optimizer, joint_batch_norm=False)
+        if has_shards(self.model):
+            self._single = None  # `check_rows` refuses a batch of one sample
+            check_sharded_callbacks(self.callbacks)
         check_rows(self.strategy, self.train_batches, self.micro_batches, self.shards)
 
     def _choose_fused(self) -> None:
@@ -513,7 +521,7 @@ class Trainer(Evaluator):
             cuda_graph=self.cuda_graph,
             callbacks=callbacks,
             call_recordable=partial(self._call_recordable, callbacks),
-            is_shared=self.strategy.world_size > 1 or self.shards is not None,
+            strategy=self.strategy,
         )
         arguments: dict[str, Any] = {
             "model": self.model,

@@ -15,6 +15,7 @@ from framework.data.dataset import ForeignLoader, Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
+from framework.runtime.sharded import load_model_state
 
 from .acceleration.compile_choice import CompileChoice
 from .optimizer_state import group_settings, restore_optimizer, same_setting
@@ -93,7 +94,7 @@ def user_settings(
 def capture(trainer: TrainerParts) -> dict[str, Any]:
     """Return the state of the model, and of everything that the next steps depend on (collective).
 
-    The tensors are not copied; the next step changes them.
+    The tensors are not copied; the next step changes them. They may be sharded.
     """
     saved = trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
@@ -145,7 +146,7 @@ def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
 
 def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     """Restore the state of each part of a trainer; a damaged state may raise any of WRONG_FORM."""
-    trainer.model.load_state_dict(saved["model"])
+    load_model_state(trainer.model, saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:
         raise SettingError(

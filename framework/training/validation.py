@@ -125,6 +125,7 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
             f"shards={shards}: expected a multiple of the {strategy.world_size} processes of the "
             "run"
         )
+    strategy.check_settings(settings)
     if strategy.world_size > 1 and settings["cuda_graph"] != "off":
         raise SettingError(
             f"cuda_graph={settings['cuda_graph']}: expected off with {strategy.world_size} "
@@ -513,3 +514,30 @@ def check_rows(
             f"the {processes} processes, whose model communicates in its forward pass (batch "
             "normalization, or strategy=fsdp): use loader.drop_last=true or another batch_size"
         )
+
+
+def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
+    """Raise DataError for an evaluation of a sharded model that the processes cannot share.
+
+    Args:
+        strategy: of the run.
+        batches: of the evaluation.
+    """
+    if batches.batch_size is None:
+        return
+    rows = min(batches.batch_size, len(batches.split))
+    if rows < strategy.world_size:
+        raise DataError(
+            f"the evaluation data has batches of {rows} samples: expected at least one sample for "
+            f"each of the {strategy.world_size} processes, which have parts of the model"
+        )
+
+
+def check_sharded_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Raise SettingError for callbacks that cannot run a sharded model."""
+    for callback in callbacks:
+        if callback.runs_model:
+            raise SettingError(
+                f"callbacks: {type(callback).__name__} runs the model outside of the training "
+                "step, which strategy=fsdp does not support: remove it, or use strategy=ddp"
+            )

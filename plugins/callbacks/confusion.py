@@ -11,6 +11,8 @@ from framework import (
     callbacks,
     check_read_again,
     class_names,
+    sharded,
+    with_stand_ins,
 )
 from framework.contracts.state import Cadence
 
@@ -64,9 +66,12 @@ def count_pairs(trainer: Context) -> Tensor:
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
-        for batch in trainer.val_batches.epoch():
+        all_run = sharded.has_shards(trainer.model)
+        for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
             on_device = tuple(tensor.to(trainer.device) for tensor in batch)
-            step = trainer.task.step(trainer.model, on_device)
+            step = trainer.strategy.forward(trainer.task.step, trainer.model, on_device)
+            if not counted:
+                continue
             targets = step.targets.cpu()
             outputs = step.outputs.cpu()
             if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:

@@ -66,7 +66,7 @@ class Pictures(Callback):
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
-            rows_by_tag = trainer.task.pictures(trainer.model, inputs)
+            rows_by_tag = trainer.strategy.forward(trainer.task.pictures, trainer.model, inputs)
         low = inputs.min()
         high = inputs.max()
         for tag, rows in rows_by_tag.items():
@@ -112,7 +112,8 @@ class SampleDistance(Callback):
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
-            samples = trainer.task.pictures(trainer.model, inputs)["samples"]
+            rows = trainer.strategy.forward(trainer.task.pictures, trainer.model, inputs)
+        samples = rows["samples"]
         samples = samples.float().flatten(1)
         inputs = inputs.float().flatten(1)
         precision, coverage = precision_and_coverage(samples, inputs)

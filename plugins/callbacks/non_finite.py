@@ -16,6 +16,7 @@ from framework import (
     checkpoints,
     numbers_of,
     restore_optimizer,
+    sharded,
 )
 from framework.contracts.callback import keyed
 
@@ -212,7 +213,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    trainer.model.load_state_dict(model)
+    sharded.load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],

@@ -32,6 +32,8 @@ from .gradients import parameters_with_gradient
 class GradientsAgain(Transform):
     """Base of callbacks that compute gradients of the batches of a step a second time."""
 
+    runs_model = True
+
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 

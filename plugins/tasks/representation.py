@@ -270,6 +270,7 @@ class LinearProbe(Callback):
     """
 
     changes_training = False
+    runs_model = True
 
     def __init__(
         self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None
