@@ -92,6 +92,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import count_steps as count_steps
+    from .data.batch_slice import whole_batches as whole_batches
     from .data.dataset import (
         check_read_again as check_read_again,
         class_names as class_names,
@@ -237,6 +238,7 @@ _NAMES = {
     "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
+    "whole_batches": "data.batch_slice",
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",

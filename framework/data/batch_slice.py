@@ -1,7 +1,8 @@
 """The rows that one process reads of each batch."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,3 +78,20 @@ def filled(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         count -= 1
     for _ in range(count):
         yield NO_ROWS
+
+
+class Sliced(Protocol):
+    """A loader of which a process reads a part of each batch."""
+
+    slice: BatchSlice
+
+
+@contextmanager
+def whole_batches(loader: Sliced) -> Iterator[None]:
+    """Let a process read whole batches in a block, as for a callback that needs all samples."""
+    own = loader.slice
+    loader.slice = BatchSlice()
+    try:
+        yield
+    finally:
+        loader.slice = own

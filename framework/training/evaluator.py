@@ -170,13 +170,16 @@ class Evaluator:
             DataError: there is no batch.
         """
         measures = Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        counted = measures
+        if batches.slice.is_whole and not self.strategy.is_main:  # the main process counts them
+            counted = Measures(self.metrics, self.device, batches.max_buffered)
         empty = True
         with self._inference():
             for batch in batches.epoch():
                 empty = False
                 if not batch:
                     continue  # other processes have its rows
-                self._measure_batch(move_batch(batch, self.device), measures)
+                self._measure_batch(move_batch(batch, self.device), counted)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()
@@ -233,6 +236,7 @@ class Evaluator:
             self.model = model.to(self.device)
         if task is not None:
             self.task = task if isinstance(task, Task) else LossTask(task)
+            self.task.strategy = self.strategy
         for name in needed:
             if not hasattr(self, name):
                 raise SettingError(f"nothing was fitted yet: pass `{name}=`")
@@ -261,8 +265,11 @@ class Evaluator:
             channels_last=channels_last,
             model=self.model,
         )
-        rank = self.strategy.rank
-        batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
+        batches.slice = BatchSlice()
+        task: Task | None = getattr(self, "task", None)
+        if shuffle or task is None or task.splits_batches:
+            rank = self.strategy.rank
+            batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
         return batches
 
 

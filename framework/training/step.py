@@ -129,33 +129,56 @@ class TrainingStep:
         if self.parameters.others:
             self.parameters.clear_other_gradients()
         trainer.emit("step_start")
-        with own_random_numbers(self.strategy, trainer.seed, trainer.state.step):
-            with self.clock.detail("copy"):
-                batches = [move_batch(batch, self.device) for batch in window if batch]
-                if trainer.transforms:
+        with self.clock.detail("copy"):
+            batches = [move_batch(batch, self.device) for batch in window if batch]
+            if trainer.transforms:
+                with own_random_numbers(
+                    self.strategy, trainer.seed, trainer.state.step, "transforms"
+                ):
                     batches = transformed_all(batches, trainer.transforms)
-            set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
-            if self.strategy.world_size > 1:
-                counts = [count_of(self.task, batch) for batch in batches]
-                self.totals = step_totals(self.strategy, batches, counts, self.device)
+        set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
+        if self.strategy.world_size > 1:
+            self.totals = self.count_totals(window, batches)
 
-            if not self.task.phases:
-                self.backward_and_update(trainer, batches)
-            for phase in self.task.phases:
-                with only_trains(self.model, phase):
-                    self.backward_and_update(trainer, batches, phase)
+        if not self.task.phases:
+            self.backward_and_update(trainer, batches)
+        for number, phase in enumerate(self.task.phases):
+            with only_trains(self.model, phase):
+                self.backward_and_update(trainer, batches, phase, number)
+        self.strategy.share_buffers()
         self.is_first = False
+
+    def count_totals(self, window: Sequence[Batch], batches: Sequence[Batch]) -> StepTotals:
+        """Return the sums of a step over all processes (collective).
+
+        Args:
+            window: the batches of the step.
+            batches: those that have rows in this process.
+        """
+        counts = [count_of(self.task, batch) for batch in batches]
+        collective = self.strategy.forward_is_collective or not self.task.splits_batches
+        needed = len(window) if collective else 0
+        return step_totals(self.strategy, batches, counts, self.device, needed)
 
     def backward_and_update(
         self,
         trainer: StepContext,
         batches: Sequence[Batch],
         phase: Phase | None = None,
+        number: int = 0,
     ) -> None:
-        """Compute the gradients of the batches, and update the parameters with them."""
+        """Compute the gradients of the batches, and update the parameters with them.
+
+        Args:
+            trainer: the fit.
+            batches: those of the step, on the device.
+            phase: the phase of the step, or None.
+            number: of the phase in the step.
+        """
         backward = self.backward_with_retry if self.micro_batches.auto else self.backward
         try:
-            trainer.loss, updated = backward(batches, phase)
+            with own_random_numbers(self.strategy, trainer.seed, trainer.state.step, number):
+                trainer.loss, updated = backward(batches, phase)
         except RuntimeError as error:
             if batches:
                 check_input_dtype(error, self.model, batches[0])

@@ -59,7 +59,7 @@ from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
-from .agreement import agreed_stop, same_time
+from .agreement import agreed_stop, same_time, share_generators
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -452,14 +452,23 @@ class Trainer(Evaluator):
             self.metrics, self.device, self.train_batches.max_buffered, self.strategy
         )
         self._was_prepared = True
-        self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
+        profiles = self.profile and self.strategy.is_main
+        self.clock = Profiler(self.device, self.folder) if profiles else Clock()
         self._single = single_sample(self.train_batches, self.micro_batches.size)
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None
         self.strategy.prepare(self.model, self.optimizer)
-        check_rows(self.strategy, self.train_batches, self.micro_batches)
+        try:
+            self._prepare_shared(resume)
+        except BaseException:
+            self.strategy.finish(self.model)
+            raise
+
+    def _prepare_shared(self, resume: dict[str, Any] | None) -> None:
+        """Do the rest of `_prepare`, after the processes have the same weights."""
+        check_rows(self.strategy, self.train_batches, self.micro_batches, self.task)
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
@@ -467,7 +476,7 @@ class Trainer(Evaluator):
             if reason is not None and not self.done:
                 warnings.warn(
                     f"resume: the result differs from that of an uninterrupted fit: {reason}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         self._check_validation_data()
         self._choose_fused()
@@ -616,6 +625,7 @@ class Trainer(Evaluator):
             DataError: the data ends before the last step.
         """
         state = self.state
+        share_generators(self.strategy)
         batches = self.train_batches.epoch(state.epoch, state.batch)
         if self._single is not None:
             batches = self._try_single_sample(batches)

@@ -65,6 +65,8 @@ def count_pairs(trainer: Context) -> Tensor:
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
         for batch in trainer.val_batches.epoch():
+            if not batch:  # other processes have its rows
+                continue
             on_device = tuple(tensor.to(trainer.device) for tensor in batch)
             step = trainer.task.step(trainer.model, on_device)
             targets = step.targets.cpu()
@@ -79,7 +81,8 @@ def count_pairs(trainer: Context) -> Tensor:
             pairs = targets[known] * classes + outputs.argmax(1)[known]
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
-    return counts
+    counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
+    return torch.stack(counts_of_processes).sum(0)
 
 
 def counts_table(counts: Tensor, trainer: Context) -> str:
