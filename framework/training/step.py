@@ -131,7 +131,7 @@ class TrainingStep:
         trainer.emit("step_start")
         with self.clock.detail("copy"):
             batches = [move_batch(batch, self.device) for batch in window if batch]
-            if trainer.transforms:
+            if trainer.transforms and batches:
                 with own_random_numbers(
                     self.strategy, trainer.seed, trainer.state.step, "transforms"
                 ):

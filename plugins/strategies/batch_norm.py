@@ -85,14 +85,14 @@ def check_batch_norm(name: str, module: _BatchNorm) -> None:
     """Raise SettingError for a batch norm whose result would depend on the number of processes."""
     if not module.track_running_stats:
         raise SettingError(
-            f"strategy=ddp: {name} has track_running_stats=False, so that evaluation would depend "
-            "on the number of processes: use running statistics, or another norm"
+            f"strategy=ddp: the layer {name} has track_running_stats=False, so that evaluation "
+            "would depend on the number of processes: use running statistics, or another norm"
         )
     kind = type(module)
     if kind.forward is not _BatchNorm.forward and not isinstance(module, FeatureBatchNorm):
         raise SettingError(
-            f"strategy=ddp: {name} is a {kind.__name__} with a `forward` of its own, which cannot "
-            "use the samples of all processes: use a batch norm of torch"
+            f"strategy=ddp: the layer {name} ({kind.__name__}) has a `forward` of its own, which "
+            "cannot use the samples of all processes: use a batch norm of torch"
         )
 
 
