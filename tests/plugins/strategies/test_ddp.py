@@ -111,9 +111,26 @@ CASES = {
     "a list": {"data": list(zip(INPUTS.split(9), CLASSES.split(9), strict=True))},
     "shuffled": {"data": "shuffled"},
     "iterable": {"data": "iterable"},
+    "weighted sampling": {"data": {"sampling": "weighted", "shuffle": True}},
+    "limit": {"data": {"limit": 2, "shuffle": True}},
+    "workers": {"data": {"read": "workers", "workers": 2, "shuffle": True}},
+    "checkpointing": {"model": normal(nn.BatchNorm1d), "callbacks": ["activation_checkpointing"]},
+    "gradient penalty": {"model": normal(nn.BatchNorm1d), "task": "penalty"},
     "deterministic": {"deterministic": True},
     "profile": {"profile": True},
 }
+
+
+class Penalty(Task):
+    """Penalizes the gradient of the outputs at the inputs."""
+
+    def step(self, model, batch):
+        inputs = batch[0].clone().requires_grad_()
+        with torch.enable_grad():
+            outputs = model(inputs)
+            (slope,) = torch.autograd.grad(outputs.square().sum(), inputs, create_graph=True)
+        loss = nn.functional.cross_entropy(outputs, batch[1])
+        return Step(loss + 0.1 * slope.square().sum(1).mean(), outputs, batch[1])
 
 
 class Rows(IterableDataset):
@@ -128,17 +145,24 @@ def loader(kind):
     return DataLoader(Rows(), batch_size=9)
 
 
+def callback(name):
+    settings = {"patterns": ["1"]} if name == "activation_checkpointing" else {}
+    return fw.callbacks.build(name, **settings)
+
+
 def result_of(name):
     settings = dict(CASES[name])
     if isinstance(settings.get("data"), str):
         settings["data"] = loader(settings["data"])
         settings["val"] = DataLoader(TensorDataset(INPUTS[:21], CLASSES[:21]), batch_size=5)
+    if isinstance(settings.get("data"), dict):
+        settings["data"] = fw.Loader(SPLIT, 16, **settings["data"])
     if "model" in settings:
         settings["model"] = settings["model"]()
     if "task" in settings:
-        settings["task"] = settings["task"]()
+        settings["task"] = Penalty() if settings["task"] == "penalty" else settings["task"]()
     if "callbacks" in settings:
-        settings["callbacks"] = [fw.callbacks.build(part) for part in settings["callbacks"]]
+        settings["callbacks"] = [callback(part) for part in settings["callbacks"]]
     return trained(**settings)
 
 
@@ -188,6 +212,13 @@ class Broken(Callback):
 
 def buffers_are_shared():
     return trained(model=mlp(Center()))["weights"]
+
+
+def small_numbers(precision):
+    model = mlp(nn.BatchNorm1d(16))
+    return trained(model=model, precision=precision, callbacks=[fw.callbacks.build("ema")])[
+        "weights"
+    ]
 
 
 def random_numbers_are_shared():
@@ -417,6 +448,8 @@ def several_processes(folder):
     return {
         "buffers": buffers_are_shared(),
         "random": random_numbers_are_shared(),
+        "bf16": small_numbers("bf16"),
+        "fp16": small_numbers("fp16"),
         "masks": masks(),
         "memory": memory_is_full(),
         "error": nothing_is_left_after_an_error(),
@@ -463,7 +496,7 @@ def assert_same(one, other):
         assert torch.equal(tensor, other[key]), key
 
 
-@pytest.mark.parametrize("name", ["buffers", "random", "skip", "rewind"])
+@pytest.mark.parametrize("name", ["buffers", "random", "skip", "rewind", "bf16", "fp16"])
 def test_all_processes_have_the_same_weights_and_buffers(name, two):
     main, other = (each[name] for each in two)
     assert_same(main, other)
@@ -544,6 +577,33 @@ def test_copies_of_a_model_in_training_are_ordinary_models(two):
 def test_a_run_that_cannot_work_is_refused_in_all_processes(name, words, two):
     for each in two:
         assert words in each["refused"][name]
+
+
+def first_losses():
+    """Return the loss of each of the first 100 steps, of the MLP on digits."""
+    fw.discover()
+    data = fw.datasets.build("digits")
+    torch.manual_seed(0)
+    model = fw.models.build("mlp", data.in_shape, data.out_shape)
+    optimizer = fw.optimizers.build("adamw", model.parameters())
+    record = Record()
+    trainer = Trainer(
+        max_steps=100,
+        log_every="1steps",
+        device="cpu",
+        loggers=[record],
+        strategy=fw.strategies.build("auto"),
+    )
+    trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer)
+    return record.of("train/loss")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_losses_of_digits_are_those_of_one_process(count, tmp_path):
+    expected = first_losses()
+    found = run_in_processes(first_losses, count, tmp_path)[0]
+    assert len(found) == 100
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
