@@ -93,7 +93,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import count_steps as count_steps
-    from .data.batch_slice import with_stand_ins as with_stand_ins
+    from .data.batch_slice import whole_batches as whole_batches, with_stand_ins as with_stand_ins
     from .data.dataset import (
         check_read_again as check_read_again,
         class_names as class_names,
@@ -250,6 +250,7 @@ _NAMES = {
     "state_after_a_step": "training.optimizer_state",
     "with_stand_ins": "data.batch_slice",
     "without_view": "runtime.torch_internals.views",
+    "whole_batches": "data.batch_slice",
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
-TIMEOUT_SECONDS = 60.0
-
 
 def free_port():
     """Return a port that no process listens on."""
@@ -43,6 +41,7 @@ def run_in_processes(function, count, folder, *args):
         process.join()
     errors = [file.read_text() for file in sorted(Path(folder).glob("error*"))]
     assert not errors, "\n".join(errors)
+    assert all(process.exitcode == 0 for process in processes), "a process was killed"
     return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(count)]
 
 
@@ -56,6 +55,7 @@ def run_one(rank, count, port, folder, function, args):
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is not spawned
     try:
         result = function(*args)
         torch.save(result, Path(folder) / f"result{rank}")

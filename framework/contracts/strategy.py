@@ -13,7 +13,7 @@ a signal, or an error in one process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,19 @@ class Strategy:
         """Return the value of the main process (collective)."""
         return self.gather(value)[0]
 
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of their ranks (collective).
+
+        Gradients flow to the rows of each process; the backward pass is collective too.
+        """
+        return tensor
+
+    def share_buffers(self) -> None:
+        """Give all processes the buffers that the main one has changed in a step (collective).
+
+        The statistics of batch normalization are left out: they are equal already.
+        """
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Sum the gradients of all processes in place; return the sum of the losses (collective).
 
@@ -138,3 +151,19 @@ class Strategy:
             loss: shape (), the share of this process in the mean loss.
         """
         return loss
+
+
+@runtime_checkable
+class BatchStatistics(Protocol):
+    """A module that normalizes by sums over the batch in training.
+
+    A strategy for several processes replaces the method by one that sums over the batches of all
+    processes (collective), so that the statistics are those of the global batch.
+    """
+
+    def sum_over_batch(self, sums: Tensor) -> Tensor:
+        """Return the sums over the global batch, with gradients; here the argument.
+
+        Args:
+            sums: over the batch of this process.
+        """

@@ -1,7 +1,8 @@
 """The rows that one process reads of each batch."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -105,10 +106,27 @@ def with_stand_ins(batches: Iterable[Batch], needed: bool) -> Iterator[tuple[Bat
             if needed and not sample:
                 sample = tuple([tensor[:1].clone() for tensor in batch])
             yield batch, True
-        elif needed:
-            if not sample:
+        else:
+            if needed and not sample:
                 raise DataError(
                     "the first batch has fewer samples than processes, which have parts of the "
                     "model: use larger batches"
                 )
             yield sample, False
+
+
+class Sliced(Protocol):
+    """A loader of which a process reads a part of each batch."""
+
+    slice: BatchSlice
+
+
+@contextmanager
+def whole_batches(loader: Sliced) -> Iterator[None]:
+    """Let a process read whole batches in a block, as for a callback that needs all samples."""
+    own = loader.slice
+    loader.slice = WHOLE
+    try:
+        yield
+    finally:
+        loader.slice = own

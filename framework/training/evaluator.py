@@ -12,7 +12,7 @@ from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
-from framework.data.batch_slice import BatchSlice, with_stand_ins
+from framework.data.batch_slice import WHOLE, with_stand_ins
 from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -143,7 +143,7 @@ class Evaluator:
         if isinstance(data, Tensor):
             data = TensorSplit(data)
         batches = self._batches(data, batch_size)
-        batches.slice = BatchSlice()  # each process returns all outputs
+        batches.slice = WHOLE  # each process returns all outputs
         outputs: list[Tensor] = []
         with self._inference():
             for batch in batches.epoch():
@@ -182,6 +182,8 @@ class Evaluator:
         """
         measures = self._new_measures(batches)
         unused = Measures(self.metrics, self.device, batches.max_buffered)
+        # The main process counts the rows of whole batches, which all processes read.
+        counts_rows = self.strategy.is_main or not batches.slice.is_whole
         empty = True
         sharded = has_shards(self.model)
         if sharded:
@@ -189,8 +191,10 @@ class Evaluator:
         with self._inference():
             for batch, counts in with_stand_ins(batches.epoch(), sharded):
                 empty = False
+                if not batch:
+                    continue  # other processes have its rows
                 moved = move_batch(batch, self.device)
-                if not counts:
+                if not counts or not counts_rows:
                     self._measure_batch(moved, unused)
                     continue
                 parts = measures.parts(moved) if isinstance(measures, ShardedMeasures) else [moved]
@@ -258,6 +262,7 @@ class Evaluator:
             self.model = model.to(self.device)
         if task is not None:
             self.task = task if isinstance(task, Task) else LossTask(task)
+            self.task.strategy = self.strategy
         for name in needed:
             if not hasattr(self, name):
                 raise SettingError(f"nothing was fitted yet: pass `{name}=`")
@@ -287,6 +292,9 @@ class Evaluator:
             model=self.model,
         )
         batches.slice = slice_of(self.strategy, self.shards)
+        task: Task | None = getattr(self, "task", None)
+        if not shuffle and task is not None and not task.splits_batches:
+            batches.slice = WHOLE
         return batches
 
 

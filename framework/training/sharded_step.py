@@ -5,6 +5,7 @@ The gradients of each shard are computed on their own, and added in fixed order:
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,12 @@ class ShardedStep(TrainingStep):
         """Train on the batches of a step; random numbers depend on (seed, step, shard)."""
         super().__call__(trainer, window)
         self.draw("after step")
+
+    def own_random_numbers(
+        self, trainer: StepContext, part: object
+    ) -> AbstractContextManager[None]:
+        """Return a context manager that does nothing: `draw` is called for each shard."""
+        return nullcontext()
 
     def draw(self, name: str, *details: object) -> None:
         """Draw other random numbers from now on: those of (seed, step, name, details)."""

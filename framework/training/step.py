@@ -5,7 +5,7 @@ run eagerly, compiled or as a CUDA graph; `select_step` chooses once, when a fit
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -45,7 +45,6 @@ from .acceleration.fused_update import FusedUpdate
 from .agreement import StepTotals, own_random_numbers, step_totals
 from .parameters import ModelParameters
 from .step_checks import (
-    check_all_have_rows,
     check_gradients,
     check_input_dtype,
     check_parameters_reached,
@@ -131,38 +130,65 @@ class TrainingStep:
         if self.parameters.others:
             self.parameters.clear_other_gradients()
         trainer.emit("step_start")
-        with own_random_numbers(self.strategy, trainer.seed, trainer.state.step):
-            with self.clock.detail("copy"):
-                batches = self.read(trainer, window)
-            set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
-            if not self.task.phases:
-                self.backward_and_update(trainer, batches)
-            for phase in self.task.phases:
-                with only_trains(self.model, phase):
-                    self.backward_and_update(trainer, batches, phase)
+        with self.clock.detail("copy"):
+            batches = self.read(trainer, window)
+        set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
+
+        if not self.task.phases:
+            self.backward_and_update(trainer, batches)
+        for number, phase in enumerate(self.task.phases):
+            with only_trains(self.model, phase):
+                self.backward_and_update(trainer, batches, phase, number)
+        self.strategy.share_buffers()
         self.is_first = False
 
     def read(self, trainer: StepContext, window: Sequence[Batch]) -> list[Batch]:
         """Return the batches of a step that have rows, on the device and after all transforms."""
         batches = [move_batch(batch, self.device) for batch in window if batch]
-        check_all_have_rows(self.strategy, window, batches)
         if trainer.transforms and batches:
-            batches = transformed_all(batches, trainer.transforms)
+            with self.own_random_numbers(trainer, "transforms"):
+                batches = transformed_all(batches, trainer.transforms)
         if self.strategy.world_size > 1:
-            counts = [count_of(self.task, batch) for batch in batches]
-            self.totals = step_totals(self.strategy, batches, counts, self.device)
+            self.totals = self.count_totals(window, batches)
         return batches
+
+    def own_random_numbers(
+        self, trainer: StepContext, part: object
+    ) -> AbstractContextManager[None]:
+        """Return the context manager in which this process draws random numbers of its own."""
+        return own_random_numbers(self.strategy, trainer.seed, trainer.state.step, part)
+
+    def count_totals(self, window: Sequence[Batch], batches: Sequence[Batch]) -> StepTotals:
+        """Return the sums of a step over all processes (collective).
+
+        Args:
+            window: the batches of the step.
+            batches: those that have rows in this process.
+        """
+        counts = [count_of(self.task, batch) for batch in batches]
+        collective = self.strategy.forward_is_collective or not self.task.splits_batches
+        needed = len(window) if collective else 0
+        return step_totals(self.strategy, batches, counts, self.device, needed)
 
     def backward_and_update(
         self,
         trainer: StepContext,
         batches: Sequence[Batch],
         phase: Phase | None = None,
+        number: int = 0,
     ) -> None:
-        """Compute the gradients of the batches, and update the parameters with them."""
+        """Compute the gradients of the batches, and update the parameters with them.
+
+        Args:
+            trainer: the fit.
+            batches: those of the step, on the device.
+            phase: the phase of the step, or None.
+            number: of the phase in the step.
+        """
         backward = self.backward_with_retry if self.micro_batches.auto else self.backward
         try:
-            trainer.loss, updated = backward(batches, phase)
+            with self.own_random_numbers(trainer, number):
+                trainer.loss, updated = backward(batches, phase)
         except RuntimeError as error:
             if batches:
                 check_input_dtype(error, self.model, batches[0])

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from framework.contracts.loss import check_scalar
 from framework.contracts.loss_properties import loss_name
-from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import DataError, FrameworkError, SettingError, short
@@ -77,23 +76,6 @@ def count_of(task: Task, batch: Batch) -> int | Tensor:
         f"{type(task).__name__}.count: expected an int or a tensor with one number, "
         f"got {short(count)}"
     )
-
-
-def check_all_have_rows(
-    strategy: Strategy, window: Sequence[Batch], batches: Sequence[Batch]
-) -> None:
-    """Raise DataError if this process has no row of a batch whose forward pass communicates.
-
-    Args:
-        strategy: of the run.
-        window: the batches of a step.
-        batches: those that have rows in this process.
-    """
-    if strategy.forward_is_collective and len(batches) < len(window):
-        raise DataError(
-            f"a batch has fewer samples than the {strategy.world_size} processes, whose model "
-            "communicates in its forward pass (batch normalization, or strategy=fsdp)"
-        )
 
 
 def check_gradients(parameters: Sequence[Tensor]) -> None:

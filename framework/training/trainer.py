@@ -61,7 +61,7 @@ from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
-from .agreement import agreed_stop, same_time
+from .agreement import agreed_stop, same_time, share_generators
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -469,13 +469,26 @@ class Trainer(Evaluator):
         self._own_tags = self._expected_tags()
         self.measures = self._new_measures(self.train_batches)
         self._was_prepared = True
-        self.clock = Profiler(self.device, self.folder) if self.profile else Clock()
+        profiles = self.profile and self.strategy.is_main
+        self.clock = Profiler(self.device, self.folder) if profiles else Clock()
         self._single = single_sample(self.train_batches, self.micro_batches.size, self.shards)
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None
-        self._prepare_strategy()
+        self.strategy.prepare(self.model, self.optimizer, joint_batch_norm=self.shards is None)
+        try:
+            self._prepare_shared(resume)
+        except BaseException:
+            self.strategy.finish(self.model)
+            raise
+
+    def _prepare_shared(self, resume: dict[str, Any] | None) -> None:
+        """Do the rest of `_prepare`, after the processes have the same weights."""
+        if has_shards(self.model):
+            self._single = None  # `check_rows` refuses a batch of one sample
+            check_sharded_callbacks(self.callbacks)
+        check_rows(self.strategy, self.train_batches, self.micro_batches, self.task, self.shards)
         if resume is not None:
             self.load_state_dict(resume)
             self.resumed_from = self.state.step
@@ -483,22 +496,12 @@ class Trainer(Evaluator):
             if reason is not None and not self.done:
                 warnings.warn(
                     f"resume: the result differs from that of an uninterrupted fit: {reason}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         self._check_validation_data()
         self._choose_fused()
         self._training_step = self._make_training_step()
         self._speed_since = (time.perf_counter(), self.state.samples)
-
-    def _prepare_strategy(self) -> None:
-        if self.shards is None:
-            self.strategy.prepare(self.model, self.optimizer)
-        else:
-            self.strategy.prepare(self.model, self.optimizer, joint_batch_norm=False)
-        if has_shards(self.model):
-            self._single = None  # `check_rows` refuses a batch of one sample
-            check_sharded_callbacks(self.callbacks)
-        check_rows(self.strategy, self.train_batches, self.micro_batches, self.shards)
 
     def _choose_fused(self) -> None:
         """Select the fused kernel, after the saved state of the optimizer is loaded."""
@@ -645,6 +648,7 @@ class Trainer(Evaluator):
             DataError: the data ends before the last step.
         """
         state = self.state
+        share_generators(self.strategy)
         batches = training_epoch(self.train_batches, state.epoch, state.batch, self.accumulate)
         if self._single is not None:
             batches = self._try_single_sample(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -112,7 +113,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
         "measures": measures_state(trainer),
         "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
-        "skipped": trainer.train_batches.skipped,
+        "skipped": skipped_samples(trainer),
         "random": seeds.capture(),
     }
     if isinstance(trainer.train_batches, ForeignLoader):
@@ -173,10 +174,15 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     convert_batch_counter(trainer, saved.get("batch_size"))
     trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
-        trainer.train_batches.skipped = saved["skipped"]
+        trainer.train_batches.skipped = saved["skipped"] if trainer.strategy.is_main else 0
     else:
         trainer.train_batches.load_source_state(saved.get("source"))
     seeds.restore(saved["random"])
+
+
+def skipped_samples(trainer: TrainerParts) -> int:
+    """Return the number of samples that all processes have skipped (collective)."""
+    return int(trainer.strategy.sum(torch.tensor(trainer.train_batches.skipped)))
 
 
 def measures_state(trainer: TrainerParts) -> list[dict[str, Any]] | dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from framework.contracts.callback import Callback, SavingCallback
 from framework.contracts.logger import Logger
@@ -130,6 +131,11 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
         raise SettingError(
             f"cuda_graph={settings['cuda_graph']}: expected off with {strategy.world_size} "
             "processes, whose communication a graph cannot contain"
+        )
+    if strategy.world_size > 1 and settings["compile"] == "auto":
+        raise SettingError(
+            f"compile=auto: expected off, model or step with {strategy.world_size} processes, "
+            "each of which would measure other times and might choose otherwise"
         )
 
 
@@ -471,7 +477,11 @@ def build_example(value: Any, registry: str, more: str = "") -> str:
 
 
 def check_rows(
-    strategy: Strategy, batches: Batches, micro_batches: MicroBatches, shards: int | None = None
+    strategy: Strategy,
+    batches: Batches,
+    micro_batches: MicroBatches,
+    task: Task,
+    shards: int | None = None,
 ) -> None:
     """Raise DataError for training batches that the processes of a run cannot share.
 
@@ -479,6 +489,7 @@ def check_rows(
         strategy: of the run, after its `prepare`.
         batches: of the training.
         micro_batches: the parts in which the model processes a batch.
+        task: of the training.
         shards: the number of virtual shards of a batch, if any.
     """
     if shards is not None:
@@ -492,28 +503,56 @@ def check_rows(
                 f"shards={shards}: expected batch_size={shards} or more, got {batches.batch_size}"
             )
     processes = strategy.world_size
-    if processes == 1 or batches.batch_size is None:
+    if processes == 1:
+        return
+    divided = divided_loader(batches)
+    if divided is not None:
+        raise SettingError(
+            f"data: the {divided} of the DataLoader already divides the samples among the "
+            "processes, as the trainer does: pass a DataLoader of all samples"
+        )
+    collective = strategy.forward_is_collective or not task.splits_batches
+    if collective and (micro_batches.auto or micro_batches.size is not None):
+        raise SettingError(
+            "micro_batch: expected none for a model whose forward pass communicates between "
+            f"{processes} processes (batch normalization, or strategy=fsdp); use a smaller batch "
+            "with trainer.accumulate"
+        )
+    if batches.batch_size is None:
         return
     if batches.batch_size < processes:
         raise DataError(
             f"batch_size={batches.batch_size}: expected at least one sample for each of the "
             f"{processes} processes that share a batch"
         )
-    if not strategy.forward_is_collective:
-        return
-    if micro_batches.auto or micro_batches.size is not None:
-        raise SettingError(
-            "micro_batch: expected none for a model whose forward pass communicates between "
-            f"{processes} processes (batch normalization, or strategy=fsdp); use a smaller batch "
-            "with trainer.accumulate"
-        )
-    last = len(batches.split) % batches.batch_size
-    if 0 < last < processes and not batches.drop_last:
+    samples = len(batches.split)
+    if samples < processes:
         raise DataError(
-            f"the last batch of an epoch has {last} of {len(batches.split)} samples, fewer than "
-            f"the {processes} processes, whose model communicates in its forward pass (batch "
-            "normalization, or strategy=fsdp): use loader.drop_last=true or another batch_size"
+            f"the training split has {samples} samples: expected at least one for each of the "
+            f"{processes} processes"
         )
+    if not collective:
+        return
+    last = samples % batches.batch_size
+    is_read = not batches.drop_last and len(batches) * batches.batch_size >= samples
+    if 0 < last < processes and is_read:
+        raise DataError(
+            f"the last batch of an epoch has {last} of {samples} samples, fewer than the "
+            f"{processes} processes, which communicate in the forward pass (batch normalization, "
+            "strategy=fsdp, or a task that compares the samples of a batch): use "
+            "loader.drop_last=true or another batch_size"
+        )
+
+
+def divided_loader(batches: Batches) -> str | None:
+    """Return the name of a sampler that gives each process a part of the data, or None."""
+    loader = batches.batches if isinstance(batches, ForeignLoader) else None
+    if not isinstance(loader, DataLoader):
+        return None
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            return type(sampler).__name__
+    return None
 
 
 def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:

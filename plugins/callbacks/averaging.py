@@ -349,6 +349,8 @@ class Swa(Averaging):
             with seeds.undisturbed():
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
+                    if not batch:  # other processes have its rows
+                        continue
                     for norm in norms:
                         norm.momentum = 1 / number  # the mean over batches
                     self._run_model(trainer, batch)

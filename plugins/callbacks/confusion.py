@@ -68,6 +68,8 @@ def count_pairs(trainer: Context) -> Tensor:
     with trainer.precision.inference(trainer.model):
         all_run = sharded.has_shards(trainer.model)
         for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
+            if not batch:  # other processes have its rows
+                continue
             on_device = tuple(tensor.to(trainer.device) for tensor in batch)
             step = trainer.strategy.forward(trainer.task.step, trainer.model, on_device)
             if not counted:
@@ -84,7 +86,8 @@ def count_pairs(trainer: Context) -> Tensor:
             pairs = targets[known] * classes + outputs.argmax(1)[known]
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
-    return counts
+    counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
+    return torch.stack(counts_of_processes).sum(0)
 
 
 def counts_table(counts: Tensor, trainer: Context) -> str:

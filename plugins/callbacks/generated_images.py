@@ -12,6 +12,7 @@ from framework import (
     callbacks,
     is_in_memory,
     seeds,
+    whole_batches,
 )
 from framework.contracts.model import GenerativeModel
 from framework.contracts.state import Cadence
@@ -138,7 +139,7 @@ def held_out(trainer: Context, count: int) -> Tensor:
         inputs = split.tensors[0][:count]
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     copies: list[Tensor] = []
-    with seeds.undisturbed():
+    with seeds.undisturbed(), whole_batches(batches):
         for batch in batches.epoch():
             copies.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
             if sum(map(len, copies)) >= count:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -23,8 +23,9 @@ from framework import (
     without_view,
 )
 
-from .batch_norm import batch_norms, synchronize
-from .ddp import DDP, check_same_model
+from .batch_norm import replacements
+from .buffers import ChangingBuffers, broadcast
+from .ddp import DDP, check_same_model, shared_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FUSED = (torch.optim.Adam, torch.optim.AdamW)  # their fused kernels take sharded parameters
@@ -107,20 +108,23 @@ class FSDP(DDP):
             )
 
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer, joint_batch_norm: bool = True
+        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
     ) -> None:
         if self.world_size == 1:
             return
         if self.root is None or self.root.model is not model:
             check_model(model)
             check_optimizer(model, optimizer)
-            check_same_model(self, model)
-            with torch.no_grad(), processes.lost_processes():
-                for tensor in [*model.parameters(), *model.buffers()]:
-                    distributed.broadcast(tensor.detach(), src=0)
+            tensors = shared_tensors(model, optimizer)
+            check_same_model(self, tensors)
+            with processes.lost_processes():
+                for tensor in tensors.values():
+                    broadcast(tensor)
             self._shard(model, optimizer)
-        for module in batch_norms(model):
-            synchronize(module)
+        self.replaced = list(replacements(model)) if joint_batch_norm else []
+        for replacement in self.replaced:
+            replacement.apply()
+        self.buffers = ChangingBuffers(model) if joint_batch_norm else None
         self.forward_is_collective = True
 
     def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:
