@@ -10,7 +10,8 @@ import torch
 from framework import errors
 from framework.composition.spec import Spec
 from framework.contracts.strategy import Strategy
-from framework.errors import RunError
+from framework.errors import FrameworkError, RunError, SettingError
+from framework.errors.user_code import describe
 from framework.registry.discovery import package_version
 from framework.runtime import processes
 from framework.runtime.device import find_device
@@ -30,18 +31,44 @@ DIFFERENT = {
 }
 
 
+def check_processes(spec: Spec, processes: int) -> None:
+    """Raise SettingError if an experiment cannot have this number of processes."""
+    strategy = spec.parts["strategy"]
+    if processes > 1 and strategy is not None and strategy.entry.name == "single":
+        raise SettingError(
+            f"strategy=single: expected a strategy for {processes} processes, such as ddp"
+        )
+    devices = spec.sections["trainer"]["devices"]
+    if devices is not None and devices != processes:
+        raise SettingError(
+            f"trainer.devices={devices}: expected {processes}, the number of processes that "
+            "torchrun has started; it can be left out"
+        )
+
+
 @contextmanager
 def connected(spec: Spec) -> Iterator[Strategy]:
     """Connect the processes of a run in a block."""
+    check_processes(spec, processes.launched().world_size)
     strategy: Strategy = spec.parts["strategy"]() if spec.parts["strategy"] else Strategy()
     try:
         strategy.start(find_device(spec.sections["trainer"]["device"]))
         yield strategy
-    except BaseException as error:
-        processes.claim_report(error)  # before the others notice that this process ends
+    except Exception as error:
+        processes.claim_report(error, describe_error(error))  # before the others notice its end
+        raise
+    except BaseException as error:  # a signal, of which nothing is printed
+        processes.claim_report(error)
         raise
     finally:
         strategy.close()
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error in one line."""
+    if isinstance(error, FrameworkError):
+        return str(error).partition("\n")[0]
+    return describe(error)
 
 
 def be_silent(text: str) -> None:

@@ -393,7 +393,9 @@ def prepare_run(
     if resumed is not None and resumed.done:
         say(f"{run} is complete: nothing is left to train")
         resumed.folder.release()
-        return read_result(resumed.folder.path)
+        result = read_result(resumed.folder.path)
+        result.is_main = strategy.is_main
+        return result
     saved = None
     if resumed is not None:
         if spec.fold is not None:

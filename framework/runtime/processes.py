@@ -16,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from framework.errors import FrameworkError, SettingError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RESUME_ADVICE = "the same command with resume=auto continues the run from its last checkpoint"
 SECONDS_FOR_CAUSE = 2.0
 """How long a process whose connection broke waits, so that the cause is reported first."""
 
@@ -111,59 +112,74 @@ def lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FrameworkError):
             raise
-        cause = str(error).splitlines()[0]
+        cause = reported_cause()
+        if cause:
+            raise LostProcess(cause) from error
+        text = str(error).splitlines()[0]
         raise LostProcess(
-            "another process of the run has ended or does not answer; the same command with "
-            f"resume=auto continues the run from its last checkpoint. torch: {cause}"
+            f"another process of the run has ended or does not answer; {RESUME_ADVICE}. "
+            f"torch: {text}"
         ) from error
 
 
-class Report:
-    """Whether this process prints the error that ends it; None before it is decided."""
+def reported_cause() -> str | None:
+    """Return the error that another process has reported; wait a moment for it.
 
-    prints: bool | None = None
-
-
-def claim_report(error: BaseException) -> bool:
-    """Return whether this process should print an error: the first process that asks does.
-
-    The processes ask a store that all of them can reach. If it cannot be reached, the main process
-    prints, and another process only if the error is its own.
+    An empty text is that of a signal, for example.
     """
-    if Report.prints is None:
-        Report.prints = is_first_failure(error)
-    return Report.prints
-
-
-def is_first_failure(error: BaseException) -> bool:
-    """Return whether this process should print an error: the first process that asks does.
-
-    The processes ask a store that all of them can reach. If it cannot be reached, the main process
-    prints, and another process only if the error is its own.
-    """
-    place = launched()
-    if place.world_size == 1:
-        return True
-    consequence = isinstance(error, LostProcess)
-    patience = timedelta(seconds=SECONDS_FOR_CAUSE)
+    store = failure_store()
+    if store is None:
+        return None
     try:
-        store = TCPStore(
+        store.wait([failure_key("cause")], timedelta(seconds=SECONDS_FOR_CAUSE))
+        cause: str = store.get(failure_key("cause")).decode()
+    except RuntimeError:  # none reports one: it was killed
+        return None
+    return cause
+
+
+def claim_report(error: BaseException, text: str = "") -> bool:
+    """Return whether this process should print an error: the first process that asks does.
+
+    The processes ask a store that all of them can reach. If it cannot be reached, the main process
+    prints, and another process only if the error is its own.
+
+    Args:
+        error: the error that ends this process.
+        text: tells the other processes the cause of their broken connections.
+    """
+    rank = launched().rank
+    consequence = isinstance(error, LostProcess)
+    if launched().world_size == 1:
+        return True
+    store = failure_store()
+    if store is None:
+        return rank == 0 or not consequence
+    try:
+        first: bytes = store.compare_set(failure_key("rank"), "", str(rank))
+        if first != str(rank).encode():
+            return False
+        if not store.check([failure_key("cause")]):
+            cause = f"process {rank} has failed: {text}" if text and not consequence else ""
+            store.set(failure_key("cause"), cause)
+    except RuntimeError:
+        return rank == 0 or not consequence
+    return True
+
+
+def failure_store() -> TCPStore | None:
+    """Return the store of the processes; None if it cannot be reached, as before they connect."""
+    try:
+        return TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
-            timeout=patience,
+            timeout=timedelta(seconds=SECONDS_FOR_CAUSE),
         )
-        key = f"framework/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if consequence:
-            wait_for_cause(store, key, patience)
-        return store.add(key, 1) == 1
     except (RuntimeError, ValueError, OSError):
-        return place.rank == 0 or not consequence
+        return None
 
 
-def wait_for_cause(store: TCPStore, key: str, patience: timedelta) -> None:
-    """Wait a moment for another process to report the cause of a broken connection."""
-    try:
-        store.wait([key], patience)
-    except RuntimeError:  # none does: it was killed
-        return
+def failure_key(name: str) -> str:
+    """Return a key of the store for the failures of this start of the processes."""
+    return f"framework/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
