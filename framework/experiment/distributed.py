@@ -1,6 +1,6 @@
 """A run with several processes: connecting them, and what all of them must have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,20 @@ def open_shared(run: Path, spec: Spec, strategy: Strategy) -> Resumed:
         return resumed
     strategy.from_main(None)
     return open_folder(run, spec, writes=False)
+
+
+def agreed_signals(strategy: Strategy, received: Sequence[int]) -> Sequence[int]:
+    """Return the signals of the first process that has received one (collective).
+
+    Each process calls it after it has written its files. With one process this is its own list,
+    which may grow.
+    """
+    if strategy.world_size == 1:
+        return received
+    for signals in strategy.gather(list(received)):
+        if signals:
+            return list(signals)
+    return []
 
 
 def check_alike(strategy: Strategy, built: "Experiment") -> None:

@@ -47,7 +47,7 @@ from .build import (
     image_advice,
 )
 from .config_changes import fingerprint
-from .distributed import be_silent, check_alike, connected, open_shared
+from .distributed import agreed_signals, be_silent, check_alike, connected, open_shared
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
@@ -314,7 +314,7 @@ class Prepared:
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
-        trainer.strategy.from_main(None)  # the main process has written all checkpoints
+        stopped = agreed_signals(trainer.strategy, stopped)
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:

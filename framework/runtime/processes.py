@@ -4,6 +4,9 @@ Only torch's own environment variables are read. Nothing is inferred from those 
 """
 
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +20,7 @@ from framework.errors import FrameworkError, SettingError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RESUME_ADVICE = "the same command with resume=auto continues the run from its last checkpoint"
+POLL_SECONDS = 0.05
 SECONDS_FOR_CAUSE = 2.0
 """How long a process whose connection broke waits, so that the cause is reported first."""
 
@@ -115,11 +119,16 @@ def lost_processes() -> Iterator[None]:
         cause = reported_cause()
         if cause:
             raise LostProcess(cause) from error
-        text = str(error).splitlines()[0]
         raise LostProcess(
-            f"another process of the run has ended or does not answer; {RESUME_ADVICE}. "
-            f"torch: {text}"
+            f"another process of the run has ended or does not answer; {RESUME_ADVICE} "
+            f"(torch: {short_cause(error)})"
         ) from error
+
+
+def short_cause(error: RuntimeError) -> str:
+    """Return the first sentence of an error of torch, without the place in its source."""
+    line = re.sub(r"^\[[^]]*:\d+\] ", "", str(error).splitlines()[0])
+    return line.partition(". ")[0]
 
 
 def reported_cause() -> str | None:
@@ -130,10 +139,15 @@ def reported_cause() -> str | None:
     store = failure_store()
     if store is None:
         return None
+    key = failure_key("cause")
+    deadline = time.monotonic() + SECONDS_FOR_CAUSE
     try:
-        store.wait([failure_key("cause")], timedelta(seconds=SECONDS_FOR_CAUSE))
-        cause: str = store.get(failure_key("cause")).decode()
-    except RuntimeError:  # none reports one: it was killed
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return None  # none reports one: it was killed
+            time.sleep(POLL_SECONDS)
+        cause: str = store.get(key).decode()
+    except RuntimeError:  # the store has ended
         return None
     return cause
 
@@ -169,13 +183,12 @@ def claim_report(error: BaseException, text: str = "") -> bool:
 
 def failure_store() -> TCPStore | None:
     """Return the store of the processes; None if it cannot be reached, as before they connect."""
+    patience = SECONDS_FOR_CAUSE
     try:
-        return TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=SECONDS_FOR_CAUSE),
-        )
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        with socket.create_connection(address, patience):
+            pass  # torch would repeat the attempt, and print warnings
+        return TCPStore(*address, is_master=False, timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError, OSError):
         return None
 

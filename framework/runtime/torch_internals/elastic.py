@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from framework.system.signals import blocked
 
 POLL_SECONDS = 0.1
-PATIENCE = 10.0
+PATIENCE = 8.0
 """Seconds from the end of the first process to the moment when the others are killed."""
 
 
@@ -121,7 +121,7 @@ def run_processes(
     Raises:
         SignalException: a handler of this process raised it.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    silence_loggers("torch.distributed.")
     rendezvous = RendezvousParameters(
         backend="c10d",
         endpoint="127.0.0.1:0",
@@ -153,6 +153,13 @@ def run_processes(
         if rank not in agent.closed:
             statuses[rank] = failure.exitcode
     return statuses
+
+
+def silence_loggers(prefix: str) -> None:
+    """Let loggers print nothing: each has a level of its own, so that of a parent has no effect."""
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.startswith(prefix) and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.CRITICAL)
 
 
 __all__ = ["SignalException", "run_processes"]
