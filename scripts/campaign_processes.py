@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,19 +269,11 @@ def fault(
         return [f"the fault did not happen: {output[-300:]}"], 0.0
     seconds = ended - marker_time(marker, output)
     errors = [line for line in output.splitlines() if re.match("framework: (?!warning)", line)]
-    if status not in expected.statuses:
-        problems.append(f"exit status {status}")
+    problems += problems_of_end(expected, status, output, errors)
     if seconds > LIMIT:
         problems.append(f"ended after {seconds:.1f} s")
     if left_over(mark):
         problems.append("processes are left")
-    if "Traceback" in output or re.search(r"^\[?[WE]\d{4}|\[rank\d\]", output, re.MULTILINE):
-        problems.append(f"output of torch: {output[-1000:]}")
-    if expected.error is None and errors:
-        problems.append(f"unexpected errors: {errors}")
-    if expected.error is not None:
-        if len(errors) != 1 or not re.search(expected.error, errors[0]):
-            problems.append(f"expected one error, got {errors}")
     if kind == "fill_disk":
         return problems, seconds  # its folder was visible only to the command
     state = (run / "status.json").read_text(encoding="utf-8")
@@ -295,6 +287,21 @@ def fault(
     else:
         problems += differences(whole, run)
     return problems, seconds
+
+
+def problems_of_end(
+    expected: Expected, status: int, output: str, errors: list[str]
+) -> Iterator[str]:
+    """Yield the differences between the end of a command and the expected one."""
+    if status not in expected.statuses:
+        yield f"exit status {status}"
+    if "Traceback" in output or re.search(r"^\[?[WE]\d{4}|\[rank\d\]", output, re.MULTILINE):
+        yield f"output of torch: {output[-1000:]}"
+    if expected.error is None:
+        if errors:
+            yield f"unexpected errors: {errors}"
+    elif len(errors) != 1 or not re.search(expected.error, errors[0]):
+        yield f"expected one error, got {errors}"
 
 
 def fault_settings(processes: int, strategy: str, root: Path, name: str) -> list[str]:

@@ -33,6 +33,7 @@ from framework.training.validation import (
     check_has_rate,
     check_loss_parameters,
     check_schedule,
+    check_shared_batch,
     check_step_alone,
 )
 
@@ -407,6 +408,7 @@ def prepare_run(
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
     check_alike(strategy, built)
+    check_shared_batch(built.train_batches.batch_size, strategy.world_size)
     trainer = built.trainer(strategy)
     threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -238,7 +239,8 @@ def write_request(folder: Path, request: Request) -> None:
 def read_request(folder: Path) -> Request:
     """Return what this process trains, after loading the plugins."""
     content = parse_yaml((folder / REQUEST).read_bytes(), folder / REQUEST)
-    discover(content["plugins"], content["without"])
+    with warnings.catch_warnings(action="ignore"):  # the launcher has printed them
+        discover(content["plugins"], content["without"])
     spec = read_spec(content["tree"], Sources(fallback="the experiment of the launcher"))
     spec.plugins = content["plugins"]
     spec.without = content["without"]

@@ -6,9 +6,10 @@ Only torch's own environment variables are read. Nothing is inferred from those 
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -91,6 +92,8 @@ def connect(device: torch.device, timeout_seconds: float) -> None:
         if not distributed.is_nccl_available():
             raise SettingError("several CUDA devices need NCCL, which this build of torch lacks")
         backend = "cpu:gloo,cuda:nccl"
+    if launched().rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        check_port(environment_number("MASTER_PORT"))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
@@ -100,6 +103,19 @@ def connect(device: torch.device, timeout_seconds: float) -> None:
             f"the processes of the run cannot connect at {address} (MASTER_ADDR, MASTER_PORT) "
             f"within {timeout_seconds:g} s: {cause}"
         ) from error
+
+
+def check_port(port: int) -> None:
+    """Raise SettingError if the main process cannot listen at a port: torch would wait forever."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            raise SettingError(
+                f"MASTER_PORT={port}: expected a free port of the main process, got "
+                f"{error.strerror!r}"
+            ) from None
 
 
 def disconnect() -> None:
@@ -183,14 +199,21 @@ def claim_report(error: BaseException, text: str = "") -> bool:
 
 def failure_store() -> TCPStore | None:
     """Return the store of the processes; None if it cannot be reached, as before they connect."""
+    found: list[TCPStore] = []
     patience = SECONDS_FOR_CAUSE
-    try:
-        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        with socket.create_connection(address, patience):
-            pass  # torch would repeat the attempt, and print warnings
-        return TCPStore(*address, is_master=False, timeout=timedelta(seconds=patience))
-    except (RuntimeError, ValueError, OSError):
-        return None
+
+    def connect_to_store() -> None:
+        with suppress(RuntimeError, ValueError, OSError):
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            with socket.create_connection(address, patience):
+                pass  # torch would repeat the attempt, and print warnings
+            wait = timedelta(seconds=patience)
+            found.append(TCPStore(*address, is_master=False, timeout=wait))
+
+    thread = threading.Thread(target=connect_to_store, daemon=True)
+    thread.start()
+    thread.join(2 * patience)  # torch waits forever if another program listens at the port
+    return found[0] if found else None
 
 
 def failure_key(name: str) -> str:
