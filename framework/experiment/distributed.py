@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from framework import errors
 from framework.composition.spec import Spec
 from framework.contracts.strategy import Strategy
+from framework.contracts.task import Task
+from framework.data.dataset import Data
 from framework.errors import FrameworkError, RunError, SettingError
 from framework.errors.user_code import describe
 from framework.registry.discovery import package_version
@@ -19,9 +21,6 @@ from framework.runtime.device import find_device
 from .config_changes import fingerprint
 from .resume import Resumed, open_folder
 from .run_facts import data_facts
-
-if TYPE_CHECKING:
-    from .experiment import Experiment
 
 DIFFERENT = {
     "config": "settings",
@@ -99,13 +98,15 @@ def agreed_signals(strategy: Strategy, received: Sequence[int]) -> Sequence[int]
     return []
 
 
-def check_alike(strategy: Strategy, built: "Experiment") -> None:
+def check_alike(
+    strategy: Strategy, spec: Spec, data: Data, task: Task, out_shape: Sequence[int]
+) -> None:
     """Raise RunError if the processes have other settings, versions or data (collective)."""
     if strategy.world_size == 1:
         return
-    facts = data_facts(built.data, built.task, built.out_shape)
+    facts = data_facts(data, task, out_shape)
     own: dict[str, Any] = {
-        "config": fingerprint(built.spec.tree),
+        "config": fingerprint(spec.tree),
         "framework": package_version("framework"),
         "torch": torch.__version__,
         "data": errors.short(facts.get("content")),

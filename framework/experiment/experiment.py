@@ -407,7 +407,7 @@ def prepare_run(
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
-    check_alike(strategy, built)
+    check_alike(strategy, spec, built.data, built.task, built.out_shape)
     check_shared_batch(built.train_batches.batch_size, strategy.world_size)
     trainer = built.trainer(strategy)
     threads = built.threads()

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 from distributed_runs import run_command, run_commands
+from framework.composition.compose import Job
 from framework.errors import SettingError
 from framework.experiment.distributed import check_processes
 from framework.experiment.launch import (
@@ -22,6 +23,7 @@ from framework.experiment.launch import (
 )
 from framework.experiment.result import Result
 from framework.runtime.processes import LostProcess
+from framework.tuning.vectorized.launcher import find_groups
 from runs import composed, logged
 
 PLUGIN = textwrap.dedent(
@@ -92,6 +94,15 @@ def test_the_parent_checks_before_it_starts_processes():
     spec = composed([TWO, "strategy=single"])
     with pytest.raises(SettingError, match="strategy=single"):
         launch(Request(spec, "default", [], 0.0))
+
+
+def test_trials_with_several_processes_are_not_stacked():
+    jobs = []
+    for devices in (1, 2):
+        spec = composed([f"trainer.devices={devices}"])
+        jobs.append([Job(spec, "default", []), Job(spec, "default", [])])
+    assert len(find_groups(jobs[0])) == 1
+    assert len(find_groups(jobs[1])) == 2
 
 
 def test_the_first_error_of_a_process_is_the_error_of_the_run(tmp_path, monkeypatch):
