@@ -170,7 +170,11 @@ def status_of_failure(
             return status
     for error in errors:
         raise as_error(error)
-    raise ProcessFailed(f"a process of the run has ended with exit status {failures}")
+    for rank, status in failures.items():
+        raise ProcessFailed(
+            f"process {rank} of {devices} has ended with exit status {status} and without an error"
+        )
+    raise ProcessFailed("the processes of the run have ended without a result")
 
 
 def process_killed(rank: int, devices: int, number: int) -> ProcessFailed:

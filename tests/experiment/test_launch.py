@@ -121,8 +121,15 @@ def test_a_killed_process_is_named_before_the_errors_of_its_connections(tmp_path
     write_error(tmp_path, LostProcess("lost"), ["lost"], 1)
     with pytest.raises(ProcessFailed, match="process 1 of 2 was killed by SIGKILL"):
         status_of_failure(tmp_path, 2, {0: 1, 1: -9}, [])
+    with pytest.raises(ProcessFailed, match=r"^lost$"):
+        status_of_failure(tmp_path, 2, {0: 1}, [])
     assert status_of_failure(tmp_path, 2, {1: -9}, [15]) == 143
     assert status_of_failure(tmp_path, 2, {0: 1, 1: 143}, []) == 143
+
+
+def test_a_process_that_exits_by_itself_is_named(tmp_path):
+    with pytest.raises(ProcessFailed, match="process 1 of 2 has ended with exit status 3"):
+        status_of_failure(tmp_path, 2, {1: 3}, [])
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
