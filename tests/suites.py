@@ -33,6 +33,7 @@ SUITE_OF = {
     "data/test_loader.py": "training",
     "errors": "training",
     "experiment": "training",
+    "experiment/test_launch.py": "system",
     "experiment/test_plan.py": "unit",
     "plugins": "unit",
     "plugins/callbacks": "training",

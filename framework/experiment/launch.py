@@ -27,7 +27,7 @@ from framework.registry.discovery import discover
 from framework.runs.folder import dump
 from framework.runtime.device import find_device
 from framework.runtime.processes import RESUME_ADVICE, LostProcess, launched
-from framework.system.files import parse_yaml
+from framework.system.files import open_file, read_json, read_yaml, write_file
 from framework.system.signals import ENDING, TIME_LIMIT, ending_signals, handled, record_signal
 
 from .distributed import check_processes
@@ -115,7 +115,7 @@ def run(folder: Path, devices: int, request: Request) -> int:
         sent = number if number in ENDING else signal.SIGTERM
         raise SignalException("a signal", signal.Signals(sent))  # the agent sends it on
 
-    follower = Follower(folder / OUTPUT)
+    follower = Follower(folder)
     words = ["-m", "framework", COMMAND, str(folder), str(os.getpid())]
     if request.traceback:
         words.append("--traceback")
@@ -202,16 +202,16 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 class Follower:
-    """Writes what is added to a file to `sys.stdout`, if the file exists."""
+    """Writes the output that the processes add to a file to `sys.stdout`, if the file exists."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.position = 0
 
     def read(self) -> None:
-        if not self.file.is_file():
+        if not (self.folder / OUTPUT).is_file():
             return
-        with self.file.open("rb") as file:
+        with open_file(self.folder, OUTPUT) as file:
             file.seek(self.position)
             content = file.read()
         if content:
@@ -235,14 +235,14 @@ def write_request(folder: Path, request: Request) -> None:
         "started": request.started,
         "inexact": request.inexact,
     }
-    (folder / REQUEST).write_text(dump(REQUEST, content), encoding="utf-8")
+    write_file(folder, REQUEST, dump(REQUEST, content))
     if request.captured:
-        (folder / OUTPUT).touch()
+        write_file(folder, OUTPUT, "")
 
 
 def read_request(folder: Path) -> Request:
     """Return what this process trains, after loading the plugins."""
-    content = parse_yaml((folder / REQUEST).read_bytes(), folder / REQUEST)
+    content = read_yaml(folder, REQUEST)
     with warnings.catch_warnings(action="ignore"):  # the launcher has printed them
         discover(content["plugins"], content["without"])
     spec = read_spec(content["tree"], Sources(fallback="the experiment of the launcher"))
@@ -258,10 +258,9 @@ def redirect_output(folder: Path) -> None:
     """Send the output of this process to the launcher, if it captures the output."""
     if not (folder / OUTPUT).is_file():
         return
-    descriptor = os.open(folder / OUTPUT, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with open_file(folder, OUTPUT, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -269,12 +268,12 @@ def write_result(folder: Path, result: Result) -> None:
     content = asdict(result) | {"folder": str(result.folder)}
     if result.stopped is not None:
         content["stopped"] = [result.stopped.by, result.stopped.reason, result.stopped.signal]
-    write_whole(folder / RESULT, json.dumps(content))
+    write_file(folder, RESULT, json.dumps(content))
 
 
 def read_result(folder: Path) -> Result:
     """Return the result that the main process has written."""
-    content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    content = read_json(folder, RESULT)
     result = Result(**content)
     result.folder = Path(content["folder"])
     if content["stopped"] is not None:
@@ -300,14 +299,14 @@ def write_error(folder: Path, error: Exception, lines: Sequence[str], status: in
         "lost": isinstance(error, LostProcess),
         "disk_full": isinstance(error, DiskFull),
     }
-    with suppress(OSError):  # the launcher has ended
-        write_whole(folder / f"error-{launched().rank}.json", json.dumps(content))
+    with suppress(OSError, FrameworkError):  # the launcher has ended
+        write_file(folder, f"error-{launched().rank}.json", json.dumps(content))
 
 
 def read_errors(folder: Path) -> list[dict[str, Any]]:
     """Return the errors of the processes, the first one first."""
     files = list(folder.glob("error-*.json"))
-    errors = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    errors = [read_json(folder, file.name) for file in files]
     return sorted(errors, key=lambda error: error["time"])
 
 
@@ -323,10 +322,3 @@ def as_error(written: Mapping[str, Any]) -> FrameworkError:
         error = ProcessFailed(text)
     error.exit_status = written["status"]
     return error
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name, so that it is complete under its own."""
-    temporary = file.with_suffix(".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(file)
