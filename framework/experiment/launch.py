@@ -23,6 +23,7 @@ from framework.composition.sources import Sources
 from framework.composition.spec import Spec, read_spec
 from framework.contracts.state import Stop
 from framework.errors import ConfigError, DiskFull, FrameworkError
+from framework.errors.terminal import printable_lines
 from framework.registry.discovery import discover
 from framework.runs.folder import dump
 from framework.runtime.device import find_device
@@ -216,7 +217,7 @@ class Follower:
             content = file.read()
         if content:
             self.position += len(content)
-            sys.stdout.write(content.decode("utf-8", errors="replace"))
+            sys.stdout.write(printable_lines(content.decode("utf-8", errors="replace")))
 
 
 # the files of the folder
