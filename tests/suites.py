@@ -35,6 +35,7 @@ SUITE_OF = {
     "data/test_source_states.py": "training",
     "errors": "training",
     "experiment": "training",
+    "experiment/test_launch.py": "system",
     "experiment/test_plan.py": "unit",
     "plugins": "unit",
     "plugins/callbacks": "training",

@@ -33,6 +33,7 @@ from framework.training.validation import (
     check_has_rate,
     check_loss_parameters,
     check_schedule,
+    check_shared_batch,
     check_step_alone,
 )
 
@@ -47,7 +48,7 @@ from .build import (
     image_advice,
 )
 from .config_changes import fingerprint
-from .distributed import be_silent, check_alike, connected, open_shared
+from .distributed import agreed_signals, be_silent, check_alike, connected, open_shared
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
@@ -314,7 +315,7 @@ class Prepared:
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
-        trainer.strategy.from_main(None)  # the main process has written all checkpoints
+        stopped = agreed_signals(trainer.strategy, stopped)
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
@@ -393,7 +394,9 @@ def prepare_run(
     if resumed is not None and resumed.done:
         say(f"{run} is complete: nothing is left to train")
         resumed.folder.release()
-        return read_result(resumed.folder.path)
+        result = read_result(resumed.folder.path)
+        result.is_main = strategy.is_main
+        return result
     saved = None
     if resumed is not None:
         if spec.fold is not None:
@@ -404,7 +407,8 @@ def prepare_run(
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
-    check_alike(strategy, built)
+    check_alike(strategy, spec, built.data, built.task, built.out_shape)
+    check_shared_batch(built.train_batches.batch_size, strategy.world_size)
     trainer = built.trainer(strategy)
     threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):

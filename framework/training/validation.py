@@ -476,6 +476,15 @@ def build_example(value: Any, registry: str, more: str = "") -> str:
     return f"fw.{registry}.build({name}{more})"
 
 
+def check_shared_batch(batch_size: int | None, processes: int) -> None:
+    """Raise DataError if a batch has fewer samples than a run has processes."""
+    if batch_size is not None and batch_size < processes:
+        raise DataError(
+            f"batch_size={batch_size}: expected at least one sample for each of the "
+            f"{processes} processes that share a batch"
+        )
+
+
 def check_rows(
     strategy: Strategy,
     batches: Batches,
@@ -520,11 +529,7 @@ def check_rows(
         )
     if batches.batch_size is None:
         return
-    if batches.batch_size < processes:
-        raise DataError(
-            f"batch_size={batches.batch_size}: expected at least one sample for each of the "
-            f"{processes} processes that share a batch"
-        )
+    check_shared_batch(batches.batch_size, processes)
     samples = len(batches.split)
     if samples < processes:
         raise DataError(

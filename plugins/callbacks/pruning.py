@@ -25,6 +25,7 @@ class Prune(Callback):
 
     changes_training = False
     follows_metrics = True
+    only_main = True  # a trial has one value in the study
 
     def __init__(
         self,

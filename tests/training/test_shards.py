@@ -118,6 +118,7 @@ class SaveAt(fw.Callback):
 
 def fit_all(folder, name, strategy, resume_from=None):
     """Run all fits, and write into a file what must be equal."""
+    fw.discover()
     strategy = fw.strategies.build(strategy)
     results = {}
     for case, (model, data, task, settings) in cases().items():
@@ -172,8 +173,8 @@ def test_the_number_of_processes_does_not_change_a_bit(tmp_path):
     fit_all(tmp_path, "one", "single")
     one = results_of(tmp_path, "one")
     assert one["dropout"]["samples"] == 3 * 83
-    run_in_processes(fit_all, 2, tmp_path, "two", "ddp")
-    run_in_processes(fit_and_resume, 4, tmp_path)
+    run_in_processes(fit_all, 2, tmp_path, tmp_path, "two", "ddp")
+    run_in_processes(fit_and_resume, 4, tmp_path, tmp_path)
     fit_all(tmp_path, "one after two", "single", resume_from="two")
     for name in ("two", "four", "four after two", "one after two"):
         assert results_of(tmp_path, name) == one, name
@@ -182,7 +183,7 @@ def test_the_number_of_processes_does_not_change_a_bit(tmp_path):
 @pytest.mark.slow
 def test_eight_processes_have_the_bits_of_one(tmp_path):
     fit_all(tmp_path, "one", "single")
-    run_in_processes(fit_all, 8, tmp_path, "eight", "ddp")
+    run_in_processes(fit_all, 8, tmp_path, tmp_path, "eight", "ddp")
     assert results_of(tmp_path, "eight") == results_of(tmp_path, "one")
 
 
