@@ -115,8 +115,10 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
+    from .runtime.pairwise import pairwise_sum as pairwise_sum
     from .runtime.torch_internals import foreach as foreach, pytree as pytree
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
+    from .runtime.torch_internals.tensor_version import version_of as version_of
     from .runtime.torch_internals.views import without_view as without_view
     from .system import files as files
     from .training.layer_table import model_undisturbed as model_undisturbed
@@ -245,11 +247,13 @@ _NAMES = {
     "make_pruner": "tuning.search.study",
     "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
+    "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
     "with_stand_ins": "data.batch_slice",
     "without_view": "runtime.torch_internals.views",
+    "version_of": "runtime.torch_internals.tensor_version",
     "whole_batches": "data.batch_slice",
 }
 _MODULES = {  # not public: for the built-in plugins only

@@ -167,3 +167,14 @@ class BatchStatistics(Protocol):
         Args:
             sums: over the batch of this process.
         """
+
+
+@runtime_checkable
+class RowBatchNorm(Protocol):
+    """A batch norm of torch with a `forward` of its own, which calls `normalize` for the rows.
+
+    A strategy for several processes replaces the method by one that uses the rows of all processes.
+    """
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Return the result for rows (rows, channels)."""

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from framework import SettingError
-from framework.contracts.strategy import BatchStatistics
-from framework.runtime.processes import lost_processes
-from framework_plugins.layers.norms import FeatureBatchNorm
+from framework import SettingError, processes
+from framework.contracts.strategy import BatchStatistics, RowBatchNorm
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -36,7 +34,7 @@ class SumOverProcesses(torch.autograd.Function):
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with lost_processes():
+    with processes.lost_processes():
         distributed.all_reduce(total)
     return total
 
@@ -77,7 +75,7 @@ def replacements(model: nn.Module) -> Iterator[Replacement]:
             yield Replacement(module, "sum_over_batch", sum_over_processes)
         elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             check_batch_norm(name, module)
-            method = "normalize" if isinstance(module, FeatureBatchNorm) else "forward"
+            method = "normalize" if isinstance(module, RowBatchNorm) else "forward"
             yield Replacement(module, method, partial(normalized, module))
 
 
@@ -89,7 +87,7 @@ def check_batch_norm(name: str, module: _BatchNorm) -> None:
             "would depend on the number of processes: use running statistics, or another norm"
         )
     kind = type(module)
-    if kind.forward is not _BatchNorm.forward and not isinstance(module, FeatureBatchNorm):
+    if kind.forward is not _BatchNorm.forward and not isinstance(module, RowBatchNorm):
         raise SettingError(
             f"strategy=ddp: the layer {name} ({kind.__name__}) has a `forward` of its own, which "
             "cannot use the samples of all processes: use a batch norm of torch"

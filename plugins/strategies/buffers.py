@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from framework import processes, version_of
 from framework.contracts.strategy import BatchStatistics
-from framework.runtime.processes import lost_processes
-from framework.runtime.torch_internals.tensor_version import version_of
 
 
 def broadcast(tensor: Tensor) -> None:
@@ -55,7 +54,7 @@ class ChangingBuffers:
         versions = self._versions()
         changes = [now != before for now, before in zip(versions, self.versions, strict=True)]
         changed = torch.tensor(changes, dtype=torch.int32)
-        with lost_processes():
+        with processes.lost_processes():
             distributed.all_reduce(changed)
             for (module, name), count in zip(self.owners, changed.tolist(), strict=True):
                 if count > 0:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from framework import PositiveFloat, SettingError, check_initialized, strategies
-from framework.runtime.processes import lost_processes
+from framework import PositiveFloat, SettingError, check_initialized, processes, strategies
 
 from .batch_norm import Replacement, replacements, sum_over_processes
 from .buffers import ChangingBuffers, broadcast
@@ -40,7 +39,7 @@ class DDP(ProcessGroup):
         found = list(replacements(model)) if joint_batch_norm else []
         tensors = shared_tensors(model, optimizer)
         check_same_model(self, tensors)
-        with lost_processes():
+        with processes.lost_processes():
             for tensor in tensors.values():
                 broadcast(tensor)
         self.replaced = found
@@ -74,7 +73,7 @@ class DDP(ProcessGroup):
         used = [parameter.grad is not None for parameter in parameters]
         facts = torch.tensor([0.0, *map(float, used)], dtype=torch.float64, device=loss.device)
         facts[0] = loss.detach()
-        with lost_processes():
+        with processes.lost_processes():
             distributed.all_reduce(facts)
         shared = parameters
         if not all(used):  # only then: it waits for the device
@@ -86,7 +85,7 @@ class DDP(ProcessGroup):
                 parameter.grad = torch.zeros_like(parameter)
             check_dense(parameter.grad)
             gradients.append(parameter.grad)
-        with torch.no_grad(), lost_processes():
+        with torch.no_grad(), processes.lost_processes():
             for bucket in buckets_of(gradients):
                 sum_in_place(bucket)
         return facts[0].to(loss.dtype)

@@ -5,10 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from framework import PositiveFloat, SettingError, Strategy
-from framework.runtime import processes
-from framework.runtime.pairwise import pairwise_sum
-from framework.runtime.torch_internals.pytree import tree_map
+from framework import PositiveFloat, SettingError, Strategy, pairwise_sum, processes, pytree
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
 
@@ -66,7 +63,7 @@ class ProcessGroup(Strategy):
             return [value]
         values: list[Any] = [None] * self.world_size
         with processes.lost_processes():
-            distributed.all_gather_object(values, tree_map(on_cpu, value))
+            distributed.all_gather_object(values, pytree.tree_map(on_cpu, value))
         return values
 
 
