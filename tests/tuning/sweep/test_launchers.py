@@ -1,8 +1,11 @@
 """Sweeps with Hydra's launchers: processes on this machine, jobs of a cluster."""
 
+import fcntl
 import importlib.util
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +191,34 @@ def test_a_slurm_job_resumes_after_a_timeout_and_after_a_preemption(preempting, 
     assert states() == ["running", "stopped", "running", "stopped", "running", "done"]
     assert "trials   2: done; 20 steps" in out
     assert_same_run()
+
+
+def test_a_job_waits_for_the_job_of_a_killed_command(command, tmp_path):
+    """The jobs of a killed command continue; the same command does not run their trials again."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    trials = f"train {' '.join(QUICK)} data=blobs -m seed=0,1 sweep.name=killed"
+    assert command(trials)[0] == 0
+    before = rows("killed")
+    file = Path("runs/default/killed/sweep.jsonl")
+    *running, done = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(running))
+    with (run("killed") / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = threading.Thread(target=end_job, args=(lock, file, done))
+        job.start()
+        status, out, _ = command(f"{trials} resume=auto {LOCAL}")
+        job.join()
+    assert status == 0, out
+    assert rows("killed") == before
+
+
+def end_job(lock, file, done):
+    """Record the end of a trial and unlock its run, as soon as another job waits for it."""
+    deadline = time.monotonic() + 60
+    while not any("waiting" in log.read_text() for log in Path("jobs").glob("*.out")):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    with file.open("a") as rows:
+        rows.write(done)
+    lock.close()
