@@ -15,7 +15,7 @@ from types import TracebackType
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel"]
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 NODES = ["node1", "node2"]
-CPUS = 2  # of each node; SLURM does not compare them with the machine
+CPUS = 4  # of each node; SLURM does not compare them with the machine
 REQUEUE_SECONDS = 10  # a requeued job waits until its credential expires; SLURM's default is 120
 START_SECONDS = 20.0
 STOP_SECONDS = 30.0
@@ -42,7 +42,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
-ReturnToService=2
+ReturnToService=0
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

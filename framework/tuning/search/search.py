@@ -285,6 +285,9 @@ class OptunaSweeper(TrialSweeper):
                 if not any(row.number in composed for row in runner.folder.trials()):
                     raise
             launched = range(first, first + len(overrides))
+            for row in runner.folder.trials():
+                if row.number in launched and row.state == "running":
+                    runner.wait_for_other_process(row.folder)  # a job that is not lost
             rows = [row for row in runner.folder.trials() if row.number in launched]
             if received() is not None or any(row.state == "stopped" for row in rows):
                 return

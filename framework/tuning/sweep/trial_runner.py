@@ -95,7 +95,7 @@ class TrialRunner:
         """Run the trial of a config from Hydra, or resume it if its job is queued again."""
         prepare_streams()  # a launcher's process has other streams than the command
         job = self.assign_folder(self.composing.job(config))
-        self.wait_for_other_job(job)
+        self.wait_for_other_process(str(job.spec.sections["run"]["name"]))
         number = received()
         if number is not None:
             status = 128 + number
@@ -111,19 +111,23 @@ class TrialRunner:
             sys.exit(trial.exit_status)
         return self.task_result(trial)
 
-    def wait_for_other_job(self, job: Job) -> None:
-        """Wait until no other process runs the trial of a job.
+    def wait_for_other_process(self, name: str) -> None:
+        """Wait while another process writes in the run folder of a trial.
 
         If the command of a sweep was killed, the jobs that it has submitted to a cluster continue,
         and the same command submits their trials again.
+
+        Args:
+            name: the name of the run folder.
         """
-        run = self.folder.path / str(job.spec.sections["run"]["name"])
-        announced = False
-        while received() is None and (holder := lock_holder(run)) is not None:
-            if not announced:
-                print_line(f"{run} is being written by {holder}: waiting for its end", flush=True)
-            announced = True
+        run = self.folder.path / name
+        holder = lock_holder(run)
+        if holder is None:
+            return
+        print_line(f"{run} is being written by {holder}: waiting for its end", flush=True)
+        while lock_holder(run) is not None and received() is None:
             time.sleep(WAIT_SECONDS)
+        time.sleep(WAIT_SECONDS)  # a process unlocks its run before it records the result
 
     def task_result(self, trial: Trial) -> Any:
         """Return the result of a job for its sweeper."""

@@ -212,6 +212,43 @@ def test_a_job_waits_for_the_job_of_a_killed_command(command, tmp_path):
     assert rows("killed") == before
 
 
+LOST = """\
+import os, signal, time
+from pathlib import Path
+from framework import Callback, callbacks
+
+@callbacks.register("lost")
+class Lost(Callback):
+    changes_training = False
+
+    def on_step_end(self, trainer):
+        if trainer.state.step != 1:
+            return
+        running = Path("running")
+        if trainer.folder.name.startswith("001"):
+            running.touch()
+            time.sleep(6)
+        else:
+            while not running.exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_search_waits_for_the_other_jobs_if_one_is_lost(
+    command, tmp_path, monkeypatch, forget_plugins
+):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    (tmp_path / "lost.py").write_text(LOST)
+    line = f"train --plugins lost.py {' '.join(QUICK)} data=blobs +callbacks=lost -m"
+    search = f"{' '.join(SEARCH)} optimizer.lr=interval(1e-3,1e-1) sweep.name=lost"
+    status, _, _ = command(f"{line} {search} {LOCAL.partition(' hydra.sweeper')[0]}")
+    assert status == 1
+    ended = [(row["number"], row["state"]) for row in rows("lost") if row["state"] != "running"]
+    assert ended == [(1, "done"), (0, "failed")]
+
+
 def end_job(lock, file, done):
     """Record the end of a trial and unlock its run, as soon as another job waits for it."""
     deadline = time.monotonic() + 60
