@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from .data.dataset import (
         Batch,
         Data,
+        GatheredSplit,
         LabelledSplit,
         Loader,
         RaggedSplit,
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import count_steps as count_steps
+    from .data.batch_slice import whole_batches as whole_batches, with_stand_ins as with_stand_ins
     from .data.dataset import (
         check_read_again as check_read_again,
         class_names as class_names,
@@ -103,12 +105,21 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         snapshot as snapshot,
     )
     from .runs.background_writer import Writer as Writer
-    from .runtime import memory as memory, seeds as seeds, shapes as shapes
+    from .runtime import (
+        memory as memory,
+        processes as processes,
+        seeds as seeds,
+        shapes as shapes,
+        sharded as sharded,
+    )
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
-    from .runtime.torch_internals import foreach as foreach
+    from .runtime.pairwise import pairwise_sum as pairwise_sum
+    from .runtime.torch_internals import foreach as foreach, pytree as pytree
     from .runtime.torch_internals.non_finite import NonFiniteFlag as NonFiniteFlag
+    from .runtime.torch_internals.tensor_version import version_of as version_of
+    from .runtime.torch_internals.views import without_view as without_view
     from .system import files as files
     from .training.layer_table import model_undisturbed as model_undisturbed
     from .training.optimizer_state import (
@@ -135,6 +146,7 @@ __all__ = [
     "Every",
     "Fraction",
     "FrameworkError",
+    "GatheredSplit",
     "Head",
     "Initializer",
     "Kind",
@@ -202,6 +214,7 @@ _NAMES = {
     "Data": "data.dataset",
     "Every": "contracts.state",
     "Strategy": "contracts.strategy",
+    "GatheredSplit": "data.dataset",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
@@ -234,9 +247,14 @@ _NAMES = {
     "make_pruner": "tuning.search.study",
     "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
+    "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
+    "with_stand_ins": "data.batch_slice",
+    "without_view": "runtime.torch_internals.views",
+    "version_of": "runtime.torch_internals.tensor_version",
+    "whole_batches": "data.batch_slice",
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
@@ -244,8 +262,11 @@ _MODULES = {  # not public: for the built-in plugins only
     "foreach": "runtime.torch_internals.foreach",
     "memory": "runtime.memory",
     "paths": "errors.paths",
+    "processes": "runtime.processes",
+    "pytree": "runtime.torch_internals.pytree",
     "seeds": "runtime.seeds",
     "shapes": "runtime.shapes",
+    "sharded": "runtime.sharded",
     "snapshot": "runs.snapshot",
     "terminal": "errors.terminal",
     "user_code": "errors.user_code",

@@ -200,6 +200,7 @@ class Witness(fw.Callback):
     """
 
     changes_training = False
+    only_main = True
     form = struct.Struct(f"{len(Progress._fields) + STEPS}d")
     memory = mmap.mmap(-1, form.size)
     ends = Progress._fields.index("ends")  # position of the first of them

@@ -64,6 +64,7 @@ function __framework_complete
 end
 complete -c framework -f -a '(__framework_complete)'
 complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board'
+complete -c framework -F -n '__fish_seen_subcommand_from convert'
 """
 
 
@@ -113,6 +114,8 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     name = before[0]
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
+    if before == ["data"]:
+        return starting(current, ("convert",))
     if name in commands and commands[name].composes:
         return override_words(current, before[1:], index)
     if name == "list":

@@ -129,6 +129,20 @@ ends when the folder belongs to another user. `train`, `plan`, `check` and
 `find` run these plugins in any folder; `resume`, `eval` and `predict` run
 installed plugins and those from --plugins."""
 
+DATA = """\
+examples:
+  framework data convert flights.csv flights.arrow
+  framework data convert table.parquet table.arrow --overwrite
+  framework data convert images/ images.arrow       images/CLASS/*.jpg
+  framework data convert sounds/ out/              folders train, val and test
+IN is a file (.csv, .tsv, .jsonl, .parquet, .arrow; CSV and JSON lines also
+.gz), or a folder with a folder of images, sounds or texts (.txt) for each
+class. If IN has folders train, val or test of such folders, OUT is a folder
+with a file for each. The conversion needs little memory, for any size of IN.
+OUT appears when it is complete. `framework show data/arrow` prints how to
+train on it: framework train data=arrow data.path=flights.arrow
+data.target=late"""
+
 BOARD = """\
 examples:
   framework board

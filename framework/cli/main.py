@@ -67,9 +67,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments.sort(key=TRACEBACK.__eq__)  # to the end: it may also stand before the command
     with interruptible() as interrupt:
         status = exit_status_of(arguments)
-    if interrupt.received is not None and status == 0:  # received at the end, or exception lost
-        status = 128 + interrupt.received
+    if interrupt.received is not None and status == 0 and is_alone_or_main(arguments):
+        status = 128 + interrupt.received  # received at the end, or exception lost
     sys.exit(status)
+
+
+def is_alone_or_main(arguments: list[str]) -> bool:
+    """Return whether the exit status of this process is that of its run.
+
+    The others end with 0 after a signal: a launcher such as torchrun would end the main process.
+    """
+    return arguments[:1] != ["process"] and os.environ.get("RANK", "0") == "0"
 
 
 def exit_status_of(arguments: list[str]) -> int:
@@ -89,9 +97,9 @@ def exit_status_of(arguments: list[str]) -> int:
             silence_broken_streams()
             status = 128 + signal.SIGPIPE
         else:
-            status = complain(error, TRACEBACK in arguments)
+            status = complain(error, arguments)
     except Exception as error:
-        status = complain(error, TRACEBACK in arguments)
+        status = complain(error, arguments)
     return status
 
 
@@ -115,22 +123,32 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
         yield
 
 
-def complain(error: Exception, with_traceback: bool) -> int:
+def complain(error: Exception, arguments: list[str]) -> int:
     """Print an error with its location in user code or in the framework; return the exit status.
 
-    Of several processes of a run only the first one that fails prints.
+    Of several processes of a run only the first one that fails prints; one that this program has
+    started leaves that to the program.
     """
     status = error.exit_status if isinstance(error, FrameworkError) else 1
+    with_traceback = TRACEBACK in arguments
+    lines = error_lines(error)
+    if not with_traceback and has_calls(error):
+        lines[-1] += f"; {TRACEBACK} shows the calls"
     if "WORLD_SIZE" in os.environ:
+        from framework.experiment.launch import COMMAND, write_error
         from framework.runtime.processes import claim_report
 
-        if not claim_report(error):
+        is_first = claim_report(error, lines[0])
+        if arguments[:1] == [COMMAND]:
+            if with_traceback and is_first:
+                print_traceback(error)
+            write_error(Path(arguments[1]), error, lines, status)
+            return status
+        if not is_first:
             return status
     if with_traceback:
         print_traceback(error)
-    lines = [f"framework: {line}" for line in message_lines(error_lines(error))]
-    if not with_traceback and has_calls(error):
-        lines[-1] += f"; {TRACEBACK} shows the calls"
+    lines = [f"framework: {line}" for line in message_lines(lines)]
     try:
         print("\n".join(lines), file=sys.stderr, flush=True)
     except BrokenPipeError:
@@ -182,12 +200,25 @@ def run(arguments: list[str]) -> int:
         words = answer(rest[1:] if rest[:1] == ["--"] else rest, COMMANDS)
         print("\n".join(completed(words)))
         return 0
+    if name == "process":  # one of the processes of a run
+        return train_process(rest)
     if name == "help":  # `help train` is `train --help`
         name = further[0]
         rest = ["--help"]
     if name not in COMMANDS:
         raise FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
+    if name not in ("train", "resume"):
+        check_single_process(name)
     return COMMANDS[name].function(rest) or 0
+
+
+def check_single_process(command: str) -> None:
+    """Raise FrameworkError if a launcher has started a command several times."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise FrameworkError(
+            f"{command}: expected one process, got {processes} of a launcher such as torchrun"
+        )
 
 
 def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
@@ -225,33 +256,74 @@ def train(arguments: list[str]) -> None:
 
     def job(composed: Job) -> Any:
         from framework.experiment.experiment import train as train_experiment
-        from framework.experiment.launch import is_launcher, launch
+        from framework.experiment.launch import is_launcher
 
         in_sweep = composed.number is not None
+        started = time.monotonic() if in_sweep else STARTED
         if is_launcher(composed.spec):
-            devices = composed.spec.sections["trainer"]["devices"]
-            sys.exit(launch(devices, arguments))
-        result = train_experiment(
-            composed.spec,
-            composed.experiment,
-            composed.overrides,
-            None if in_sweep else STARTED,
-            inexact=composed.inexact,
-        )
-        if not in_sweep and result.is_main:
-            from .output import print_result
-
-            print_result(result)
-        if not in_sweep and result.signal is not None:
-            sys.exit(128 + result.signal)
+            result = launch_processes(composed, started)
+        else:
+            result = train_experiment(
+                composed.spec,
+                composed.experiment,
+                composed.overrides,
+                started,
+                inexact=composed.inexact,
+            )
+        if not in_sweep:
+            sys.exit(print_end(result))
         return result
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
 
+        check_single_process("a sweep (each of its trials can have trainer.devices=N)")
         sweep(line, job, error_lines)
     else:
         compose(line, job)
+
+
+def launch_processes(job: Any, started: float) -> Any:
+    """Train a job in several processes; return the result."""
+    from framework.experiment.launch import Request, launch
+
+    request = Request(job.spec, job.experiment, job.overrides, started, job.inexact, job.traceback)
+    request.captured = job.number is not None
+    result = launch(request)
+    if isinstance(result, int):
+        sys.exit(result)
+    return result
+
+
+def print_end(result: Any) -> int:
+    """Print the result of a run, in its main process; return the exit status."""
+    if not result.is_main:
+        return 0
+    from .output import print_result
+
+    print_result(result)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def train_process(arguments: list[str]) -> int:
+    """Run `framework process FOLDER PARENT`, with which `launch` starts the processes of a run."""
+    folder = Path(arguments[0])
+    with importing_torch():
+        from framework.experiment import launch
+        from framework.experiment.experiment import train as train_experiment
+
+    launch.redirect_output(folder)
+    request = launch.read_request(folder)
+    result = train_experiment(
+        request.spec,
+        request.experiment,
+        request.overrides,
+        request.started,
+        inexact=request.inexact,
+    )
+    if result.is_main:
+        launch.write_result(folder, result)
+    return 0
 
 
 def plan(arguments: list[str]) -> None:
@@ -326,13 +398,13 @@ def resume(arguments: list[str]) -> int:
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
         from framework.registry.discovery import discover
+    from framework.composition.compose import Job
     from framework.composition.override_syntax import override_key
     from framework.experiment.find_run import run_to_resume
+    from framework.experiment.launch import is_launcher
     from framework.experiment.load import read_spec_of
     from framework.experiment.resume_overrides import apply_overrides
     from framework.runs.folder import read_config
-
-    from .output import print_result
 
     discover(args.plugins, args.without_plugin)
     folder = run_to_resume(args.run)
@@ -341,9 +413,10 @@ def resume(arguments: list[str]) -> int:
     spec.resume = str(args.run)
     spec.without = args.without_plugin
     experiment = real_path(folder).parent.name
-    result = train_experiment(spec, experiment, [], STARTED, inexact=args.inexact)
-    print_result(result)
-    return 0 if result.signal is None else 128 + result.signal
+    if is_launcher(spec):
+        job = Job(spec, experiment, [], inexact=args.inexact, traceback=args.traceback)
+        return print_end(launch_processes(job, STARTED))
+    return print_end(train_experiment(spec, experiment, [], STARTED, inexact=args.inexact))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -570,6 +643,23 @@ def board(arguments: list[str]) -> int:
     return serve_board(args.root, args.port)
 
 
+def data(arguments: list[str]) -> None:
+    """Run `framework data`."""
+    parser = Parser("data", "Convert data to memory-mapped Arrow files.", help_texts.DATA)
+    parser.add_argument("action", choices=["convert"], help="what to do")
+    parser.add_argument(
+        "source", type=expanded, metavar="IN", help="a file, or a folder of classes"
+    )
+    parser.add_argument("target", type=expanded, metavar="OUT", help="the Arrow file or folder")
+    overwrite = "replace OUT if it exists"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
+    args = parser.parse_args(arguments)
+    from framework.data.convert import convert
+
+    for file, rows in convert(args.source, args.target, args.overwrite).items():
+        print_line(f"{rows} rows in {file}")
+
+
 def completion(arguments: list[str]) -> None:
     """Run `framework completion`."""
     from .completion import SCRIPTS
@@ -601,6 +691,7 @@ COMMANDS = {
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
+    "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "board": Command(board, "start TensorBoard on the runs"),
     "completion": Command(completion, "print a script for completion with TAB"),
 }

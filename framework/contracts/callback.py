@@ -99,11 +99,14 @@ class Callback(Stateful):
             training and listens to `log` or `validation_end`.
         only_main: whether only the main process of a run with several calls it, since it only
             prints or writes files. It must not communicate then (see `Strategy`).
+        runs_model: whether the callback calls the model or the task itself, other than through
+            `trainer.strategy.forward`. It cannot be used with a sharded model then.
     """
 
     changes_training: ClassVar[bool] = True
     follows_metrics: ClassVar[bool | None] = None
     only_main: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
 
     def on_fit_start(self, trainer: Context) -> None:
         """Called before the first step, after a resumed state is restored."""

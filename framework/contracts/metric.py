@@ -386,11 +386,21 @@ class Measures:
             values[name] = float(part[0] / part[1])
         for metric, total in zip(self.metrics, self.sums, strict=False):
             values[metric.name] = computed(metric, next(parts).reshape(total.shape))
+        self._clear()
+        return values
+
+    def take(self) -> dict[str, Any]:
+        """Return the sums of this process since the last reading, and begin with new ones."""
+        self._sum_up()
+        state = self.state_dict()
+        self._clear()
+        return state
+
+    def _clear(self) -> None:
         self.loss.zero_()
         self.sums = []
         self.values = {}
         self.restored = False
-        return values
 
     def _add_other_processes(self) -> None:
         """Replace the sums by those over all processes; one without a batch has none."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from framework.errors import SettingError, short
 from framework.registry.annotations import Pattern
-from framework.runtime.shared_time import SHARED_TIME
+from framework.runtime.shared_time import SHARED_TIME as SHARED_TIME
 
 COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"

@@ -12,12 +12,14 @@ that are the same in all processes, such as `state.step` or `state.metrics`, and
 a signal, or an error in one process.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from framework.runtime.pairwise import pairwise_sum
 
 
 class Strategy:
@@ -51,21 +53,69 @@ class Strategy:
         """
         return device
 
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Check the settings of a Trainer, after `start`.
+
+        Raises:
+            SettingError: the strategy does not support one of them.
+        """
+
     def close(self) -> None:
         """Disconnect this process. The other processes need not be ready."""
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+    ) -> None:
         """Give all processes the same weights, or each its part of them (collective).
 
         It is called once in each fit, before a resumed state is loaded.
+
+        Args:
+            model: the model in training.
+            optimizer: over its parameters.
+            joint_batch_norm: whether batch normalization uses the samples of all processes; False
+                with `trainer.shards`, where it uses those of a shard.
         """
 
     def finish(self, model: nn.Module) -> None:
         """Undo what `prepare` has changed in the modules of the model, after the fit."""
 
+    def forward(self, function: Callable[..., Any], model: Any, *args: Any) -> Any:
+        """Return function(model, *args), which runs the model (collective for a sharded model).
+
+        Each call of the model goes through this method, so that a strategy can provide its
+        parameters meanwhile. If gradients are enabled, a backward pass must follow.
+
+        Args:
+            function: any function of the model, such as `task.step`.
+            model: that of the fit, or any other one.
+            args: the further arguments of the function.
+        """
+        return function(model, *args)
+
+    def full(self, value: Any, everywhere: bool = False) -> Any:
+        """Return a value with full tensors in place of sharded ones (collective).
+
+        Args:
+            value: plain types and tensors; dicts, lists and tuples of them.
+            everywhere: whether all processes need the result; if not, sharded tensors become None
+                in all processes but the main one.
+        """
+        return value
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes (collective)."""
         return tensor
+
+    def sum_pairwise(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, added in fixed order (collective).
+
+        Neighboring processes are added first: ((0 + 1) + (2 + 3)), as in `PairwiseSum`. The number
+        of processes is a power of two.
+        """
+        if self.world_size == 1:
+            return tensor
+        return pairwise_sum(self.gather(tensor)).to(tensor.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Return a value of each process, in the order of their ranks (collective).
@@ -79,6 +129,19 @@ class Strategy:
         """Return the value of the main process (collective)."""
         return self.gather(value)[0]
 
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of their ranks (collective).
+
+        Gradients flow to the rows of each process; the backward pass is collective too.
+        """
+        return tensor
+
+    def share_buffers(self) -> None:
+        """Give all processes the buffers that the main one has changed in a step (collective).
+
+        The statistics of batch normalization are left out: they are equal already.
+        """
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Sum the gradients of all processes in place; return the sum of the losses (collective).
 
@@ -88,3 +151,30 @@ class Strategy:
             loss: shape (), the share of this process in the mean loss.
         """
         return loss
+
+
+@runtime_checkable
+class BatchStatistics(Protocol):
+    """A module that normalizes by sums over the batch in training.
+
+    A strategy for several processes replaces the method by one that sums over the batches of all
+    processes (collective), so that the statistics are those of the global batch.
+    """
+
+    def sum_over_batch(self, sums: Tensor) -> Tensor:
+        """Return the sums over the global batch, with gradients; here the argument.
+
+        Args:
+            sums: over the batch of this process.
+        """
+
+
+@runtime_checkable
+class RowBatchNorm(Protocol):
+    """A batch norm of torch with a `forward` of its own, which calls `normalize` for the rows.
+
+    A strategy for several processes replaces the method by one that uses the rows of all processes.
+    """
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Return the result for rows (rows, channels)."""

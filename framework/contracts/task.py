@@ -34,6 +34,7 @@ from .loss import (
 )
 from .loss_properties import describe_outputs, loss_name
 from .loss_trials import trial_copy
+from .strategy import Strategy
 
 
 class Step(NamedTuple):
@@ -78,13 +79,17 @@ class Task:
         criterion: the loss module, which is moved to the device; None without one.
         phases: the phases of a training step, in order; empty for one update of all parameters.
         splits_batches: whether the loss of a batch is the mean of the losses of its parts, so that
-            `micro_batch` may split it.
+            `micro_batch` may split it. With several processes, `step` of a task that does not split
+            them gets the rows of one process in training, and must use `strategy` to compare them
+            with those of the others (`Strategy.gather_rows`); it gets whole batches in evaluation.
+        strategy: the processes of the run, which the trainer sets.
         all_kept: whether it is known that the loss ignores no target of the current batches.
     """
 
     criterion: nn.Module | None = None
     phases: Sequence[Phase] = ()
     splits_batches: bool = True
+    strategy: Strategy = Strategy()
     all_kept: bool = False
 
     def step(self, model: nn.Module, batch: Batch) -> Step:

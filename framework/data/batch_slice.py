@@ -1,11 +1,13 @@
 """The rows that one process reads of each batch."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from framework.errors import DataError
 from framework.runtime.batch import Batch
 
 NO_ROWS: Batch = ()
@@ -85,3 +87,46 @@ def filled(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         count -= 1
     for _ in range(count):
         yield NO_ROWS
+
+
+def with_stand_ins(batches: Iterable[Batch], needed: bool) -> Iterator[tuple[Batch, bool]]:
+    """Yield the batches of a process, and whether their rows count.
+
+    Args:
+        batches: those of an epoch, with `NO_ROWS` for a batch that only other processes have.
+        needed: whether each process must run the model as often as the others, as with a sharded
+            model. If so, an earlier sample stands in for a batch without rows.
+
+    Raises:
+        DataError: there is no earlier sample.
+    """
+    sample = NO_ROWS
+    for batch in batches:
+        if batch:
+            if needed and not sample:
+                sample = tuple([tensor[:1].clone() for tensor in batch])
+            yield batch, True
+        else:
+            if needed and not sample:
+                raise DataError(
+                    "the first batch has fewer samples than processes, which have parts of the "
+                    "model: use larger batches"
+                )
+            yield sample, False
+
+
+class Sliced(Protocol):
+    """A loader of which a process reads a part of each batch."""
+
+    slice: BatchSlice
+
+
+@contextmanager
+def whole_batches(loader: Sliced) -> Iterator[None]:
+    """Let a process read whole batches in a block, as for a callback that needs all samples."""
+    own = loader.slice
+    loader.slice = WHOLE
+    try:
+        yield
+    finally:
+        loader.slice = own

@@ -254,7 +254,7 @@ class Loader:
 
     - A split in memory: several batches at once by indexing its tensors, on the device that holds
       them.
-    - A `GatheredSplit`: batch by batch, made by the split.
+    - A `GatheredSplit`: batch by batch, made by the split; several at once if it allows this.
     - Any other split: sample by sample through torch's DataLoader. The random numbers of a sample
       are a function of (seed, epoch, sample), so that batches are the same with any number of
       workers and after a restart. For CUDA each batch is copied while the previous one is used.
@@ -380,12 +380,12 @@ class Loader:
         if self.tensors is not None:
             indices = self.batch_indices(epoch, self.tensors[0].device)
             batches = self._read_tensors(self.tensors, indices, start)
+        elif isinstance(self.split, GatheredSplit):
+            whole = BatchIndices(self.order(epoch), self.batch_size, len(self))
+            batches = self._gather(self.split, whole, start)
         else:
             indices = self.batch_indices(epoch)
-            if isinstance(self.split, GatheredSplit):
-                batches = map(self.split.gather, indices.read(start))
-            else:
-                batches = self._read_samples(epoch, IndexBatches(indices, start))
+            batches = self._read_samples(epoch, IndexBatches(indices, start))
         return batches if self.slice.is_whole else filled(batches, len(self) - start)
 
     @property
@@ -451,7 +451,9 @@ class Loader:
         if self.tensors is not None:
             text = f"in memory, {self._batches_per_read(self.tensors)} batches per read"
         elif isinstance(self.split, GatheredSplit):
-            text = "in memory, gathered batch by batch"
+            count = self._batches_per_gather(self.split)
+            reads = "gathered batch by batch" if count == 1 else f"{count} batches per read"
+            text = f"{self.split.place}, {reads}"
         else:
             text = f"torch's DataLoader, {self.workers or 'no'} workers"
             if self.uncached is not None:
@@ -482,7 +484,15 @@ class Loader:
         return samples
 
     def _batches_per_read(self, tensors: Sequence[Tensor]) -> int:
-        bytes_per_sample = sum(tensor[:1].nbytes for tensor in tensors)
+        return self._batches_of(sum(tensor[:1].nbytes for tensor in tensors))
+
+    def _batches_per_gather(self, split: GatheredSplit) -> int:
+        if split.bytes_per_sample is None or split.reuses_memory:
+            return 1
+        return self._batches_of(split.bytes_per_sample)
+
+    def _batches_of(self, bytes_per_sample: int) -> int:
+        """Return the number of batches to read at once."""
         bytes_per_batch = max(bytes_per_sample * self.own_batch_size, 1)
         fitting = max(self.bytes_per_read // bytes_per_batch, 1)
         return min(fitting, max(len(self), 1))
@@ -497,11 +507,39 @@ class Loader:
         first_read = start - start % per_read
         for number in range(first_read, len(self), per_read):
             chunk = indices.joined(number, number + per_read)
+            if not len(chunk):  # other processes have the rows of the last batch
+                return
             rows = [tensor.index_select(0, chunk) for tensor in tensors]
             rows = list(self.memory_format.convert(rows))
             columns = [torch.split(tensor, size) for tensor in rows]
             batches = zip(*columns, strict=True)
             yield from islice(batches, max(start - number, 0), None)
+
+    def _gather(self, split: GatheredSplit, batches: BatchIndices, start: int) -> Iterator[Batch]:
+        """Yield the batches of a split from batch number `start` on, as `_read_tensors` does.
+
+        Args:
+            split: the split.
+            batches: the indices of whole batches.
+            start: number of batches to skip.
+        """
+        per_read = self._batches_per_gather(split)
+        if per_read == 1:
+            for batch in batches.read(start):
+                first, last = self.slice.bounds(len(batch))
+                if first < last:
+                    part = split.gather_part(batch[first:last], batch)
+                    yield self.memory_format.convert(part)
+            return
+        first_read = start - start % per_read
+        for number in range(first_read, len(self), per_read):
+            joined = batches.joined(number, number + per_read)
+            indices = self.slice.of_batches(joined, self.batch_size)
+            if not len(indices):
+                return
+            read = self.memory_format.convert(split.gather(indices))
+            columns = [torch.split(tensor, self.own_batch_size) for tensor in read]
+            yield from islice(zip(*columns, strict=True), max(start - number, 0), None)
 
     def _read_samples(self, epoch: int, chunks: IndexBatches) -> Iterator[Batch]:
         workers = min(self.workers, len(chunks))

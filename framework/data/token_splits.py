@@ -14,14 +14,20 @@ from .sample_order import Order, mapped, sequential, shuffled
 
 
 class GatheredSplit:
-    """A split in memory that makes its batches, and may choose the order of its samples.
+    """A split that makes its batches, and may choose the order of its samples.
 
-    Subclasses implement `__len__` (samples of an epoch) and `gather` (a batch).
+    Subclasses implement `__len__` (samples of an epoch) and `gather` (a batch). A batch should be
+    made from memory, or from a file that is mapped into memory: data workers do not read it.
     """
 
     device = torch.device("cpu")
     reuses_memory = True
     """Whether `gather` may write a batch into the memory of the previous one; False is faster."""
+    bytes_per_sample: int | None = None
+    """The size of a sample if samples are independent of the others in their batch: then `gather`
+    may be called for several batches at once. None: for one batch after the other."""
+    place = "in memory"
+    """Where the samples are, for the description of the loader."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -33,6 +39,15 @@ class GatheredSplit:
     def gather(self, indices: Tensor) -> Batch:
         """Return the samples at indices (a tensor on the CPU) as one batch on the device."""
         raise NotImplementedError
+
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
+        """Return some samples of a batch, padded like the whole batch.
+
+        Args:
+            indices: of the samples.
+            batch: the indices of the whole batch.
+        """
+        return self.gather(indices)
 
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Order:
         """Return the indices of an epoch, a pure function of the arguments: e.g. a tensor."""
@@ -91,13 +106,16 @@ class RaggedSplit(GatheredSplit):
         return [self.tokens, self.lengths, self.others, self.bucket]
 
     def gather(self, indices: Tensor) -> Batch:
+        return self.gather_part(indices, indices)
+
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
         lengths = self.lengths[indices, None]
-        columns = torch.arange(int(lengths.max()))
+        columns = torch.arange(int(self.lengths[batch].max()))
         padding = len(self.tokens) - 1
         places = torch.where(columns < lengths, self.starts[indices, None] + columns, padding)
-        batch = [self.tokens[places].long()]
-        batch += [other[indices] for other in self.others]
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        parts = [self.tokens[places].long()]
+        parts += [other[indices] for other in self.others]
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in parts)
 
     def order(self, seed: int, epoch: int, batch_size: int, shuffle: bool) -> Tensor:
         permutation = super().order(seed, epoch, batch_size, shuffle)[:]  # as large as `lengths`

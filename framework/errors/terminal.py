@@ -112,7 +112,13 @@ def print_note(text: object) -> None:
 
 def note(text: object) -> None:
     """Print a note of a command on stderr, as a line that names the program."""
-    print_note(f"framework: {text}")
+    if prints_notes():
+        print_note(f"framework: {text}")
+
+
+def prints_notes() -> bool:
+    """Return whether this process prints notes and warnings: of several, the main one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def completed(words: list[str]) -> list[str]:
@@ -136,6 +142,10 @@ def print_traceback(error: BaseException) -> None:
 @contextmanager
 def printable_warnings() -> Iterator[None]:
     """Print warnings as printable text; those of the framework as one line without source."""
+    if not prints_notes():
+        with warnings.catch_warnings(action="ignore"):
+            yield
+        return
     default_format = warnings.formatwarning
 
     def format_warning(

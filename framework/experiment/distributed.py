@@ -1,16 +1,19 @@
 """A run with several processes: connecting them, and what all of them must have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from framework import errors
 from framework.composition.spec import Spec
 from framework.contracts.strategy import Strategy
-from framework.errors import RunError
+from framework.contracts.task import Task
+from framework.data.dataset import Data
+from framework.errors import FrameworkError, RunError, SettingError
+from framework.errors.user_code import describe
 from framework.registry.discovery import package_version
 from framework.runtime import processes
 from framework.runtime.device import find_device
@@ -18,9 +21,6 @@ from framework.runtime.device import find_device
 from .config_changes import fingerprint
 from .resume import Resumed, open_folder
 from .run_facts import data_facts
-
-if TYPE_CHECKING:
-    from .experiment import Experiment
 
 DIFFERENT = {
     "config": "settings",
@@ -30,18 +30,44 @@ DIFFERENT = {
 }
 
 
+def check_processes(spec: Spec, processes: int) -> None:
+    """Raise SettingError if an experiment cannot have this number of processes."""
+    strategy = spec.parts["strategy"]
+    if processes > 1 and strategy is not None and strategy.entry.name == "single":
+        raise SettingError(
+            f"strategy=single: expected a strategy for {processes} processes, such as ddp"
+        )
+    devices = spec.sections["trainer"]["devices"]
+    if devices is not None and devices != processes:
+        raise SettingError(
+            f"trainer.devices={devices}: expected {processes}, the number of processes that "
+            "torchrun has started; it can be left out"
+        )
+
+
 @contextmanager
 def connected(spec: Spec) -> Iterator[Strategy]:
     """Connect the processes of a run in a block."""
+    check_processes(spec, processes.launched().world_size)
     strategy: Strategy = spec.parts["strategy"]() if spec.parts["strategy"] else Strategy()
     try:
         strategy.start(find_device(spec.sections["trainer"]["device"]))
         yield strategy
-    except BaseException as error:
-        processes.claim_report(error)  # before the others notice that this process ends
+    except Exception as error:
+        processes.claim_report(error, describe_error(error))  # before the others notice its end
+        raise
+    except BaseException as error:  # a signal, of which nothing is printed
+        processes.claim_report(error)
         raise
     finally:
         strategy.close()
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error in one line."""
+    if isinstance(error, FrameworkError):
+        return str(error).partition("\n")[0]
+    return describe(error)
 
 
 def be_silent(text: str) -> None:
@@ -58,13 +84,29 @@ def open_shared(run: Path, spec: Spec, strategy: Strategy) -> Resumed:
     return open_folder(run, spec, writes=False)
 
 
-def check_alike(strategy: Strategy, built: "Experiment") -> None:
+def agreed_signals(strategy: Strategy, received: Sequence[int]) -> Sequence[int]:
+    """Return the signals of the first process that has received one (collective).
+
+    Each process calls it after it has written its files. With one process this is its own list,
+    which may grow.
+    """
+    if strategy.world_size == 1:
+        return received
+    for signals in strategy.gather(list(received)):
+        if signals:
+            return list(signals)
+    return []
+
+
+def check_alike(
+    strategy: Strategy, spec: Spec, data: Data, task: Task, out_shape: Sequence[int]
+) -> None:
     """Raise RunError if the processes have other settings, versions or data (collective)."""
     if strategy.world_size == 1:
         return
-    facts = data_facts(built.data, built.task, built.out_shape)
+    facts = data_facts(data, task, out_shape)
     own: dict[str, Any] = {
-        "config": fingerprint(built.spec.tree),
+        "config": fingerprint(spec.tree),
         "framework": package_version("framework"),
         "torch": torch.__version__,
         "data": errors.short(facts.get("content")),

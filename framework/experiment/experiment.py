@@ -33,6 +33,7 @@ from framework.training.validation import (
     check_has_rate,
     check_loss_parameters,
     check_schedule,
+    check_shared_batch,
     check_step_alone,
 )
 
@@ -47,7 +48,7 @@ from .build import (
     image_advice,
 )
 from .config_changes import fingerprint
-from .distributed import be_silent, check_alike, connected, open_shared
+from .distributed import agreed_signals, be_silent, check_alike, connected, open_shared
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
@@ -165,6 +166,8 @@ class Experiment:
 
     def threads(self) -> int:
         """Return the number of threads for an operation on the CPU."""
+        if self.spec.sections["trainer"]["shards"] is not None:
+            return 1  # on any machine: the rounding depends on it
         loader = self.spec.sections["loader"]
         shape = self.data.in_shape
         if len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point():
@@ -314,7 +317,7 @@ class Prepared:
         result.fit_seconds = trainer.clock.elapsed
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
-        trainer.strategy.from_main(None)  # the main process has written all checkpoints
+        stopped = agreed_signals(trainer.strategy, stopped)
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
@@ -393,7 +396,9 @@ def prepare_run(
     if resumed is not None and resumed.done:
         say(f"{run} is complete: nothing is left to train")
         resumed.folder.release()
-        return read_result(resumed.folder.path)
+        result = read_result(resumed.folder.path)
+        result.is_main = strategy.is_main
+        return result
     saved = None
     if resumed is not None:
         if spec.fold is not None:
@@ -404,7 +409,8 @@ def prepare_run(
     built = Experiment(spec, data, saved)
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
-    check_alike(strategy, built)
+    check_alike(strategy, spec, built.data, built.task, built.out_shape)
+    check_shared_batch(built.train_batches.batch_size, strategy.world_size)
     trainer = built.trainer(strategy)
     threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
@@ -414,7 +420,9 @@ def prepare_run(
         trainer.state.step = resumed.step  # loggers continue from there
         threads = resumed.threads or threads  # the same number gives the same bits
         say(f"resuming {resumed.folder.path} after step {resumed.step}")
-        for line in [*resumed.notes, *schedule_notes(built, resumed)]:
+        notes = [*resumed.notes, *schedule_notes(built, resumed)]
+        notes += process_notes(strategy, resumed, trainer.shards)
+        for line in notes:
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
 
@@ -464,6 +472,22 @@ def changes_of_data(resumed: Resumed, built: Experiment, say: Callable[[str], No
     elif other_content:
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
     return changed
+
+
+def process_notes(strategy: Strategy, resumed: Resumed, shards: int | None) -> Iterator[str]:
+    """Yield a note if the number of processes has changed, and with it the rounding of sums.
+
+    Args:
+        strategy: the processes of the run.
+        resumed: the run until now.
+        shards: the number of virtual shards, with which the rounding stays the same.
+    """
+    before = 1 if resumed.training is None else resumed.training.get("processes", 1)
+    if before != strategy.world_size and resumed.training is not None and shards is None:
+        yield (
+            f"the run now has {strategy.world_size} processes (was {before}): from here on "
+            "results differ by rounding from those of an uninterrupted run"
+        )
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:

@@ -13,6 +13,7 @@ from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.runs import checkpoint
 from framework.runs.folder import resolve_run
+from framework.runtime.sharded import load_model_state
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:
@@ -60,7 +61,7 @@ def load_into(model: nn.Module, saved: Path, run: Path) -> None:
     """
     weights = checkpoint.load_model(saved)
     try:
-        model.load_state_dict(weights)
+        load_model_state(model, weights)
     except RuntimeError as error:
         raise RunError(f"{saved} does not fit the model of {run}: {text_of(error)}") from error
 

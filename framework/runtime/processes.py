@@ -4,8 +4,12 @@ Only torch's own environment variables are read. Nothing is inferred from those 
 """
 
 import os
+import re
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from framework.errors import FrameworkError, SettingError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RESUME_ADVICE = "the same command with resume=auto continues the run from its last checkpoint"
+POLL_SECONDS = 0.05
 SECONDS_FOR_CAUSE = 2.0
 """How long a process whose connection broke waits, so that the cause is reported first."""
 
@@ -86,6 +92,8 @@ def connect(device: torch.device, timeout_seconds: float) -> None:
         if not distributed.is_nccl_available():
             raise SettingError("several CUDA devices need NCCL, which this build of torch lacks")
         backend = "cpu:gloo,cuda:nccl"
+    if launched().rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        check_port(environment_number("MASTER_PORT"))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
@@ -95,6 +103,19 @@ def connect(device: torch.device, timeout_seconds: float) -> None:
             f"the processes of the run cannot connect at {address} (MASTER_ADDR, MASTER_PORT) "
             f"within {timeout_seconds:g} s: {cause}"
         ) from error
+
+
+def check_port(port: int) -> None:
+    """Raise SettingError if the main process cannot listen at a port: torch would wait forever."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            raise SettingError(
+                f"MASTER_PORT={port}: expected a free port of the main process, got "
+                f"{error.strerror!r}"
+            ) from None
 
 
 def disconnect() -> None:
@@ -111,59 +132,90 @@ def lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FrameworkError):
             raise
-        cause = str(error).splitlines()[0]
+        cause = reported_cause()
+        if cause:
+            raise LostProcess(cause) from error
         raise LostProcess(
-            "another process of the run has ended or does not answer; the same command with "
-            f"resume=auto continues the run from its last checkpoint. torch: {cause}"
+            f"another process of the run has ended or does not answer; {RESUME_ADVICE} "
+            f"(torch: {short_cause(error)})"
         ) from error
 
 
-class Report:
-    """Whether this process prints the error that ends it; None before it is decided."""
+def short_cause(error: RuntimeError) -> str:
+    """Return the first sentence of an error of torch, without the place in its source."""
+    line = re.sub(r"^\[[^]]*:\d+\] ", "", str(error).splitlines()[0])
+    return line.partition(". ")[0]
 
-    prints: bool | None = None
+
+def reported_cause() -> str | None:
+    """Return the error that another process has reported; wait a moment for it.
+
+    An empty text is that of a signal, for example.
+    """
+    store = failure_store()
+    if store is None:
+        return None
+    key = failure_key("cause")
+    deadline = time.monotonic() + SECONDS_FOR_CAUSE
+    try:
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return None  # none reports one: it was killed
+            time.sleep(POLL_SECONDS)
+        cause: str = store.get(key).decode()
+    except RuntimeError:  # the store has ended
+        return None
+    return cause
 
 
-def claim_report(error: BaseException) -> bool:
+def claim_report(error: BaseException, text: str = "") -> bool:
     """Return whether this process should print an error: the first process that asks does.
 
     The processes ask a store that all of them can reach. If it cannot be reached, the main process
     prints, and another process only if the error is its own.
+
+    Args:
+        error: the error that ends this process.
+        text: tells the other processes the cause of their broken connections.
     """
-    if Report.prints is None:
-        Report.prints = is_first_failure(error)
-    return Report.prints
-
-
-def is_first_failure(error: BaseException) -> bool:
-    """Return whether this process should print an error: the first process that asks does.
-
-    The processes ask a store that all of them can reach. If it cannot be reached, the main process
-    prints, and another process only if the error is its own.
-    """
-    place = launched()
-    if place.world_size == 1:
-        return True
+    rank = launched().rank
     consequence = isinstance(error, LostProcess)
-    patience = timedelta(seconds=SECONDS_FOR_CAUSE)
+    if launched().world_size == 1:
+        return True
+    store = failure_store()
+    if store is None:
+        return rank == 0 or not consequence
     try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=patience,
-        )
-        key = f"framework/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if consequence:
-            wait_for_cause(store, key, patience)
-        return store.add(key, 1) == 1
-    except (RuntimeError, ValueError, OSError):
-        return place.rank == 0 or not consequence
+        first: bytes = store.compare_set(failure_key("rank"), "", str(rank))
+        if first != str(rank).encode():
+            return False
+        if not store.check([failure_key("cause")]):
+            cause = f"process {rank} has failed: {text}" if text and not consequence else ""
+            store.set(failure_key("cause"), cause)
+    except RuntimeError:
+        return rank == 0 or not consequence
+    return True
 
 
-def wait_for_cause(store: TCPStore, key: str, patience: timedelta) -> None:
-    """Wait a moment for another process to report the cause of a broken connection."""
-    try:
-        store.wait([key], patience)
-    except RuntimeError:  # none does: it was killed
-        return
+def failure_store() -> TCPStore | None:
+    """Return the store of the processes; None if it cannot be reached, as before they connect."""
+    found: list[TCPStore] = []
+    patience = SECONDS_FOR_CAUSE
+
+    def connect_to_store() -> None:
+        with suppress(RuntimeError, ValueError, OSError):
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            with socket.create_connection(address, patience):
+                pass  # torch would repeat the attempt, and print warnings
+            wait = timedelta(seconds=patience)
+            found.append(TCPStore(*address, is_master=False, timeout=wait))
+
+    thread = threading.Thread(target=connect_to_store, daemon=True)
+    thread.start()
+    thread.join(2 * patience)  # torch waits forever if another program listens at the port
+    return found[0] if found else None
+
+
+def failure_key(name: str) -> str:
+    """Return a key of the store for the failures of this start of the processes."""
+    return f"framework/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

@@ -124,11 +124,25 @@ def guard_start() -> None:
     """Handle signals of the command line program from its first import on."""
     if not is_command() or threading.current_thread() is not threading.main_thread():
         return
+    parent = launcher_of(sys.orig_argv)
+    if parent is not None:
+        end_with_parent(parent)
     interrupt = Interrupt()
     interrupt.exits = True
     for number in ending_signals():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, interrupt)
+    if parent is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def launcher_of(arguments: Sequence[str]) -> int | None:
+    """Return the process that has started this one with `framework process FOLDER PARENT`."""
+    words = list(arguments)
+    if "process" not in words[:-2]:
+        return None
+    parent = words[words.index("process") + 2]
+    return int(parent) if parent.isdecimal() else None
 
 
 @contextmanager

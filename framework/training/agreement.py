@@ -14,6 +14,7 @@ from torch import Tensor
 from framework.contracts.state import Stop
 from framework.contracts.strategy import Strategy
 from framework.data.dataset import Batch
+from framework.errors import DataError
 from framework.runtime import seeds
 from framework.runtime.shared_time import SHARED_TIME
 
@@ -35,6 +36,7 @@ def step_totals(
     batches: Sequence[Batch],
     counts: Sequence[int | Tensor],
     device: torch.device,
+    needed: int = 0,
 ) -> StepTotals:
     """Return the sums of a step, and let all processes read the same time during it.
 
@@ -43,19 +45,29 @@ def step_totals(
         batches: those of the step that have rows in this process.
         counts: the number of items in each of them.
         device: of the batches; on an accelerator its numbers are not read.
+        needed: the number of batches that each process must have rows of.
+
+    Raises:
+        DataError: in all processes, if one has no row of a batch that it needs.
     """
     samples = sum(len(batch[0]) for batch in batches)
     main_time = time.monotonic() if strategy.is_main else 0.0
     items = torch.as_tensor(sum(counts), dtype=torch.float64)
-    sums = torch.tensor([samples, main_time, 0.0], dtype=torch.float64)
+    missing = max(needed - len(batches), 0)
+    sums = torch.tensor([samples, main_time, missing, 0.0], dtype=torch.float64)
     if device.type == "cpu":
-        sums[2] = items
+        sums[3] = items
         sums = strategy.sum(sums)
-        total: float | Tensor = float(sums[2])
+        total: float | Tensor = float(sums[3])
     else:
         sums = strategy.sum(sums)
         total = strategy.sum(items.to(device))
     SHARED_TIME.agreed = float(sums[1])
+    if sums[2] > 0:
+        raise DataError(
+            f"a training batch has fewer samples than there are processes ({strategy.world_size}), "
+            "but a batch norm or the task needs samples in each of them: leave out small batches"
+        )
     return StepTotals(int(sums[0]), total)
 
 
@@ -87,15 +99,31 @@ def agreed_stop(strategy: Strategy, request: Stop | None) -> Stop | None:
 
 
 @contextmanager
-def own_random_numbers(strategy: Strategy, seed: int, step: int) -> Iterator[None]:
-    """Draw the random numbers of (seed, step, rank) in a block, and of (seed, step) after it.
+def own_random_numbers(
+    strategy: Strategy, seed: int, step: int, part: object = ""
+) -> Iterator[None]:
+    """Draw the random numbers of (seed, step, part, rank) in a block.
 
-    So the processes have different dropout masks in a step, and equal random numbers in callbacks.
-    None of it depends on an earlier step, so that checkpoints need no generators of each process.
+    So the processes have different dropout masks. Outside of such blocks, as in callbacks, all of
+    them draw the same random numbers.
     """
     if strategy.world_size == 1:
         yield
         return
-    seeds.seed_everything(seeds.derive(seed, "step", step, strategy.rank))
-    yield
-    seeds.seed_everything(seeds.derive(seed, "after step", step))
+    with seeds.undisturbed():
+        seeds.seed_everything(seeds.derive(seed, "step", step, part, strategy.rank))
+        yield
+
+
+def share_generators(strategy: Strategy) -> None:
+    """Set the global generators to those of the main process (collective).
+
+    So a DataLoader that shuffles by them has the same order in all processes. Those of CUDA are not
+    used for the order.
+    """
+    if strategy.world_size == 1:
+        return
+    state = None
+    if strategy.is_main:
+        state = seeds.capture() | {"cuda": []}
+    seeds.restore(strategy.from_main(state))

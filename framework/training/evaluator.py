@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
-from framework.data.batch_slice import BatchSlice
+from framework.data.batch_slice import WHOLE, with_stand_ins
 from framework.data.dataset import Batch, Data, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
@@ -22,9 +23,17 @@ from framework.runtime.device import find_device
 from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
+from framework.runtime.sharded import has_shards
 
+from .shards import ShardedMeasures, slice_of
 from .step_checks import check_input_dtype, check_result, count_of
-from .validation import check_batch_size, check_metrics, check_source, check_task
+from .validation import (
+    check_batch_size,
+    check_evaluated_rows,
+    check_metrics,
+    check_source,
+    check_task,
+)
 
 
 class Evaluator:
@@ -41,6 +50,7 @@ class Evaluator:
         seed: int,
         micro_batches: MicroBatches,
         strategy: Strategy | None = None,
+        shards: int | None = None,
     ):
         self.strategy = Strategy() if strategy is None else strategy
         self.device = self.strategy.start(find_device(device))
@@ -48,6 +58,7 @@ class Evaluator:
         self.deterministic = deterministic
         self.seed = seed
         self.micro_batches = micro_batches
+        self.shards = shards
         self.metrics: list[Metric] = []
         self._checked_first = False  # whether the task has checked a step of this measurement
 
@@ -132,7 +143,7 @@ class Evaluator:
         if isinstance(data, Tensor):
             data = TensorSplit(data)
         batches = self._batches(data, batch_size)
-        batches.slice = BatchSlice()  # each process returns all outputs
+        batches.slice = WHOLE  # each process returns all outputs
         outputs: list[Tensor] = []
         with self._inference():
             for batch in batches.epoch():
@@ -151,7 +162,7 @@ class Evaluator:
             DataError: it is not one tensor.
         """
         try:
-            output = self.model(batch[0])
+            output = self.strategy.forward(outputs_of, self.model, batch[0])
         except RuntimeError as error:
             check_input_dtype(error, self.model, batch)
             raise
@@ -169,17 +180,35 @@ class Evaluator:
         Raises:
             DataError: there is no batch.
         """
-        measures = Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        measures = self._new_measures(batches)
+        unused = Measures(self.metrics, self.device, batches.max_buffered)
+        # The main process counts the rows of whole batches, which all processes read.
+        counts_rows = self.strategy.is_main or not batches.slice.is_whole
         empty = True
+        sharded = has_shards(self.model)
+        if sharded:
+            check_evaluated_rows(self.strategy, batches)
         with self._inference():
-            for batch in batches.epoch():
+            for batch, counts in with_stand_ins(batches.epoch(), sharded):
                 empty = False
                 if not batch:
                     continue  # other processes have its rows
-                self._measure_batch(move_batch(batch, self.device), measures)
+                moved = move_batch(batch, self.device)
+                if not counts or not counts_rows:
+                    self._measure_batch(moved, unused)
+                    continue
+                parts = measures.parts(moved) if isinstance(measures, ShardedMeasures) else [moved]
+                for part in parts:
+                    self._measure_batch(part, measures)
             if empty:
                 raise DataError("the evaluation data has no batch: it is empty or was already read")
             return measures.read()
+
+    def _new_measures(self, batches: Batches) -> Measures:
+        if self.shards is None:
+            return Measures(self.metrics, self.device, batches.max_buffered, self.strategy)
+        own = self.shards // self.strategy.world_size
+        return ShardedMeasures(self.metrics, self.device, batches.max_buffered, self.strategy, own)
 
     def _measure_batch(self, batch: Batch, measures: Measures) -> None:
         """Add a batch to the measures; with `micro_batch=auto` in parts that fit into memory."""
@@ -201,7 +230,7 @@ class Evaluator:
         for part in self.micro_batches.split(batch):
             count = count_of(self.task, part)  # before the model may change the inputs
             try:
-                result = self.task.step(self.model, part)
+                result = self.strategy.forward(self.task.step, self.model, part)
             except RuntimeError as error:
                 check_input_dtype(error, self.model, part)
                 raise
@@ -233,6 +262,7 @@ class Evaluator:
             self.model = model.to(self.device)
         if task is not None:
             self.task = task if isinstance(task, Task) else LossTask(task)
+            self.task.strategy = self.strategy
         for name in needed:
             if not hasattr(self, name):
                 raise SettingError(f"nothing was fitted yet: pass `{name}=`")
@@ -261,9 +291,16 @@ class Evaluator:
             channels_last=channels_last,
             model=self.model,
         )
-        rank = self.strategy.rank
-        batches.slice = BatchSlice(rank, rank + 1, self.strategy.world_size)
+        batches.slice = slice_of(self.strategy, self.shards)
+        task: Task | None = getattr(self, "task", None)
+        if not shuffle and task is not None and not task.splits_batches:
+            batches.slice = WHOLE
         return batches
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the outputs of a model."""
+    return model(inputs)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

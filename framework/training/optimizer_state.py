@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from framework.errors import SettingError
 from framework.runtime import seeds
+from framework.runtime.sharded import is_sharded, sharded_like
 
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
 SCHEDULED_LR = "scheduled_lr"  # key of a group: the learning rate after a fit with a schedule
@@ -89,9 +90,33 @@ def restore_optimizer(
             group["fused"] = own["fused"]  # as now: both implementations have the same state
     if changed:
         check_state(optimizer, saved["state"], groups, changed)
-    state = copy.deepcopy(saved["state"])
+    state = own_parts(optimizer, saved)
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
     match_layout(optimizer)
+
+
+def own_parts(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return a copy of a saved state, with the parts of this process of sharded parameters.
+
+    Raises:
+        SettingError: the state of a sharded parameter has another shape.
+    """
+    state: dict[Any, Any] = copy.deepcopy(saved["state"])
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for index, parameter in zip(group["params"], own["params"], strict=True):
+            if index not in state or not is_sharded(parameter):
+                continue
+            for name, value in state[index].items():
+                if not isinstance(value, Tensor) or value.ndim == 0:
+                    continue
+                if value.shape != parameter.shape:
+                    raise SettingError(
+                        f"resume: strategy=fsdp cannot shard the state of "
+                        f"{type(optimizer).__name__}: {name} has the shape {tuple(value.shape)}, "
+                        f"its parameter {tuple(parameter.shape)}"
+                    )
+                state[index][name] = sharded_like(value, parameter)
+    return state
 
 
 def merged_groups(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from framework.contracts.task import Task
+from framework.data.batch_slice import BatchSlice
 from framework.data.dataset import Batch, Loader
 from framework.errors import DataError
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
@@ -31,7 +32,9 @@ class SingleSample(NamedTuple):
         return f"{self.setting}={self.value} makes a batch of one sample{self.which_batch}"
 
 
-def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
+def single_sample(
+    batches: Any, micro_batch: int | None, shards: int | None = None
+) -> SingleSample | None:
     """Return why a training batch, or a part of one, will have one sample; None if none will.
 
     None also if it is not known.
@@ -39,15 +42,25 @@ def single_sample(batches: Any, micro_batch: int | None) -> SingleSample | None:
     Args:
         batches: the loader of the training data.
         micro_batch: the samples that the model processes at once; None for the batch.
+        shards: the number of shards of a batch; None for whole batches.
     """
     samples, size, drop_last = batch_sizes(batches)
     if size is None:
         return None
     last = samples % size if samples is not None and not drop_last else 0
+    counts = [size, last]
+    if shards is not None:
+        parts = BatchSlice(0, shards, shards)
+        counts = [*parts.sizes(size), *parts.sizes(last)]
     if micro_batch is not None:
-        rests = [count % micro_batch for count in (size, last) if count]
+        rests = [count % micro_batch for count in counts if count]
         if micro_batch == 1 or 1 in rests:
             return SingleSample("micro_batch", micro_batch)
+    if shards is not None and 1 in counts:
+        which_batch = ""
+        if 1 not in parts.sizes(size):
+            which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
+        return SingleSample("shards", shards, which_batch)
     if size == 1:
         return SingleSample("batch_size", size)
     if last == 1:

@@ -5,9 +5,10 @@ run eagerly, compiled or as a CUDA graph; `select_step` chooses once, when a fit
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -129,39 +130,71 @@ class TrainingStep:
         if self.parameters.others:
             self.parameters.clear_other_gradients()
         trainer.emit("step_start")
-        with own_random_numbers(self.strategy, trainer.seed, trainer.state.step):
-            with self.clock.detail("copy"):
-                batches = [move_batch(batch, self.device) for batch in window if batch]
-                if trainer.transforms:
-                    batches = transformed_all(batches, trainer.transforms)
-            set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
-            if self.strategy.world_size > 1:
-                counts = [count_of(self.task, batch) for batch in batches]
-                self.totals = step_totals(self.strategy, batches, counts, self.device)
+        with self.clock.detail("copy"):
+            batches = self.read(trainer, window)
+        set_learning_rates(self.optimizer, trainer.schedule, trainer.state.step)
 
-            if not self.task.phases:
-                self.backward_and_update(trainer, batches)
-            for phase in self.task.phases:
-                with only_trains(self.model, phase):
-                    self.backward_and_update(trainer, batches, phase)
+        if not self.task.phases:
+            self.backward_and_update(trainer, batches)
+        for number, phase in enumerate(self.task.phases):
+            with only_trains(self.model, phase):
+                self.backward_and_update(trainer, batches, phase, number)
+        self.strategy.share_buffers()
         self.is_first = False
+
+    def read(self, trainer: StepContext, window: Sequence[Batch]) -> list[Batch]:
+        """Return the batches of a step that have rows, on the device and after all transforms."""
+        batches = [move_batch(batch, self.device) for batch in window if batch]
+        if trainer.transforms and batches:
+            with self.own_random_numbers(trainer, "transforms"):
+                batches = transformed_all(batches, trainer.transforms)
+        if self.strategy.world_size > 1:
+            self.totals = self.count_totals(window, batches)
+        return batches
+
+    def own_random_numbers(
+        self, trainer: StepContext, part: object
+    ) -> AbstractContextManager[None]:
+        """Return the context manager in which this process draws random numbers of its own."""
+        return own_random_numbers(self.strategy, trainer.seed, trainer.state.step, part)
+
+    def count_totals(self, window: Sequence[Batch], batches: Sequence[Batch]) -> StepTotals:
+        """Return the sums of a step over all processes (collective).
+
+        Args:
+            window: the batches of the step.
+            batches: those that have rows in this process.
+        """
+        counts = [count_of(self.task, batch) for batch in batches]
+        collective = self.strategy.forward_is_collective or not self.task.splits_batches
+        needed = len(window) if collective else 0
+        return step_totals(self.strategy, batches, counts, self.device, needed)
 
     def backward_and_update(
         self,
         trainer: StepContext,
         batches: Sequence[Batch],
         phase: Phase | None = None,
+        number: int = 0,
     ) -> None:
-        """Compute the gradients of the batches, and update the parameters with them."""
+        """Compute the gradients of the batches, and update the parameters with them.
+
+        Args:
+            trainer: the fit.
+            batches: those of the step, on the device.
+            phase: the phase of the step, or None.
+            number: of the phase in the step.
+        """
         backward = self.backward_with_retry if self.micro_batches.auto else self.backward
         try:
-            trainer.loss, updated = backward(batches, phase)
+            with self.own_random_numbers(trainer, number):
+                trainer.loss, updated = backward(batches, phase)
         except RuntimeError as error:
             if batches:
                 check_input_dtype(error, self.model, batches[0])
             raise
         if not updated:
-            trainer.loss = self.strategy.sum_gradients(self.parameters.optimized, trainer.loss)
+            trainer.loss = self.sum_gradients(trainer.loss)
             if self.is_first:
                 check_gradients(self.parameters.optimized)
             self.precision.unscale(self.optimizer)
@@ -207,6 +240,10 @@ class TrainingStep:
         if not losses:  # other processes have all rows
             return torch.zeros((), device=self.device), False
         return sum(losses[1:], losses[0]), updated
+
+    def sum_gradients(self, loss: Tensor) -> Tensor:
+        """Sum the gradients of all processes; return the sum of the losses (collective)."""
+        return self.strategy.sum_gradients(self.parameters.optimized, loss)
 
     def backward_with_retry(
         self,
@@ -286,6 +323,7 @@ class EagerStep:
         parameters: the trained parameters, for error messages.
         precision: autocast and gradient scaler.
         clock: for the profiler.
+        strategy: runs the forward pass.
     """
 
     def __init__(
@@ -295,12 +333,14 @@ class EagerStep:
         parameters: ModelParameters,
         precision: Precision,
         clock: Clock,
+        strategy: Strategy,
     ):
         self.forward: Any = forward
         self.task = task
         self.parameters = parameters
         self.precision = precision
         self.clock = clock
+        self.run = strategy.forward
 
     def __call__(
         self,
@@ -311,9 +351,9 @@ class EagerStep:
         """Run forward and backward; never update the parameters."""
         with self.clock.detail("forward"), self.precision.autocast():
             if phase is None:
-                result = self.task.step(self.forward, batch)
+                result = self.run(self.task.step, self.forward, batch)
             else:
-                result = self.task.phase(phase.name, self.forward, batch)
+                result = self.run(partial(self.task.phase, phase.name), self.forward, batch)
         with self.clock.detail("backward"):
             try:
                 loss = result.loss if share is None else result.loss * share
@@ -338,7 +378,7 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
     cuda_graph: CudaGraph,
     callbacks: GradientCallbacks,
     call_recordable: Callable[[Tensor], None],
-    is_shared: bool = False,
+    strategy: Strategy,
 ) -> StepImplementation:
     """Return the implementation of forward and backward for a fit.
 
@@ -355,14 +395,14 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         cuda_graph: off, on, or auto to capture graphs only if they are faster.
         callbacks: those that listen to `gradients`.
         call_recordable: calls the recordable ones of them, with the loss of the step.
-        is_shared: whether other processes compute parts of the gradients, so that no step can
+        strategy: with several processes each computes a part of the gradients, so that no step can
             include the update.
     """
     forward = Compiled(model, compile, clock) if compile == "model" else model
-    eager = EagerStep(forward, task, parameters, precision, clock)
+    eager = EagerStep(forward, task, parameters, precision, clock, strategy)
     step: StepImplementation = eager
     # An update cannot be undone if memory is full.
-    with_update = not micro_batches.auto and not is_shared
+    with_update = not micro_batches.auto and strategy.world_size == 1
     if compile in ("step", "auto") and not task.phases:
         compiled_call = None
         if with_update:

@@ -17,6 +17,7 @@ from framework.data.dataset import Batch
 from framework.errors import DataError, FrameworkError, SettingError, short
 from framework.errors.user_code import describe, text_of, user_place
 from framework.runtime.memory import is_full
+from framework.runtime.sharded import has_shards, is_sharded
 
 
 def check_result(task: Task, result: Any, parameters: Sequence[Tensor] = ()) -> None:
@@ -96,12 +97,14 @@ def check_parameters_reached(task: Task, loss: Tensor, model: nn.Module) -> None
 
     A parameter of the task, or of a function that is its loss, is an error. Another one gives a
     warning: it may belong to a teacher that is called without `no_grad`, or the task may train it
-    itself. A loss without a graph, as of a compiled step, is not checked.
+    itself. A loss without a graph, as of a compiled step, is not checked. With a sharded model only
+    the error is found, since its forward pass uses other tensors than its parameters.
 
     Raises:
         SettingError: the loss depends on a parameter of the task or of its loss.
     """
     own = set(model.parameters())
+    sharded = has_shards(model)
     of_task = parameters_of_task(task)
     waiting: list[Any] = [loss.grad_fn]
     seen = set(waiting)
@@ -113,6 +116,8 @@ def check_parameters_reached(task: Task, loss: Tensor, model: nn.Module) -> None
             message = parameter_not_trained("the task or its loss", parameter)
             if leaf in of_task:
                 raise SettingError(message)
+            if sharded:
+                continue
             warnings.warn(message, stacklevel=2)
             return
         for previous, _ in getattr(node, "next_functions", ()):
@@ -161,6 +166,12 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
     if not needs_more and user_place(error) is not None:
         return None
     problem = f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(map(is_sharded, parameters)):
+        return SettingError(
+            f"optimizer={type(optimizer).__name__} does not support sharded parameters: use "
+            f"another one, or strategy=ddp. torch reports: {describe(error)}"
+        )
     if not needs_more:
         return SettingError(problem)
     return SettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,9 +16,11 @@ from framework.data.dataset import ForeignLoader, Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
+from framework.runtime.sharded import load_model_state
 
 from .acceleration.compile_choice import CompileChoice
 from .optimizer_state import group_settings, restore_optimizer, same_setting
+from .shards import ShardedMeasures
 
 WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
@@ -92,7 +95,7 @@ def user_settings(
 def capture(trainer: TrainerParts) -> dict[str, Any]:
     """Return the state of the model, and of everything that the next steps depend on (collective).
 
-    The tensors are not copied; the next step changes them.
+    The tensors are not copied; the next step changes them. They may be sharded.
     """
     saved = trainer.state.state_dict() | {
         "model": trainer.model.state_dict(),
@@ -108,9 +111,10 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
             key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()
         },
         "measures": measures_state(trainer),
+        "processes": trainer.strategy.world_size,
         "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
-        "skipped": trainer.train_batches.skipped,
+        "skipped": skipped_samples(trainer),
         "random": seeds.capture(),
     }
     if isinstance(trainer.train_batches, ForeignLoader):
@@ -144,7 +148,7 @@ def restore(trainer: TrainerParts, saved: dict[str, Any]) -> None:
 
 def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     """Restore the state of each part of a trainer; a damaged state may raise any of WRONG_FORM."""
-    trainer.model.load_state_dict(saved["model"])
+    load_model_state(trainer.model, saved["model"])
     kind = type(trainer.optimizer).__name__
     if saved.get("optimizer_class", kind) != kind:
         raise SettingError(
@@ -171,14 +175,24 @@ def restore_parts(trainer: TrainerParts, saved: dict[str, Any]) -> None:
     convert_batch_counter(trainer, saved.get("batch_size"))
     trainer.validated_step = saved["validated"]
     if isinstance(trainer.train_batches, Loader):
-        trainer.train_batches.skipped = saved["skipped"]
+        trainer.train_batches.skipped = saved["skipped"] if trainer.strategy.is_main else 0
     else:
         trainer.train_batches.load_source_state(saved.get("source"))
     seeds.restore(saved["random"])
 
 
+def skipped_samples(trainer: TrainerParts) -> int:
+    """Return the number of samples that all processes have skipped (collective)."""
+    return int(trainer.strategy.sum(torch.tensor(trainer.train_batches.skipped)))
+
+
 def measures_state(trainer: TrainerParts) -> list[dict[str, Any]] | dict[str, Any]:
-    """Return the sums of this process, or a list of those of all processes (collective)."""
+    """Return the sums of this process, or a list of those of all processes (collective).
+
+    With shards it is the list of the sums of all shards.
+    """
+    if isinstance(trainer.measures, ShardedMeasures):
+        return trainer.measures.all_states()
     state = trainer.measures.state_dict()
     if trainer.strategy.world_size == 1:
         return state
@@ -194,6 +208,9 @@ def restore_measures(trainer: TrainerParts, saved: list[dict[str, Any]] | dict[s
     """
     strategy = trainer.strategy
     states = [saved] if isinstance(saved, dict) else saved
+    if isinstance(trainer.measures, ShardedMeasures):
+        trainer.measures.restore_states(states)
+        return
     if len(states) == strategy.world_size:
         trainer.measures.load_state_dict(states[strategy.rank])
         return

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from framework.contracts.callback import Callback, SavingCallback
 from framework.contracts.logger import Logger
@@ -63,12 +64,40 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
             "compile=auto chooses by measured times, so two runs may differ: "
             "expected off, model or step with deterministic=true"
         )
+    reason = shards_refused(settings)
+    if reason is not None:
+        refused["shards"] = reason
     for name in ("validate_every", "log_every"):
         try:
             Cadence(settings[name], name)
         except SettingError as error:
             refused[name] = str(error)
     return refused
+
+
+def shards_refused(settings: Mapping[str, Any]) -> str | None:
+    """Return the reason why a Trainer refuses `shards`, or settings together with it; or None."""
+    shards = settings["shards"]
+    if shards is None:
+        return None
+    if shards & (shards - 1):
+        return f"shards={shards}: expected a power of two"
+    devices = settings["devices"]
+    if devices is not None and shards % devices:
+        return f"shards={shards}: expected a multiple of devices={devices}"
+    if settings["compile"] != "off":
+        return (
+            f"shards={shards}: expected compile=off, as the result of compiled code depends on the "
+            "shapes that a process has seen before"
+        )
+    if settings["cuda_graph"] != "off":
+        return f"shards={shards}: expected cuda_graph=off, as its graphs have one batch each"
+    if settings["micro_batch"] == "auto":
+        return (
+            f"shards={shards}: expected no micro_batch=auto, which depends on the memory of a "
+            "process; a number is possible"
+        )
+    return None
 
 
 def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, Any]) -> None:
@@ -91,10 +120,22 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
             f"devices={devices}: the run has {strategy.world_size} processes; start the program "
             f"with torchrun --nproc-per-node {devices}, and pass a strategy"
         )
+    shards = settings["shards"]
+    if shards is not None and shards % strategy.world_size:
+        raise SettingError(
+            f"shards={shards}: expected a multiple of the {strategy.world_size} processes of the "
+            "run"
+        )
+    strategy.check_settings(settings)
     if strategy.world_size > 1 and settings["cuda_graph"] != "off":
         raise SettingError(
             f"cuda_graph={settings['cuda_graph']}: expected off with {strategy.world_size} "
             "processes, whose communication a graph cannot contain"
+        )
+    if strategy.world_size > 1 and settings["compile"] == "auto":
+        raise SettingError(
+            f"compile=auto: expected off, model or step with {strategy.world_size} processes, "
+            "each of which would measure other times and might choose otherwise"
         )
 
 
@@ -387,6 +428,14 @@ def check_micro_batches(task: Task, micro_batches: MicroBatches) -> None:
         )
 
 
+def check_shards(task: Task, shards: int | None) -> None:
+    """Raise SettingError for shards of a task whose batches cannot be split."""
+    if shards is not None and not task.splits_batches:
+        raise SettingError(
+            f"shards: expected null, as {type(task).__name__} compares the samples of a batch"
+        )
+
+
 def as_list(name: str, value: Any, registry: str) -> list[Any]:
     """Return the items of a list of parts.
 
@@ -427,34 +476,112 @@ def build_example(value: Any, registry: str, more: str = "") -> str:
     return f"fw.{registry}.build({name}{more})"
 
 
-def check_rows(strategy: Strategy, batches: Batches, micro_batches: MicroBatches) -> None:
+def check_shared_batch(batch_size: int | None, processes: int) -> None:
+    """Raise DataError if a batch has fewer samples than a run has processes."""
+    if batch_size is not None and batch_size < processes:
+        raise DataError(
+            f"batch_size={batch_size}: expected at least one sample for each of the "
+            f"{processes} processes that share a batch"
+        )
+
+
+def check_rows(
+    strategy: Strategy,
+    batches: Batches,
+    micro_batches: MicroBatches,
+    task: Task,
+    shards: int | None = None,
+) -> None:
     """Raise DataError for training batches that the processes of a run cannot share.
 
     Args:
         strategy: of the run, after its `prepare`.
         batches: of the training.
         micro_batches: the parts in which the model processes a batch.
+        task: of the training.
+        shards: the number of virtual shards of a batch, if any.
     """
+    if shards is not None:
+        if strategy.forward_is_collective:
+            raise SettingError(
+                f"shards={shards}: expected strategy=ddp or a single process; "
+                f"{type(strategy).__name__} communicates in the forward pass"
+            )
+        if batches.batch_size is not None and batches.batch_size < shards:
+            raise DataError(
+                f"shards={shards}: expected batch_size={shards} or more, got {batches.batch_size}"
+            )
     processes = strategy.world_size
-    if processes == 1 or batches.batch_size is None:
+    if processes == 1:
         return
-    if batches.batch_size < processes:
-        raise DataError(
-            f"batch_size={batches.batch_size}: expected at least one sample for each of the "
-            f"{processes} processes that share a batch"
+    divided = divided_loader(batches)
+    if divided is not None:
+        raise SettingError(
+            f"data: the {divided} of the DataLoader already divides the samples among the "
+            "processes, as the trainer does: pass a DataLoader of all samples"
         )
-    if not strategy.forward_is_collective:
-        return
-    if micro_batches.auto or micro_batches.size is not None:
+    collective = strategy.forward_is_collective or not task.splits_batches
+    if collective and (micro_batches.auto or micro_batches.size is not None):
         raise SettingError(
             "micro_batch: expected none for a model whose forward pass communicates between "
             f"{processes} processes (batch normalization, or strategy=fsdp); use a smaller batch "
             "with trainer.accumulate"
         )
-    last = len(batches.split) % batches.batch_size
-    if 0 < last < processes and not batches.drop_last:
+    if batches.batch_size is None:
+        return
+    check_shared_batch(batches.batch_size, processes)
+    samples = len(batches.split)
+    if samples < processes:
         raise DataError(
-            f"the last batch of an epoch has {last} of {len(batches.split)} samples, fewer than "
-            f"the {processes} processes, whose model communicates in its forward pass (batch "
-            "normalization, or strategy=fsdp): use loader.drop_last=true or another batch_size"
+            f"the training split has {samples} samples: expected at least one for each of the "
+            f"{processes} processes"
         )
+    if not collective:
+        return
+    last = samples % batches.batch_size
+    is_read = not batches.drop_last and len(batches) * batches.batch_size >= samples
+    if 0 < last < processes and is_read:
+        raise DataError(
+            f"the last batch of an epoch has {last} of {samples} samples, fewer than the "
+            f"{processes} processes, which communicate in the forward pass (batch normalization, "
+            "strategy=fsdp, or a task that compares the samples of a batch): use "
+            "loader.drop_last=true or another batch_size"
+        )
+
+
+def divided_loader(batches: Batches) -> str | None:
+    """Return the name of a sampler that gives each process a part of the data, or None."""
+    loader = batches.batches if isinstance(batches, ForeignLoader) else None
+    if not isinstance(loader, DataLoader):
+        return None
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            return type(sampler).__name__
+    return None
+
+
+def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
+    """Raise DataError for an evaluation of a sharded model that the processes cannot share.
+
+    Args:
+        strategy: of the run.
+        batches: of the evaluation.
+    """
+    if batches.batch_size is None:
+        return
+    rows = min(batches.batch_size, len(batches.split))
+    if rows < strategy.world_size:
+        raise DataError(
+            f"the evaluation data has batches of {rows} samples: expected at least one sample for "
+            f"each of the {strategy.world_size} processes, which have parts of the model"
+        )
+
+
+def check_sharded_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Raise SettingError for callbacks that cannot run a sharded model."""
+    for callback in callbacks:
+        if callback.runs_model:
+            raise SettingError(
+                f"callbacks: {type(callback).__name__} runs the model outside of the training "
+                "step, which strategy=fsdp does not support: remove it, or use strategy=ddp"
+            )

@@ -21,6 +21,7 @@ from framework import (
     check_read_again,
     foreach,
     seeds,
+    sharded,
 )
 from framework.contracts.state import Cadence
 
@@ -142,7 +143,8 @@ class Averaging(Callback):
         copies = []
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensor = tensors.get(name, parameter)
-            copies.append(tensor.detach().to(parameter.device, copy=True))
+            own = sharded.sharded_like(tensor.detach(), parameter)
+            copies.append(own.to(parameter.device, copy=True))
         return copies
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,6 +296,11 @@ class Swa(Averaging):
             self.first = min(self.first, self.saved.get("first", self.first))
         super().on_fit_start(trainer)
         if self.averaged_norms(trainer):
+            if sharded.has_shards(trainer.model):
+                raise SettingError(
+                    "callbacks.swa.batches: expected 0 for a model with batch norms and "
+                    "strategy=fsdp, whose statistics swa cannot measure"
+                )
             check_read_again(trainer.train_batches, "callbacks.swa")
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,6 +349,8 @@ class Swa(Averaging):
             with seeds.undisturbed():
                 batches = trainer.train_batches.epoch(trainer.state.epoch)
                 for number, batch in enumerate(islice(batches, self.batches), 1):
+                    if not batch:  # other processes have its rows
+                        continue
                     for norm in norms:
                         norm.momentum = 1 / number  # the mean over batches
                     self._run_model(trainer, batch)

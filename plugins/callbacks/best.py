@@ -66,6 +66,8 @@ class Best:
     def improved(self, trainer: Context) -> bool:
         """Rank the newest value; return whether it is among the best, by more than `min_delta`.
 
+        With several processes, all of them rank the value of the main one (collective).
+
         Raises:
             SettingError: the metric is not logged.
         """
@@ -75,6 +77,8 @@ class Best:
                 f"nothing logs {self.monitor!r}; {did_you_mean(self.monitor, metrics)}"
             )
         value = metrics[self.monitor]
+        if trainer.strategy.world_size > 1:
+            value = trainer.strategy.from_main(value)
         if not math.isfinite(value):
             return False
         if len(self.ranked) == self.count:

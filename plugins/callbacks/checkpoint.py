@@ -211,6 +211,7 @@ class Checkpoint(SavingCallback):
         step = trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
+        model, training = trainer.strategy.full((model, training))
         if not trainer.strategy.is_main:
             self.saved = step
             self.found_better = False

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from framework import Callback, Context, PositiveFloat, SettingError, callbacks, gradient_numbers
+from framework import (
+    Callback,
+    Context,
+    PositiveFloat,
+    SettingError,
+    callbacks,
+    gradient_numbers,
+    sharded,
+)
 
 
 @callbacks.register("clip_gradients", aliases=["gradient_clipping"])
@@ -64,7 +72,7 @@ class ClipGradients(Callback):
 def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
     """Scale gradients so that their 2-norm is at most `norm`; return the norm before."""
     try:
-        return nn.utils.clip_grad_norm_(parameters, norm)
+        return sharded.full_tensor(nn.utils.clip_grad_norm_(parameters, norm))
     except NotImplementedError:  # torch does not clip sparse gradients
         gradients = gradient_numbers(parameters)
     measured = nn.utils.get_total_norm(gradients)

@@ -11,6 +11,8 @@ from framework import (
     callbacks,
     check_read_again,
     class_names,
+    sharded,
+    with_stand_ins,
 )
 from framework.contracts.state import Cadence
 
@@ -64,9 +66,14 @@ def count_pairs(trainer: Context) -> Tensor:
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
-        for batch in trainer.val_batches.epoch():
+        all_run = sharded.has_shards(trainer.model)
+        for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
+            if not batch:  # other processes have its rows
+                continue
             on_device = tuple(tensor.to(trainer.device) for tensor in batch)
-            step = trainer.task.step(trainer.model, on_device)
+            step = trainer.strategy.forward(trainer.task.step, trainer.model, on_device)
+            if not counted:
+                continue
             targets = step.targets.cpu()
             outputs = step.outputs.cpu()
             if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
@@ -79,7 +86,8 @@ def count_pairs(trainer: Context) -> Tensor:
             pairs = targets[known] * classes + outputs.argmax(1)[known]
             new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
             counts = new.double() if counts.numel() == 0 else counts + new
-    return counts
+    counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
+    return torch.stack(counts_of_processes).sum(0)
 
 
 def counts_table(counts: Tensor, trainer: Context) -> str:

@@ -12,6 +12,7 @@ from framework import (
     callbacks,
     is_in_memory,
     seeds,
+    whole_batches,
 )
 from framework.contracts.model import GenerativeModel
 from framework.contracts.state import Cadence
@@ -66,7 +67,7 @@ class Pictures(Callback):
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
-            rows_by_tag = trainer.task.pictures(trainer.model, inputs)
+            rows_by_tag = trainer.strategy.forward(trainer.task.pictures, trainer.model, inputs)
         low = inputs.min()
         high = inputs.max()
         for tag, rows in rows_by_tag.items():
@@ -112,7 +113,8 @@ class SampleDistance(Callback):
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
-            samples = trainer.task.pictures(trainer.model, inputs)["samples"]
+            rows = trainer.strategy.forward(trainer.task.pictures, trainer.model, inputs)
+        samples = rows["samples"]
         samples = samples.float().flatten(1)
         inputs = inputs.float().flatten(1)
         precision, coverage = precision_and_coverage(samples, inputs)
@@ -137,7 +139,7 @@ def held_out(trainer: Context, count: int) -> Tensor:
         inputs = split.tensors[0][:count]
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     copies: list[Tensor] = []
-    with seeds.undisturbed():
+    with seeds.undisturbed(), whole_batches(batches):
         for batch in batches.epoch():
             copies.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
             if sum(map(len, copies)) >= count:

@@ -13,6 +13,7 @@ from framework import (
     Transform,
     callbacks,
     numbers_of,
+    sharded,
 )
 from framework.contracts.state import Cadence
 
@@ -65,7 +66,7 @@ class LearningRate(Callback):
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together; some may be sparse."""
     try:
-        return nn.utils.get_total_norm(gradients)
+        return sharded.full_tensor(nn.utils.get_total_norm(gradients))
     except NotImplementedError:  # torch does not support sparse gradients
         return nn.utils.get_total_norm([numbers_of(gradient) for gradient in gradients])
 
@@ -132,7 +133,7 @@ def log_histogram(trainer: Context, tag: str, tensor: Tensor) -> None:
 
 def finite_values(tensor: Tensor) -> Tensor:
     """Return the finite values (of a sparse tensor, the stored ones), flat, float32 on the CPU."""
-    values = numbers_of(tensor.detach()).flatten().float().cpu()
+    values = numbers_of(sharded.full_tensor(tensor.detach())).flatten().float().cpu()
     return values[values.isfinite()]
 
 

@@ -1,6 +1,7 @@
 """Detection of losses and gradients that are not finite, before they reach the weights."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from framework import (
     checkpoints,
     numbers_of,
     restore_optimizer,
+    sharded,
 )
 from framework.contracts.callback import keyed
 
@@ -177,6 +179,8 @@ class NonFinite(Callback):
         else:
             facts.append(f"the first gradient that is not finite is that of {parameter}")
         samples = trainer.sample_indices()
+        if samples and trainer.strategy.world_size > 1:
+            samples = sorted(chain.from_iterable(trainer.strategy.gather(samples)))
         if samples:
             more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
             facts.append(f"the batch contains samples {', '.join(map(str, samples[:8]))}{more}")
@@ -185,11 +189,15 @@ class NonFinite(Callback):
         return f"non_finite: {'; '.join(facts)}. {ADVICE}"
 
     def _newest_checkpoint(self, trainer: Context) -> Path:
+        """Return the newest good checkpoint (collective)."""
         for callback in trainer.callbacks:
             if isinstance(callback, SavingCallback):
                 callback.finish_saving()  # otherwise the choice would depend on the disk's speed
         assert trainer.folder is not None
-        checkpoint, skipped = checkpoints.newest(trainer.folder / "checkpoints")
+        found = None
+        if trainer.strategy.is_main:  # the only process that writes checkpoints
+            found = checkpoints.newest(trainer.folder / "checkpoints")
+        checkpoint, skipped = trainer.strategy.from_main(found)
         if checkpoint is None:
             reason = f" ({skipped[0]})" if skipped else ""
             raise Diverged(
@@ -212,7 +220,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    trainer.model.load_state_dict(model)
+    sharded.load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],

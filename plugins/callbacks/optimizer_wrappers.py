@@ -1,6 +1,7 @@
 """Methods around any optimizer: sharpness-aware, lookahead, schedule-free, gradient noise scale."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -32,6 +33,8 @@ from .gradients import parameters_with_gradient
 class GradientsAgain(Transform):
     """Base of callbacks that compute gradients of the batches of a step a second time."""
 
+    runs_model = True
+
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
@@ -52,18 +55,45 @@ class GradientsAgain(Transform):
         return batch
 
     def compute_gradients(self, trainer: Context, parts: Sequence[Batch]) -> None:
-        """Set the gradients to those of the mean loss of the parts; keep the running statistics."""
+        """Set the gradients to those of the mean loss of the parts; keep the running statistics.
+
+        With several processes, the parts are those of this process (collective).
+        """
+        strategy = trainer.strategy
         buffers = [buffer.clone() for buffer in trainer.model.buffers()]
         counts = [trainer.task.count(part) for part in parts]
         total = sum(counts)
-        for parameter in parameters_with_gradient(trainer.optimizer):
+        if strategy.world_size > 1:
+            total = strategy.sum(torch.as_tensor(total, dtype=torch.float64, device=trainer.device))
+        parameters = parameters_with_gradient(trainer.optimizer)
+        for parameter in parameters:
             parameter.grad = None
-        for part, count in zip(parts, counts, strict=True):
-            with trainer.precision.autocast():
-                loss = trainer.task.step(trainer.model, part).loss
-            (loss * share_of(count, total)).backward()
+        losses = torch.zeros((), device=trainer.device)
+        with self.own_random_numbers(trainer):
+            for part, count in zip(parts, counts, strict=True):
+                with trainer.precision.autocast():
+                    loss = trainer.task.step(trainer.model, part).loss
+                share = share_of(count, total)
+                if isinstance(share, Tensor):
+                    share = share.to(loss)
+                (loss * share).backward()
+                losses += loss.detach() * share
+        strategy.sum_gradients(parameters, losses)
         for buffer, value in zip(trainer.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
+
+    @contextmanager
+    def own_random_numbers(self, trainer: Context) -> Iterator[None]:
+        """Draw other dropout masks in each process in a block."""
+        if trainer.strategy.world_size == 1:
+            yield
+            return
+        seed = seeds.derive(
+            trainer.seed, "gradients again", trainer.state.step, trainer.strategy.rank
+        )
+        with seeds.undisturbed():
+            seeds.seed_everything(seed)
+            yield
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -139,6 +169,14 @@ class NoiseScale(GradientsAgain):
         self.trace = 0.0  # estimate of tr(Σ)
         self.squared = 0.0  # estimate of ‖G‖₂²
         self.measured = 0  # measurements
+
+    def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
+        if trainer.strategy.world_size > 1:
+            raise SettingError(
+                "noise_scale compares parts of a batch in one process: expected a run with one "
+                f"process, got {trainer.strategy.world_size}"
+            )
 
     def needs_gradients(self, trainer: Context) -> bool:
         return self._due(trainer)

@@ -1,7 +1,6 @@
 """Callbacks that end a run: early stopping and a time limit."""
 
 import math
-import time
 from typing import Any
 
 from framework import (
@@ -13,6 +12,7 @@ from framework import (
     callbacks,
 )
 from framework.contracts.duration import Duration, duration_seconds
+from framework.contracts.state import SHARED_TIME
 
 from .best import Best, Mode
 
@@ -104,30 +104,30 @@ class Timer(Callback):
             except SettingError as error:
                 raise SettingError(f"timer: limit: {error}") from None
         self.spent_before = 0.0
-        self.began = time.monotonic()
+        self.began = SHARED_TIME.now()
         self.epoch_began = self.began
 
     def reset(self) -> None:
         self.spent_before = 0.0
 
     def on_fit_start(self, trainer: Context) -> None:
-        self.began = time.monotonic()
+        self.began = SHARED_TIME.now()
         self.epoch_began = self.began
 
     def on_epoch_start(self, trainer: Context) -> None:
-        self.epoch_began = time.monotonic()
+        self.epoch_began = SHARED_TIME.now()
 
     def on_step_end(self, trainer: Context) -> None:
         if self.spent > self.seconds:
             trainer.stop("timer", f"the limit of {self.limit} is reached")
 
     def on_epoch_end(self, trainer: Context) -> None:
-        trainer.log({"train/seconds_per_epoch": time.monotonic() - self.epoch_began})
+        trainer.log({"train/seconds_per_epoch": SHARED_TIME.now() - self.epoch_began})
 
     @property
     def spent(self) -> float:
         """Seconds of training, without the time between a stop and a resume."""
-        return self.spent_before + time.monotonic() - self.began
+        return self.spent_before + SHARED_TIME.now() - self.began
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.spent}

@@ -4,13 +4,14 @@ An input has shape (2, samples): the waveform in [-1, 1], the mean of the channe
 (see `layers/sequence.py`). A longer sound is cut to its middle, a shorter one is padded with zeros.
 """
 
+import io
 import math
 import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -184,18 +185,34 @@ def read_sound(file: Path, facts: dict[str, Any]) -> Tensor:
     Raises:
         DataError: the file cannot be read, or is not as the facts say.
     """
-    waveform, rate = read_waveform(file)
+    with open_data(file) as raw:
+        return decode_sound(raw, str(file), file.suffix, facts)
+
+
+def decode_sound(raw: IO[bytes], name: str, suffix: str, facts: dict[str, Any]) -> Tensor:
+    """Return a sound file as an input, shape (2, samples).
+
+    Args:
+        raw: the bytes of the file.
+        name: its name, for errors.
+        suffix: the suffix of the file, such as ".wav".
+        facts: those of `SoundData`.
+
+    Raises:
+        DataError: the file cannot be read, or is not as the facts say.
+    """
+    waveform, rate = decode_waveform(raw, name, suffix)
     expected = facts["sample_rate"]
     if len(waveform) < max(1, facts["min_seconds"] * rate):
         raise DataError(
-            f"{file} is {len(waveform) / rate:g} s long, shorter than "
+            f"{name} is {len(waveform) / rate:g} s long, shorter than "
             f"data.min_seconds={facts['min_seconds']:g}; delete it, or restore the sound"
         )
     if not waveform.isfinite().all():
-        raise DataError(f"{file} contains NaN or infinity; delete it, or restore the sound")
+        raise DataError(f"{name} contains NaN or infinity; delete it, or restore the sound")
     if rate != expected and not facts["resample"]:
         raise DataError(
-            f"{file} has {rate} samples per second, expected {expected}: set "
+            f"{name} has {rate} samples per second, expected {expected}: set "
             f"data.sample_rate={rate} if all files have this rate, or data.resample=true"
         )
     return padded(resampled(waveform, rate, expected), facts["in_shape"][1])
@@ -212,21 +229,32 @@ def padded(waveform: Tensor, samples: int) -> Tensor:
 
 
 def read_waveform(file: Path) -> tuple[Tensor, int]:
-    """Return the mean of a file's channels, float32 in [-1, 1], and its samples per second.
+    """Return the mean of a file's channels, float32 in [-1, 1], and its samples per second."""
+    with open_data(file) as raw:
+        return decode_waveform(raw, str(file), file.suffix)
+
+
+def decode_waveform(raw: IO[bytes], name: str, suffix: str) -> tuple[Tensor, int]:
+    """Return the mean of the channels of a sound, float32 in [-1, 1], and its samples per second.
 
     The standard library reads wav files of integers, and soundfile reads all others.
+
+    Args:
+        raw: the bytes of a sound file.
+        name: its name, for errors.
+        suffix: the suffix of the file, such as ".wav".
     """
-    if file.suffix.lower() != ".wav":
-        return read_by_soundfile(file, f"{file.suffix or 'a file without suffix'} is not wav")
-    with file_errors(file):
+    if suffix.lower() != ".wav":
+        return read_by_soundfile(raw, name, f"{suffix or 'a file without suffix'} is not wav")
+    with file_errors(name):
         try:
-            return read_pcm(file)
+            return read_pcm(raw, name)
         except (wave.Error, EOFError) as error:  # such as samples that are floats
             reason = str(error) or "it ends within its header"
-    return read_by_soundfile(file, reason)
+    return read_by_soundfile(raw, name, reason)
 
 
-def read_pcm(file: Path) -> tuple[Tensor, int]:
+def read_pcm(raw: IO[bytes], name: str) -> tuple[Tensor, int]:
     """Read a wav file of integers of 1 to 4 bytes.
 
     Raises:
@@ -235,19 +263,20 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
     """
     import numpy
 
-    with open_data(file) as raw, wave.open(raw) as opened:
-        size = os.fstat(raw.fileno()).st_size
+    size = raw.seek(0, os.SEEK_END)
+    raw.seek(0)
+    with wave.open(raw) as opened:
         width = opened.getsampwidth()
         channels = opened.getnchannels()
         frames = opened.getnframes()
         rate = opened.getframerate()
-        check_header(file, rate, channels, width)
-        check_memory(BYTES_PER_SAMPLE * min(size, frames * channels * width) // width, file)
+        check_header(name, rate, channels, width)
+        check_memory(BYTES_PER_SAMPLE * min(size, frames * channels * width) // width, name)
         # The header may announce more frames than the file has.
         content = opened.readframes(min(frames, size // (channels * width)))
     if len(content) != frames * channels * width:
         raise DataError(
-            f"{file} is cut off: it has {len(content) // (channels * width)} of {frames} frames; "
+            f"{name} is cut off: it has {len(content) // (channels * width)} of {frames} frames; "
             "replace it"
         )
     octets: Any = numpy.frombuffer(content, numpy.uint8).reshape(-1, width)
@@ -260,41 +289,39 @@ def read_pcm(file: Path) -> tuple[Tensor, int]:
     return torch.from_numpy(samples.mean(1)), rate
 
 
-def check_header(file: Path, rate: int, channels: int, width: int) -> None:
+def check_header(name: str, rate: int, channels: int, width: int) -> None:
     """Raise DataError for impossible values in the header of a sound file."""
     if rate < 1 or channels < 1:
         raise DataError(
-            f"{file} is damaged: its header says {channels} channels of {rate} samples per second"
+            f"{name} is damaged: its header says {channels} channels of {rate} samples per second"
         )
     if width not in (1, 2, 3, 4):
-        raise DataError(f"{file} has integers of {width} bytes per sample; expected 1 to 4")
+        raise DataError(f"{name} has integers of {width} bytes per sample; expected 1 to 4")
 
 
-def read_by_soundfile(file: Path, reason: str) -> tuple[Tensor, int]:
+def read_by_soundfile(raw: IO[bytes], name: str, reason: str) -> tuple[Tensor, int]:
     """Read any sound file. `reason` says why soundfile is needed, for the error."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the library libsndfile is missing
         raise DataError(
-            f"{file} needs soundfile ({reason}): pip install 'framework[audio]'"
+            f"{name} needs soundfile ({reason}): pip install 'framework[audio]'"
         ) from error
-    with open_data(file) as raw:
-        try:
-            with soundfile.SoundFile(raw.fileno(), closefd=False) as opened:
-                rate = opened.samplerate
-                check_header(file, rate, opened.channels, 4)
-                check_memory(2 * 4 * opened.frames * opened.channels, file)
-                samples = opened.read(dtype="float32", always_2d=True)
-        except (
-            soundfile.LibsndfileError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            MemoryError,
-        ) as error:
-            raise DataError(
-                f"{file} cannot be read as sound ({one_line(error)}); delete or replace it"
-            ) from error
+    source: Any = raw
+    raw.seek(0)
+    if not isinstance(raw, io.BytesIO):
+        source = raw.fileno()
+        os.lseek(source, 0, os.SEEK_SET)  # `seek` may move within the buffer of Python only
+    try:
+        with soundfile.SoundFile(source, closefd=False) as opened:
+            rate = opened.samplerate
+            check_header(name, rate, opened.channels, 4)
+            check_memory(2 * 4 * opened.frames * opened.channels, name)
+            samples = opened.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+        raise DataError(
+            f"{name} cannot be read as sound ({one_line(error)}); delete or replace it"
+        ) from error
     return torch.from_numpy(samples).mean(1), int(rate)
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -130,29 +130,40 @@ def find_images(folder: Path) -> list[Path]:
 
 def read_image(file: Path, facts: dict[str, Any]) -> Tensor:
     """Return the central square of an image as uint8, scaled to facts["in_shape"]."""
+    if not file.exists():
+        raise DataError(f"{file}: the image no longer exists")
+    with open_data(file) as content:
+        return decode_image(content, str(file), facts)
+
+
+def decode_image(content: IO[bytes], name: str, facts: dict[str, Any]) -> Tensor:
+    """Return the central square of an image as uint8, scaled to facts["in_shape"].
+
+    Args:
+        content: the bytes of an image file.
+        name: its name, for errors.
+        facts: "in_shape", (3, height, width) or (1, height, width).
+    """
     import numpy
     from PIL import Image, ImageOps
 
     channels, height, width = facts["in_shape"]
     ignore_pillow_warning()
-    if not file.exists():
-        raise DataError(f"{file}: the image no longer exists")
-    with open_data(file) as content:
-        try:
-            with Image.open(content) as opened:
-                check_pixels(opened, file)
-                upright = in_8_bits(ImageOps.exif_transpose(opened))
-                image = upright.convert("RGB" if channels == 3 else "L")
-            pixels = numpy.array(ImageOps.fit(image, (width, height)))
-        except (*READ_ERRORS, SyntaxError, ValueError, TypeError, struct.error) as error:
-            reason = one_line(error).replace(repr(content), "it")
-            raise DataError(
-                f"{file} cannot be read as an image ({reason}); delete or replace it"
-            ) from error
-        except (Image.DecompressionBombError, MemoryError) as error:
-            raise DataError(
-                f"{file} has too many pixels ({one_line(error)}); delete or replace it"
-            ) from error
+    try:
+        with Image.open(content) as opened:
+            check_pixels(opened, name)
+            upright = in_8_bits(ImageOps.exif_transpose(opened))
+            image = upright.convert("RGB" if channels == 3 else "L")
+        pixels = numpy.array(ImageOps.fit(image, (width, height)))
+    except (*READ_ERRORS, SyntaxError, ValueError, TypeError, struct.error) as error:
+        reason = one_line(error).replace(repr(content), "it")
+        raise DataError(
+            f"{name} cannot be read as an image ({reason}); delete or replace it"
+        ) from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise DataError(
+            f"{name} has too many pixels ({one_line(error)}); delete or replace it"
+        ) from error
     return torch.from_numpy(pixels).reshape(height, width, channels).permute(2, 0, 1)
 
 
@@ -166,15 +177,15 @@ def ignore_pillow_warning() -> None:
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def check_pixels(image: Any, file: Path) -> None:
+def check_pixels(image: Any, name: str) -> None:
     """Warn about an image that is large to Pillow; raise DataError if it exceeds the memory."""
     from PIL import Image
 
     width, height = image.size
-    check_memory(BYTES_PER_PIXEL * width * height, file)
+    check_memory(BYTES_PER_PIXEL * width * height, name)
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         warnings.warn(
-            f"{file} has {width:,} x {height:,} pixels, which are slow to decode", stacklevel=2
+            f"{name} has {width:,} x {height:,} pixels, which are slow to decode", stacklevel=2
         )
 
 

@@ -135,13 +135,16 @@ class FeatureBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        return self.normalize(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Return the result for rows (rows, features)."""
         if self.training and len(rows) == 1:
             raise DataError(
                 "batch norm: expected at least 2 rows in a training batch, got 1; drop the last"
                 " small batch (drop_last), change batch_size, or use layer norm"
             )
-        return super().forward(rows).reshape(x.shape)
+        return super().forward(rows)
 
 
 class FeatureGroupNorm(nn.GroupNorm):

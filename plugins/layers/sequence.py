@@ -324,14 +324,20 @@ class MaskedBatchNorm(nn.Module):
         mean = self.running_mean
         variance = self.running_variance
         if self.training:
-            frames = mask.sum().clamp(min=1)
-            mean = (values * mask).sum((0, 2)).unsqueeze(1) / frames
-            variance = ((values - mean).square() * mask).sum((0, 2)).unsqueeze(1) / frames
+            frames = self.sum_over_batch(mask.sum()).clamp(min=1)
+            total = self.sum_over_batch((values * mask).sum((0, 2)))
+            mean = total.unsqueeze(1) / frames
+            squares = self.sum_over_batch(((values - mean).square() * mask).sum((0, 2)))
+            variance = squares.unsqueeze(1) / frames
             self.update_running(mean, variance, frames)
         values = (values - mean) * (variance + self.eps).rsqrt()
         if self.scale is not None and self.shift is not None:
             values = values * self.scale + self.shift
         return join_mask(values, mask)
+
+    def sum_over_batch(self, sums: Tensor) -> Tensor:
+        """Return the argument; see `BatchStatistics` for several processes."""
+        return sums
 
     @torch.no_grad()
     def update_running(self, mean: Tensor, variance: Tensor, frames: Tensor) -> None:

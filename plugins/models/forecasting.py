@@ -232,11 +232,19 @@ class Predictions(Callback):
         count = min(self.curves if several else self.samples, len(split))
         inputs, targets = split[torch.linspace(0, len(split) - 1, count).long()]
         with trainer.precision.inference(trainer.model):
-            outputs = trainer.model(inputs.to(trainer.device)).float().cpu().flatten(1)
+            on_device = inputs.to(trainer.device)
+            outputs = trainer.strategy.forward(run_model, trainer.model, on_device)
+        outputs = outputs.float().cpu().flatten(1)
         draw = draw_curves if several else draw_scatter
         pictures = draw(outputs, targets.float().cpu().flatten(1))
         for logger in trainer.loggers:
             logger.images("predictions", pictures, trainer.state.step)
+
+
+def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a model."""
+    outputs: Tensor = model(inputs)
+    return outputs
 
 
 def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

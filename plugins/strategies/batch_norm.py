@@ -5,14 +5,16 @@ part of the computation, so that autograd finds the gradient. The result is that
 the whole batch, up to rounding, and the running statistics are the same in all processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from framework.runtime.processes import lost_processes
+from framework import SettingError, processes
+from framework.contracts.strategy import BatchStatistics, RowBatchNorm
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -24,40 +26,78 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return summed(gradient)
+        # The function itself, so that a gradient penalty finds the second derivative.
+        result: Tensor = SumOverProcesses.apply(gradient)
+        return result
 
 
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with lost_processes():
+    with processes.lost_processes():
         distributed.all_reduce(total)
     return total
 
 
-def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
-    """Yield the modules of a model that normalize by statistics of the batch."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            yield module
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, with gradients; the tensor if there is one."""
+    if not distributed.is_initialized():  # a copy of the model outside of the run
+        return tensor
+    result: Tensor = SumOverProcesses.apply(tensor)
+    return result
 
 
-def synchronize(module: _BatchNorm) -> None:
-    """Let a module normalize by the statistics of all processes in training."""
-    module.forward = partial(normalized, module)  # type: ignore[method-assign]
+class Replacement(NamedTuple):
+    """A function in place of a method of a module."""
+
+    module: nn.Module
+    method: str
+    function: Callable[..., Any]
+
+    def apply(self) -> None:
+        """Replace the method."""
+        self.module.__dict__[self.method] = self.function
+
+    def undo(self) -> None:
+        """Restore the method of the class."""
+        if self.module.__dict__.get(self.method) is self.function:
+            del self.module.__dict__[self.method]
 
 
-def undo(module: _BatchNorm) -> None:
-    """Restore the method of the class of a module."""
-    module.__dict__.pop("forward", None)
+def replacements(model: nn.Module) -> Iterator[Replacement]:
+    """Yield what makes the modules of a model normalize by the statistics of all processes.
+
+    Raises:
+        SettingError: a module cannot be changed in this way.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BatchStatistics):
+            yield Replacement(module, "sum_over_batch", sum_over_processes)
+        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            check_batch_norm(name, module)
+            method = "normalize" if isinstance(module, RowBatchNorm) else "forward"
+            yield Replacement(module, method, partial(normalized, module))
+
+
+def check_batch_norm(name: str, module: _BatchNorm) -> None:
+    """Raise SettingError for a batch norm whose result would depend on the number of processes."""
+    if not module.track_running_stats:
+        raise SettingError(
+            f"strategy=ddp: the layer {name} has track_running_stats=False, so that evaluation "
+            "would depend on the number of processes: use running statistics, or another norm"
+        )
+    kind = type(module)
+    if kind.forward is not _BatchNorm.forward and not isinstance(module, RowBatchNorm):
+        raise SettingError(
+            f"strategy=ddp: the layer {name} ({kind.__name__}) has a `forward` of its own, which "
+            "cannot use the samples of all processes: use a batch norm of torch"
+        )
 
 
 def normalized(module: _BatchNorm, inputs: Tensor) -> Tensor:
     """Return the result of a module for inputs (samples, channels, ...)."""
-    by_batch = module.training or module.running_mean is None
-    if not by_batch:
-        result: Tensor = type(module).forward(module, inputs)
-        return result
+    if not module.training or not distributed.is_initialized():
+        return _BatchNorm.forward(module, inputs)
     module._check_input_dim(inputs)
     axes = [axis for axis in range(inputs.ndim) if axis != 1]
     shape = [1, -1] + [1] * (inputs.ndim - 2)
@@ -70,8 +110,7 @@ def normalized(module: _BatchNorm, inputs: Tensor) -> Tensor:
     mean = sums[:-1] / count
     centered = values - mean.view(shape)
     variance = SumOverProcesses.apply(centered.square().sum(axes)) / count
-    if module.training and module.track_running_stats:
-        update_statistics(module, mean.detach(), variance.detach() * (count / (count - 1)))
+    update_statistics(module, mean.detach(), variance.detach() * (count / (count - 1)))
     result = centered * torch.rsqrt(variance + module.eps).view(shape)
     if module.affine:
         result = result * module.weight.view(shape) + module.bias.view(shape)
@@ -88,10 +127,10 @@ def update_statistics(module: _BatchNorm, mean: Tensor, variance: Tensor) -> Non
     """
     if module.running_mean is None or module.running_var is None:
         return
-    assert module.num_batches_tracked is not None
-    module.num_batches_tracked.add_(1)
     factor = module.momentum
-    if factor is None:  # the mean over all batches
-        factor = 1.0 / float(module.num_batches_tracked)
-    module.running_mean.lerp_(mean.to(module.running_mean), factor)
-    module.running_var.lerp_(variance.to(module.running_var), factor)
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if factor is None:  # the mean over all batches
+            factor = 1.0 / float(module.num_batches_tracked)
+    module.running_mean.lerp_(mean.to(module.running_mean), factor or 0.0)
+    module.running_var.lerp_(variance.to(module.running_var), factor or 0.0)

@@ -1,18 +1,16 @@
 """Data parallel training: each process has the whole model, and a part of each batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from framework import PositiveFloat, SettingError, strategies
-from framework.runtime.processes import lost_processes
+from framework import PositiveFloat, SettingError, check_initialized, processes, strategies
 
-from .batch_norm import batch_norms, synchronize, undo
-from .process_group import ProcessGroup
-
-BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
+from .batch_norm import Replacement, replacements, sum_over_processes
+from .buffers import ChangingBuffers, broadcast
+from .process_group import BUCKET_BYTES, ProcessGroup
 
 
 @strategies.register("ddp")
@@ -29,70 +27,96 @@ class DDP(ProcessGroup):
 
     def __init__(self, timeout_seconds: PositiveFloat = 300.0):
         super().__init__(timeout_seconds)
+        self.replaced: list[Replacement] = []
+        self.buffers: ChangingBuffers | None = None
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+    ) -> None:
         if self.world_size == 1:
             return
-        check_same_model(self, model)
-        with torch.no_grad(), lost_processes():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                distributed.broadcast(tensor.detach(), src=0)
-        norms = list(batch_norms(model))
-        for module in norms:
-            synchronize(module)
-        self.forward_is_collective = bool(norms)
+        check_initialized(model, "strategy=ddp")
+        found = list(replacements(model)) if joint_batch_norm else []
+        tensors = shared_tensors(model, optimizer)
+        check_same_model(self, tensors)
+        with processes.lost_processes():
+            for tensor in tensors.values():
+                broadcast(tensor)
+        self.replaced = found
+        for replacement in found:
+            replacement.apply()
+        self.buffers = ChangingBuffers(model) if joint_batch_norm else None
+        self.forward_is_collective = bool(found)
 
     def finish(self, model: nn.Module) -> None:
-        for module in batch_norms(model):
-            undo(module)
+        for replacement in self.replaced:
+            replacement.undo()
+        self.replaced = []
+        self.buffers = None
+
+    def share_buffers(self) -> None:
+        if self.buffers is not None:
+            self.buffers.share()
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        counts = self.gather(len(tensor))
+        first = sum(counts[: self.rank])
+        others = tensor.new_zeros(sum(counts), *tensor.shape[1:])
+        before, _, after = others.split([first, len(tensor), sum(counts[self.rank + 1 :])])
+        return sum_over_processes(torch.cat([before, tensor, after]))
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         if self.world_size == 1:
             return loss
-        gradients = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                gradients.append(torch.zeros_like(parameter))
-            else:
-                check_dense(parameter.grad)
-                gradients.append(parameter.grad)
         used = [parameter.grad is not None for parameter in parameters]
-        facts = torch.tensor([0.0, *map(float, used)], device=loss.device)
+        facts = torch.tensor([0.0, *map(float, used)], dtype=torch.float64, device=loss.device)
         facts[0] = loss.detach()
-        with torch.no_grad(), lost_processes():
+        with processes.lost_processes():
             distributed.all_reduce(facts)
+        shared = parameters
+        if not all(used):  # only then: it waits for the device
+            counts = facts[1:].tolist()
+            shared = [each for each, count in zip(parameters, counts, strict=True) if count > 0]
+        gradients = []
+        for parameter in shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            check_dense(parameter.grad)
+            gradients.append(parameter.grad)
+        with torch.no_grad(), processes.lost_processes():
             for bucket in buckets_of(gradients):
                 sum_in_place(bucket)
-        if not all(used):  # only then: it waits for the device
-            self._give_gradients(parameters, gradients, facts[1:].tolist())
-        return facts[0]
-
-    def _give_gradients(
-        self,
-        parameters: Sequence[nn.Parameter],
-        gradients: Sequence[Tensor],
-        uses: Sequence[float],
-    ) -> None:
-        """Give a parameter without a gradient the sum of those of the other processes, if any."""
-        for parameter, gradient, count in zip(parameters, gradients, uses, strict=True):
-            if parameter.grad is None and count > 0:
-                parameter.grad = gradient
+        return facts[0].to(loss.dtype)
 
 
-def check_same_model(strategy: ProcessGroup, model: nn.Module) -> None:
-    """Raise SettingError if the processes have models of different parameters."""
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-    for rank, other in enumerate(strategy.gather(shapes)):
-        for mine, theirs in zip(shapes, other, strict=False):
+def shared_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, and other parameters of its optimizer."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors.update(model.named_buffers())
+    known = set(tensors.values())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in known:
+                tensors[f"parameter {len(tensors)} of the optimizer"] = parameter
+    return tensors
+
+
+def check_same_model(strategy: ProcessGroup, tensors: Mapping[str, Tensor]) -> None:
+    """Raise SettingError if the processes have models of different parameters (collective)."""
+    facts = [(name, f"{tuple(each.shape)}, {each.dtype}") for name, each in tensors.items()]
+    for rank, other in enumerate(strategy.gather(facts)):
+        for mine, theirs in zip(facts, other, strict=False):
             if mine != theirs:
                 raise SettingError(
                     f"the model of process {rank} differs from that of process {strategy.rank}: "
                     f"{theirs[0]} of shape {theirs[1]} in place of {mine[0]} of shape {mine[1]}"
                 )
-        if len(other) != len(shapes):
+        if len(other) != len(facts):
             raise SettingError(
                 f"the model of process {rank} has {len(other)} parameters and buffers, that of "
-                f"process {strategy.rank} has {len(shapes)}"
+                f"process {strategy.rank} has {len(facts)}"
             )
 
 

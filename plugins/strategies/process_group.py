@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from framework import PositiveFloat, SettingError, Strategy
-from framework.runtime import processes
-from framework.runtime.torch_internals.pytree import tree_map
+from framework import PositiveFloat, SettingError, Strategy, pairwise_sum, processes, pytree
+
+BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
 
 
 class ProcessGroup(Strategy):
@@ -45,12 +45,25 @@ class ProcessGroup(Strategy):
             distributed.all_reduce(total)
         return total
 
+    def sum_pairwise(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        flat = tensor.reshape(-1)
+        total = torch.empty_like(flat)
+        elements = max(BUCKET_BYTES // tensor.element_size(), 1)
+        for part, result in zip(flat.split(elements), total.split(elements), strict=True):
+            parts = [torch.empty_like(part) for _ in range(self.world_size)]
+            with processes.lost_processes():
+                distributed.all_gather(parts, part)
+            result.copy_(pairwise_sum(parts))
+        return total.view(tensor.shape)
+
     def gather(self, value: Any) -> list[Any]:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
         with processes.lost_processes():
-            distributed.all_gather_object(values, tree_map(on_cpu, value))
+            distributed.all_gather_object(values, pytree.tree_map(on_cpu, value))
         return values
 
 

@@ -1,7 +1,6 @@
 """One process, and the choice by the number of processes."""
 
-from framework import Strategy, strategies
-from framework.runtime.processes import launched
+from framework import Strategy, processes, strategies
 
 from .ddp import DDP
 
@@ -14,4 +13,4 @@ class Single(Strategy):
 @strategies.register("auto")
 def auto() -> Strategy:
     """Choose single for one process, and ddp for several."""
-    return DDP() if launched().world_size > 1 else Single()
+    return DDP() if processes.launched().world_size > 1 else Single()

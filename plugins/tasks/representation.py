@@ -31,6 +31,7 @@ from framework import (
     did_you_mean,
     seeds,
     tasks,
+    whole_batches,
 )
 from framework.contracts.loss import ignored_index, without_ignored
 from framework.contracts.task import check_tensor_output
@@ -80,8 +81,22 @@ class Contrastive(Task):
             views = torch.cat([self.random_view(inputs), self.random_view(inputs)])
         outputs = model(views)
         check_tensor_output(model, outputs)
-        loss, found = nt_xent(outputs, self.temperature)
+        if model.training:
+            loss, found = self.loss_among_processes(outputs)
+        else:  # each process has the whole batch
+            loss, found = nt_xent(outputs, self.temperature)
         return Step(loss, outputs, torch.zeros_like(outputs), {"found": found})
+
+    def loss_among_processes(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of the rows of this process among those of all processes."""
+        if self.strategy.world_size == 1:
+            return nt_xent(outputs, self.temperature)
+        views = [self.strategy.gather_rows(view) for view in outputs.chunk(2)]
+        counts = self.strategy.gather(len(outputs) // 2)
+        first = sum(counts[: self.strategy.rank])
+        own = torch.arange(first, first + counts[self.strategy.rank], device=outputs.device)
+        own = torch.cat([own, own + len(views[0])])
+        return nt_xent(torch.cat(views), self.temperature, own)
 
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         """Return two views of each input, one after the other."""
@@ -100,12 +115,15 @@ class Contrastive(Task):
         return batch[0]
 
 
-def nt_xent(embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def nt_xent(
+    embeddings: Tensor, temperature: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the NT-Xent loss (Chen et al. 2020, equation 1).
 
     Args:
         embeddings: shape (2 n, D); rows i and i + n are views of one input.
         temperature: divides the cosine similarities.
+        rows: the indices of the rows whose loss is computed; None for all.
 
     Returns:
         The mean loss, and the share of rows whose nearest row is the other view.
@@ -115,6 +133,9 @@ def nt_xent(embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     similarity = similarity.masked_fill(itself, -math.inf)
     other = torch.arange(len(similarity), device=similarity.device).roll(len(similarity) // 2)
+    if rows is not None:
+        similarity = similarity[rows]
+        other = other[rows]
     loss = F.cross_entropy(similarity, other)
     return loss, (similarity.argmax(1) == other).float().mean()
 
@@ -270,6 +291,7 @@ class LinearProbe(Callback):
     """
 
     changes_training = False
+    runs_model = True
 
     def __init__(
         self, layer: str = "blocks", count: PositiveInt = 2000, ridge: PositiveFloat | None = None
@@ -315,7 +337,7 @@ class LinearProbe(Callback):
 
         hook = trainer.model.get_submodule(self.layer).register_forward_hook(keep_output)
         try:
-            with trainer.precision.inference(trainer.model):
+            with trainer.precision.inference(trainer.model), whole_batches(batches):
                 for batch in batches.epoch():
                     trainer.model(batch[0].to(trainer.device))
                     # a copy: a loader may reuse its memory

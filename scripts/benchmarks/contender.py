@@ -88,7 +88,7 @@ class Watch:
         self.steps_before = 0
         self.loss: Callable[[], float] | None = None
         self.updates: Callable[[], int] | None = None
-        self.began = time.perf_counter()
+        self._start()
 
     def on(self, model: nn.Module, optimizer: Any) -> None:
         """Watch a torch model and its optimizer; the optimizer must be a variant of Adam."""
@@ -117,25 +117,45 @@ class Watch:
         if self.job.device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
+        cpu_seconds = time.process_time() - self.cpu_began
         assert self.loss is not None
         assert self.updates is not None
         updates = self.updates()
         answer(
             self.answers,
             seconds=seconds,
+            cpu_seconds=cpu_seconds,
             steps=updates - self.steps_before,
             epochs=self.epochs,
+            peak_bytes=peak_bytes(),  # without the memory of the next line
             loss=self.loss(),
         )
         if json.loads(sys.stdin.readline() or '"stop"') != "go":
             raise Enough("no more rounds")  # fastai fails with an exception without text
         self.until = self.epochs + self.job.epochs_per_round
         self.steps_before = updates
+        self._start()
+
+    def _start(self) -> None:
         self.began = time.perf_counter()
+        self.cpu_began = time.process_time()  # of all threads
 
 
 def answer(answers: IO[str], **content: Any) -> None:
     print(json.dumps(content), file=answers, flush=True)
+
+
+def peak_bytes() -> int | None:
+    """Return the peak resident memory of this process; None on systems other than Linux.
+
+    `resource.getrusage` is no alternative: it includes the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 @torch.no_grad()

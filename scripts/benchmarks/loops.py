@@ -81,7 +81,7 @@ class Extras:
         if not self.job.typical:
             return batches
         try:
-            from tqdm import tqdm  # not a dependency of this project
+            from tqdm import tqdm  # `scripts/setup` installs it, as a dependency of optuna
         except ImportError:
             print(f"epoch {epoch}", file=sys.stderr)
             return batches

@@ -78,7 +78,8 @@ class Process:
 
     def close(self) -> None:
         """End the process."""
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended before it read the last line
+            self.stdin.close()
         try:
             self.child.wait(10)
         except subprocess.TimeoutExpired:

@@ -69,10 +69,12 @@ class Course(NamedTuple):
 
     Args:
         microseconds: A step's time in each round.
+        cpu_microseconds: A step's time on the CPU in each round, of all threads together.
         failed: The error that ended the contender, if any.
     """
 
     microseconds: list[float]
+    cpu_microseconds: list[float]
     steps: list[int]
     losses: list[float]
     failed: str = ""
@@ -160,7 +162,10 @@ def speed(plan: Plan, chosen: Sequence[Contender]) -> int:
                 if mode == plan.modes[-1]:
                     done = " and ".join(map(str, map(rounds_done, courses.values())))
                     print(f"\n{workload}: {title}, batch {job.batch_size}; rounds: {done}\n")
-                    print(comparison(courses), flush=True)
+                    print(comparison(courses))
+                    print("\nCPU time of all threads; other programs affect it less:\n")
+                    by_cpu = {mode: on_cpu(by_name) for mode, by_name in courses.items()}
+                    print(comparison(by_cpu, "CPU µs a step"), flush=True)
     finally:
         for process in processes.values():
             process.close()
@@ -197,7 +202,7 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
 
     The third and later rounds start only before `until`.
     """
-    courses = {name: Course([], [], []) for name in processes}
+    courses = {name: Course([], [], [], []) for name in processes}
     for name, process in processes.items():
         folder = Path(job.folder, name)
         folder.mkdir()
@@ -216,15 +221,20 @@ def compete(processes: dict[str, Process], job: Job, rounds: int, until: float) 
             if answer is None:
                 del running[name]
                 continue
+            course = courses[name]
             steps = answer["steps"]
-            microseconds = answer["seconds"] / steps * 1e6 if steps else math.inf
-            courses[name].microseconds.append(microseconds)
-            courses[name].steps.append(steps)
-            courses[name].losses.append(answer["loss"])
+            course.steps.append(steps)
+            course.microseconds.append(microseconds_of_step(answer["seconds"], steps))
+            course.cpu_microseconds.append(microseconds_of_step(answer["cpu_seconds"], steps))
+            course.losses.append(answer["loss"])
     for name, process in running.items():
         process.send("stop")
         receive(courses, name, process)
     return courses
+
+
+def microseconds_of_step(seconds: float, steps: int) -> float:
+    return seconds / steps * 1e6 if steps else math.inf
 
 
 def receive(courses: Courses, name: str, process: Process) -> dict[str, Any] | None:
@@ -261,12 +271,20 @@ def find_problems(courses: Courses, job: Job) -> list[str]:
     return problems
 
 
-def comparison(courses: dict[str, Courses]) -> str:
+def on_cpu(courses: Courses) -> Courses:
+    """Return the courses with the time on the CPU in place of the elapsed time."""
+    return {
+        name: course._replace(microseconds=course.cpu_microseconds)
+        for name, course in courses.items()
+    }
+
+
+def comparison(courses: dict[str, Courses], unit: str = "µs a step") -> str:
     """Return the table of a workload: times, and their ratios to the hand-written loops."""
     two_modes = len(courses) == 2
     header = ["contender"]
     for mode in courses:
-        header += [f"{mode}, µs a step", "against handwritten", "against tight"]
+        header += [f"{mode}, {unit}", "against handwritten", "against tight"]
     if two_modes:
         header.append("typical/bare")
     header.append("loss")

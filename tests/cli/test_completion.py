@@ -66,6 +66,8 @@ def index() -> Index:
         ("show opt", "optimizer/"),
         ("show optimizer/", "optimizer/adam optimizer/sgd"),
         ("completion z", "zsh"),
+        ("data c", "convert"),
+        ("data convert ", ""),  # the shell completes files
         ("eval ", ""),  # the shell completes the folder of a run
         ("train tr", "trainer."),
         ("train trainer.", "trainer.max_epochs="),

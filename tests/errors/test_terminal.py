@@ -471,7 +471,7 @@ def test_tracebacks_and_warnings_are_escaped(capsys):
     try:
         raise ValueError(HOSTILE) from KeyError(HOSTILE)
     except ValueError as error:
-        main.complain(error, with_traceback=True)
+        main.complain(error, [main.TRACEBACK])
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert not list(faults(err))

@@ -1,5 +1,6 @@
 """A resumed run continues exactly as if it had not been interrupted, or is refused."""
 
+import io
 import os
 import signal
 import subprocess
@@ -108,6 +109,34 @@ def test_a_run_with_images_in_channels_last_format_resumes_exactly(monkeypatch):
     resumed, messages = train_run("run.name=cut", "resume=auto", often)
     assert messages[0] == "resuming runs/default/cut after step 20"
     assert weights(resumed.folder) == weights(uninterrupted.folder)
+
+
+@pytest.mark.parametrize(("inputs", "workers"), [("x", 0), ("image", 0), ("image", 2)])
+def test_a_run_on_an_arrow_file_resumes_exactly(inputs, workers, monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image")
+    pyarrow = pytest.importorskip("pyarrow")
+    pixels = numpy.random.default_rng(0).integers(0, 255, (90, 4, 4), dtype=numpy.uint8)
+    encoded = []
+    for one in pixels:
+        content = io.BytesIO()
+        image.fromarray(one).save(content, "png")
+        encoded.append(content.getvalue())
+    x = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(pixels.reshape(-1)), 16)
+    table = pyarrow.table({"x": x, "image": encoded, "label": numpy.arange(90) % 2})
+    with pyarrow.ipc.new_file("rows.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    settings = ["data=arrow", "data.path=rows.arrow", f"data.inputs=[{inputs}]", "data.size=4"]
+    settings += ["loader.batch_size=8", f"loader.workers={workers}"]
+    settings += ["callbacks.checkpoint.every=3steps"]
+    uninterrupted, _ = train_run("run.name=uninterrupted", *settings)
+    cut_off("cut", 11, monkeypatch, *settings)
+    resumed, messages = train_run("run.name=cut", "resume=auto", *settings)
+    assert messages[0] == "resuming runs/default/cut after step 9"
+    assert weights(resumed.folder) == weights(uninterrupted.folder)
+    if workers:
+        alone = [*settings, "loader.workers=0"]
+        assert weights(train_run("run.name=alone", *alone)[0].folder) == weights(resumed.folder)
 
 
 COUNTS = """\

@@ -61,6 +61,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/experiment/find_run.py": "`read_bytes` of framework/system/files.py",
     "framework/experiment/weights.py": "a .safetensors file that the user names",
     "framework/data/content.py": "files of data sets",
+    "framework/data/convert.py": "input and output that the user names",
     "framework/composition/trust.py": "the user's list of trusted folders",
     "framework/composition/compose.py": "configs of the user's project",
     "framework/composition/catalogue.py": "the index cache of the user",

@@ -14,9 +14,27 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import loops, machine, ours, overhead, safety, speed, startup, sweep  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contender,
+    loops,
+    machine,
+    memory,
+    ours,
+    overhead,
+    safety,
+    speed,
+    startup,
+    sweep,
+)
 from benchmarks.contender import Enough, Job, Watch  # noqa: E402
-from benchmarks.rounds import Failed, ratio, table, take_turns  # noqa: E402
+from benchmarks.rounds import (  # noqa: E402
+    Contender,
+    Failed,
+    Process,
+    ratio,
+    table,
+    take_turns,
+)
 from benchmarks.speed import Course  # noqa: E402
 from benchmarks.workloads import WORKLOADS, read  # noqa: E402
 
@@ -85,8 +103,19 @@ def test_every_loop_trains_the_same_model_equally_far(train, typical, job, monke
     assert [answer["steps"] for answer in pipes.answers] == [45, 90, 90]
     assert [answer["epochs"] for answer in pipes.answers] == [1, 3, 5]
     assert pipes.answers[-1]["loss"] == pytest.approx(0.16, abs=0.05)
+    assert all(answer["cpu_seconds"] > 0 for answer in pipes.answers)
     event_files = list(Path(job.folder).rglob("events.out.tfevents*"))
     assert bool(event_files) is typical
+
+
+def test_the_handwritten_loop_shows_a_progress_bar(job, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    for typical in (True, False):
+        with pytest.raises(Enough):
+            loops.handwritten(
+                job._replace(typical=typical), Watch(job, FakePipes(monkeypatch, "stop"))
+            )
+        assert ("epoch 0:   0%" in capsys.readouterr().err) is typical
 
 
 def test_a_round_consists_of_complete_epochs(job, monkeypatch):
@@ -110,6 +139,8 @@ def test_speed_prints_a_row_for_each_contender():
     assert (done.returncode, done.stderr) == (0, "")
     found = rows(done.stdout)
     assert list(found) == ["contender", *names]
+    assert "| bare, µs a step |" in done.stdout
+    assert found["contender"][0] == "bare, CPU µs a step"  # of the second table
     assert float(found["handwritten"][1]) == 1.0  # against itself
     assert float(found["ours"][0].replace(",", "")) > 0
 
@@ -122,8 +153,49 @@ def test_api_prints_a_row_for_each_way_to_call_the_trainer():
     assert list(rows(done.stdout)) == ["contender", *names]
 
 
+@pytest.mark.skipif(contender.peak_bytes() is None, reason="needs /proc/self/status")
+def test_memory_prints_the_peak_of_each_contender():
+    names = ["handwritten", "tight"]
+    options = ["--workloads", "mlp", "--modes", "typical", "--rounds", "1"]
+    done = bench("api", "--memory", *options, "--contenders", *names)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = rows(done.stdout)
+    assert list(found) == ["contender", *names]
+    assert found["handwritten"][1:] == ["1.00", "+0.00"]  # against itself
+    assert 50 < float(found["tight"][0].replace(",", "")) < 5000
+
+
+@pytest.mark.skipif(contender.peak_bytes() is None, reason="needs /proc/self/status")
+def test_peak_memory_is_that_of_the_process_without_its_parent():
+    parent = b"x" * 2**28
+    program = """
+from benchmarks.contender import peak_bytes
+before = peak_bytes()
+block = b"x" * 2**27
+print(before, peak_bytes())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    assert before < contender.peak_bytes()
+    assert after - before == pytest.approx(2**27, rel=0.2)
+    assert parent  # kept until here
+
+
+def test_memory_compares_with_the_checkpoint(job):
+    assert memory.checkpoint_bytes(job) == 3 * 4 * (64 * 128 + 128 + 128 * 128 + 128 + 1290)
+    peaks = {"handwritten": 100 * 2**20, "other": 130 * 2**20}
+    found = rows(memory.comparison({"bare": peaks}, checkpoint=20 * 2**20))
+    assert found["other"] == ["130", "1.30", "+1.50"]
+
+
 def course(loss, steps=450, failed=""):
-    return Course([100.0], [steps], [loss], failed)
+    return Course([100.0], [90.0], [steps], [loss], failed)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +233,16 @@ def test_the_error_of_a_contender_is_reported(tmp_path):
         check=True,
     )
     assert json.loads(done.stdout) == {"failed": "ValueError: no such thing"}
+
+
+def test_a_contender_that_was_killed_is_reported():
+    process = Process(Contender("tight", sys.executable, "benchmarks.loops", "tight"), 1, "cpu")
+    process.child.kill()
+    process.child.wait()
+    process.send({"x": 1})
+    with pytest.raises(Failed):
+        process.receive()
+    process.close()  # the line that was not read causes no error
 
 
 @pytest.mark.parametrize(
@@ -301,3 +383,13 @@ def test_the_data_of_a_workload_fits_its_model(name):
     assert len(inputs) == workload.train
     assert outputs.shape[0] == 2
     assert outputs.shape[2:] == targets.shape[1:]
+
+
+def test_the_data_benchmark_prints_speed_and_memory(tmp_path):
+    command = ["data", "--gigabytes", "0.01", "--rounds", "1", "--batch-sizes", "64"]
+    done = bench(*command, "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert set(table) >= {"reading", "training"}
+    assert float(table["reading"][3]) > 0  # the ratio
+    assert [file.suffix for file in tmp_path.iterdir()] == [".arrow"]

@@ -23,6 +23,7 @@ PAGES = [
     "conf/README.md",
     "framework/README.md",
     "plugins/README.md",
+    "plugins/strategies/README.md",
     "scripts/README.md",
 ]
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n+)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

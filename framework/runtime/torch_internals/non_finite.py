@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from framework.runtime.gradients import numbers_of
+from framework.runtime.sharded import full_tensor, is_sharded
 
 
 class NonFiniteFlag:
@@ -29,6 +30,10 @@ class NonFiniteFlag:
         if kernel is None:
             check_each(tensors, self.value)
             return
+        sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+        if sharded:  # the kernel takes tensors of one kind; it exchanges their result
+            kernel(sharded, self.value, self._scale)
+            tensors = [tensor for tensor in tensors if not is_sharded(tensor)]
         try:
             kernel(tensors, self.value, self._scale)
         except NotImplementedError:  # sparse and complex tensors
@@ -39,5 +44,5 @@ class NonFiniteFlag:
 def check_each(tensors: Sequence[Tensor], flag: Tensor) -> None:
     """Set the flag to 1 if a number is not finite, tensor by tensor."""
     for tensor in tensors:
-        finite = numbers_of(tensor).isfinite().all()
+        finite = full_tensor(numbers_of(tensor).isfinite().all())
         flag.copy_(torch.where(finite.to(flag.device), flag, 1.0))

@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from framework.contracts.optimizer import implementation
+from framework.runtime.sharded import is_sharded
+
+FUSED_FOR_SHARDED = (torch.optim.Adam, torch.optim.AdamW)
+"""The optimizers whose fused kernels take sharded parameters."""
 
 
 class FusedSelection:
@@ -74,6 +78,8 @@ def leaves_choice(settings: Mapping[str, Any]) -> bool:
 def supports_fused(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
     """Return whether the fused kernel of an optimizer serves a group with its settings."""
     if group.get("capturable") or group.get("differentiable"):
+        return False
+    if kind not in FUSED_FOR_SHARDED and any(map(is_sharded, group["params"])):
         return False
     numbers = [group.get("lr"), *group.get("betas", ())]
     if any(isinstance(number, Tensor) for number in numbers):

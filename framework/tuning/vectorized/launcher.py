@@ -107,7 +107,7 @@ class Vectorized(OneByOne):
         groups = find_groups(jobs, rows)
         per_process = self.fewest if self.processes else TRIALS_PER_PROCESS
         number = min(self.processes or usable_processes(), (len(jobs) - len(rows)) // per_process)
-        if number > 1:
+        if number > 1 and not any(map(has_processes, jobs)):
             rows |= self._run_in_processes(groups, number)
         for group in groups:
             rest = {index: job for index, job in group.items() if index not in rows}
@@ -349,8 +349,14 @@ def find_groups(jobs: Sequence[Job], finished: Iterable[int] = ()) -> list[dict[
     groups: dict[str, dict[int, Job]] = {}
     for index, job in enumerate(jobs):
         if index not in skipped:
-            groups.setdefault(group_key(job.spec.tree), {})[index] = job
+            alone = f" {index}" if has_processes(job) else ""
+            groups.setdefault(group_key(job.spec.tree) + alone, {})[index] = job
     return list(groups.values())
+
+
+def has_processes(job: Job) -> bool:
+    """Return whether a trial has several processes, which no other trial can share."""
+    return (job.spec.sections["trainer"]["devices"] or 1) > 1
 
 
 def describe_groups(jobs: Sequence[Job]) -> Iterator[str]:

@@ -468,6 +468,8 @@ def check_equal_settings(trainers: Sequence[Trainer]) -> None:
             raise NotStackable(
                 "trainer.compile, trainer.profile and trainer.micro_batch need a single trial"
             )
+        if trainer.shards is not None:
+            raise NotStackable("trainer.shards needs a single trial")
         if trainer.precision.scaler is not None:
             raise NotStackable("trainer.precision=fp16 needs its own loss scaling for each trial")
     if differs(trainers, lambda trainer: tuple(map(type, trainer.callbacks))):

@@ -145,7 +145,7 @@ def read_packed(packed: IO[bytes] | gzip.GzipFile, path: Path) -> bytes:
     return bytes(unpacked)
 
 
-def check_memory(needed: int, path: Path) -> None:
+def check_memory(needed: int, path: Path | str) -> None:
     """Raise DataError if a file needs more bytes of memory than are available."""
     if needed <= UNCHECKED_BYTES:
         return
@@ -157,7 +157,7 @@ def check_memory(needed: int, path: Path) -> None:
 
 
 @contextmanager
-def file_errors(path: Path) -> Iterator[None]:
+def file_errors(path: Path | str) -> Iterator[None]:
     """Raise errors of reading a file as a DataError that names the file."""
     try:
         yield

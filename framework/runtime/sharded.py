@@ -1,0 +1,109 @@
+"""Sharded tensors, of which each process of a run has a part (torch's DTensor)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ORDINARY = (Tensor, nn.Parameter)
+
+
+def is_sharded(value: Any) -> bool:
+    """Return whether a value is a sharded tensor."""
+    if type(value) in ORDINARY or not isinstance(value, Tensor):
+        return False
+    from torch.distributed.tensor import DTensor  # slow to import, and rarely needed
+
+    return isinstance(value, DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Return whether a parameter of a model is sharded."""
+    return any(map(is_sharded, model.parameters()))
+
+
+@torch.no_grad()
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its parts; collective for a sharded one."""
+    if not is_sharded(tensor):
+        return tensor
+    full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+@torch.no_grad()
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a tensor that this process has of `like`, without communication.
+
+    Args:
+        tensor: with equal values in all processes.
+        like: of the same shape; the tensor itself is returned if `like` is not sharded.
+    """
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    part = distribute_tensor(
+        tensor.detach().to(like.device),
+        sharded.device_mesh,
+        sharded.placements,
+        src_data_rank=None,
+    )
+    return part.clone()  # the part may be a view, which would keep the memory of the tensor
+
+
+def full_values(value: Any, keep: bool) -> Any:
+    """Return a value with full tensors on the CPU in place of sharded ones (collective).
+
+    Args:
+        value: plain types and tensors, with sharded tensors in the same order in all processes.
+        keep: whether this process needs the result; if not, sharded tensors become None.
+    """
+    return FullValues(keep).of(value)
+
+
+class FullValues:
+    """Gathers sharded tensors one by one, so that the device needs memory for a single one."""
+
+    def __init__(self, keep: bool):
+        self.keep = keep
+        self.tied: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """Return a value with full tensors."""
+        if is_sharded(value):
+            return self._gathered(value)
+        if isinstance(value, Mapping):
+            return {key: self.of(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.of(item) for item in value])
+        return value
+
+    def _gathered(self, tensor: Any) -> Tensor | None:
+        """Return a full tensor; the same one for tensors that share their memory."""
+        full = full_tensor(tensor)
+        if not self.keep:
+            return None
+        key = (tensor.to_local().data_ptr(), tensor.shape)
+        if key[0] == 0:  # this process has no part of it
+            return full.cpu()
+        return self.tied.setdefault(key, full.cpu())
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the full tensors of a state dict into a model, whose parameters may be sharded.
+
+    Raises:
+        RuntimeError: the state does not fit the model.
+    """
+    if not has_shards(model):
+        model.load_state_dict(state)
+        return
+    own = model.state_dict()
+    parts = {}
+    for name, tensor in state.items():
+        fits = name in own and own[name].shape == tensor.shape
+        parts[name] = sharded_like(tensor, own[name]) if fits else tensor
+    model.load_state_dict(parts)

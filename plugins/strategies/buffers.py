@@ -1,0 +1,62 @@
+"""Buffers that forward passes change, other than those of batch normalization."""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from framework import processes, version_of
+from framework.contracts.strategy import BatchStatistics
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Set a tensor of any dtype and memory format to that of the main process (collective)."""
+    if tensor.numel() == 0:
+        return
+    # A new flat tensor of bytes: not every backend sends bool, complex or strided tensors.
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    distributed.broadcast(flat.view(torch.uint8), src=0)
+    with torch.no_grad():
+        tensor.copy_(flat.view(tensor.shape))
+
+
+class ChangingBuffers:
+    """Finds the buffers of a model that change in a step, and makes them equal.
+
+    Each process has changed them with its own rows. The values of the main process are used, as in
+    torch's DistributedDataParallel.
+
+    Args:
+        model: the model in training; its batch norms are synchronized already.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.owners: list[tuple[nn.Module, str]] = []
+        for module in model.modules():
+            if isinstance(module, _BatchNorm | BatchStatistics):
+                continue
+            for name, _ in module.named_buffers(recurse=False):
+                self.owners.append((module, name))
+        self.versions = self._versions()
+
+    def _versions(self) -> list[Hashable]:
+        versions: list[Hashable] = []
+        for module, name in self.owners:
+            buffer = module.get_buffer(name)
+            versions.append((buffer.data_ptr(), version_of(buffer)))
+        return versions
+
+    def share(self) -> None:
+        """Give all processes the changed buffers of the main one (collective)."""
+        if not self.owners:
+            return
+        versions = self._versions()
+        changes = [now != before for now, before in zip(versions, self.versions, strict=True)]
+        changed = torch.tensor(changes, dtype=torch.int32)
+        with processes.lost_processes():
+            distributed.all_reduce(changed)
+            for (module, name), count in zip(self.owners, changed.tolist(), strict=True):
+                if count > 0:
+                    broadcast(module.get_buffer(name))
+        self.versions = self._versions()
