@@ -1,5 +1,6 @@
 """A run with several processes: connecting them, and what all of them must have in common."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from framework.errors.user_code import describe
 from framework.registry.discovery import package_version
 from framework.runtime import processes
 from framework.runtime.device import find_device
+from framework.training.validation import check_shared_batch
 
 from .config_changes import fingerprint
 from .resume import Resumed, open_folder
 from .run_facts import data_facts
 
+MOST_PER_CORE = 4  # processes; more would only wait for each other
 DIFFERENT = {
     "config": "settings",
     "framework": "version of framework",
@@ -43,6 +46,18 @@ def check_processes(spec: Spec, processes: int) -> None:
             f"trainer.devices={devices}: expected {processes}, the number of processes that "
             "torchrun has started; it can be left out"
         )
+    check_shared_batch(spec.sections["loader"]["batch_size"], processes)
+    cores = os.cpu_count() or 1
+    if devices is not None and devices > MOST_PER_CORE * cores and on_cpu(spec):
+        raise SettingError(
+            f"trainer.devices={devices}: expected at most {MOST_PER_CORE * cores} processes on the "
+            f"{cores} cores of this machine"
+        )
+
+
+def on_cpu(spec: Spec) -> bool:
+    """Return whether an experiment trains on the CPU."""
+    return find_device(spec.sections["trainer"]["device"]).type == "cpu"
 
 
 @contextmanager
