@@ -30,6 +30,7 @@ from framework.runtime.device import find_device
 from framework.runtime.processes import RESUME_ADVICE, LostProcess, launched
 from framework.system.files import open_file, read_json, read_yaml, write_file
 from framework.system.signals import ENDING, TIME_LIMIT, ending_signals, handled, record_signal
+from framework.training.process_times import ProcessTimes
 
 from .distributed import check_processes
 from .result import Result
@@ -277,6 +278,8 @@ def read_result(folder: Path) -> Result:
     content = read_json(folder, RESULT)
     result = Result(**content)
     result.folder = Path(content["folder"])
+    if content["processes"] is not None:
+        result.processes = ProcessTimes(**content["processes"])
     if content["stopped"] is not None:
         by, reason, number = content["stopped"]
         result.stopped = Stop(by, reason, None if number is None else signal.Signals(number))

@@ -39,7 +39,7 @@ class DDP(ProcessGroup):
         found = list(replacements(model)) if joint_batch_norm else []
         tensors = shared_tensors(model, optimizer)
         check_same_model(self, tensors)
-        with processes.lost_processes():
+        with processes.communicating():
             for tensor in tensors.values():
                 broadcast(tensor)
         self.replaced = found
@@ -73,7 +73,7 @@ class DDP(ProcessGroup):
         used = [parameter.grad is not None for parameter in parameters]
         facts = torch.tensor([0.0, *map(float, used)], dtype=torch.float64, device=loss.device)
         facts[0] = loss.detach()
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.all_reduce(facts)
         shared = parameters
         if not all(used):  # only then: it waits for the device
@@ -85,7 +85,7 @@ class DDP(ProcessGroup):
                 parameter.grad = torch.zeros_like(parameter)
             check_dense(parameter.grad)
             gradients.append(parameter.grad)
-        with torch.no_grad(), processes.lost_processes():
+        with torch.no_grad(), processes.communicating():
             for bucket in buckets_of(gradients):
                 sum_in_place(bucket)
         return facts[0].to(loss.dtype)

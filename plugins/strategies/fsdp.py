@@ -117,7 +117,7 @@ class FSDP(DDP):
             check_optimizer(model, optimizer)
             tensors = shared_tensors(model, optimizer)
             check_same_model(self, tensors)
-            with processes.lost_processes():
+            with processes.communicating():
                 for tensor in tensors.values():
                     broadcast(tensor)
             self._shard(model, optimizer)
