@@ -1,12 +1,14 @@
 """Data parallel training: each process has the whole model, and a part of each batch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from framework import PositiveFloat, SettingError, check_initialized, processes, strategies
+from framework.contracts.strategy import Estimate, Memory
 
 from .batch_norm import Replacement, replacements, sum_over_processes
 from .buffers import ChangingBuffers, broadcast
@@ -29,6 +31,24 @@ class DDP(ProcessGroup):
         super().__init__(timeout_seconds)
         self.replaced: list[Replacement] = []
         self.buffers: ChangingBuffers | None = None
+
+    def estimate(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        processes: int,
+        *,
+        passes: float = 1.0,
+        pairwise: bool = False,
+    ) -> Estimate:
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        buckets = [sum(each.nbytes for each in bucket) for bucket in buckets_of(parameters)]
+        if not pairwise:
+            sent = 2 * (processes - 1) / processes * memory.gradients
+            return Estimate(replace(memory, communication=max(buckets, default=0)), round(sent))
+        parts = processes * min(BUCKET_BYTES, memory.gradients)  # of `sum_pairwise`
+        needed = replace(memory, communication=memory.gradients + parts)
+        return Estimate(needed, (processes - 1) * memory.gradients)
 
     def prepare(
         self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
