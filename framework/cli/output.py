@@ -43,12 +43,8 @@ def print_result(result: Result, job: str | None = None) -> None:
         print_line(f"{effort(result)}, stopped: {result.stopped}")
     elif result.seconds:
         print_line(effort(result))
-    if result.shares and job is None:
-        shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
-        print_line(f"time     {', '.join(shares)}")
-    if result.processes is not None and job is None:
-        for line in process_lines(result.processes):
-            print_line(line)
+    for line in [] if job is not None else time_lines(result):
+        print_line(line)
     if result.advice is not None:
         print_line(f"advice   {result.advice}")
     print_line(f"run      {result.folder}")
@@ -75,6 +71,15 @@ def effort(result: Result) -> str:
         if any(name.startswith("test/") for name in result.metrics):
             text += " and test"
     return text
+
+
+def time_lines(result: Result) -> Iterator[str]:
+    """Yield the shares of the training time, and those of several processes."""
+    if result.shares:
+        shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
+        yield f"time     {', '.join(shares)}"
+    if result.processes is not None:
+        yield from process_lines(result.processes)
 
 
 def process_lines(times: ProcessTimes) -> Iterator[str]:

@@ -3,6 +3,7 @@
 Then a step on two processes, whose gradients must be those of one process.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,14 @@ OVERFIT_SECONDS = 10.0  # at most, of overfitting one batch
 LARGEST_SHARE = 0.9  # of its loss that may be left afterwards
 PROCESSES = 2
 GRADIENTS = "gradients.safetensors"
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 MOST_DIFFERENCE = 1e-3  # of gradients on several processes, relative to their norm
 MOST_DIFFERENCE_16_BITS = 0.1  # the same for bf16 and fp16
 
@@ -180,7 +189,7 @@ def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
 
 
 class Gradients(Callback):
-    """Keeps the gradients of the first step.
+    """Keeps the gradients of the first step, which has no dropout.
 
     Args:
         other_random: draw other random numbers than those of the seed in the step.
@@ -189,6 +198,13 @@ class Gradients(Callback):
     def __init__(self, other_random: bool = False):
         self.other_random = other_random
         self.values: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Context) -> None:
+        for module in trainer.model.modules():
+            if isinstance(module, DROPOUTS):
+                module.p = 0.0
+            elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+                module.dropout = 0.0
 
     def on_step_start(self, trainer: Context) -> None:
         if self.other_random:
@@ -232,7 +248,7 @@ def check_step_of_processes(spec: Spec, data: Data, say: Callable[[str], None]) 
     if difference(expected, others) > 0:
         say(
             f"{PROCESSES} processes have equal weights; the gradients are not compared with those "
-            "of one process, since they depend on random numbers, such as dropout"
+            "of one process, since they depend on random numbers"
         )
         return
     relative = difference(expected, gradients)
@@ -300,17 +316,12 @@ def difference(expected: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> 
     A gradient that is missing in one of them counts as zeros.
     """
     squares = 0.0
-    total = 0.0
     for name in {**expected, **values}:
-        mine = expected.get(name)
-        other = values.get(name)
-        if mine is not None:
-            total += float(mine.double().square().sum())
-        if mine is None or other is None:
-            squares += float((mine if other is None else other).double().square().sum())
-        else:
-            squares += float((mine.double() - other.double()).square().sum())
-    return (squares / max(total, 1e-30)) ** 0.5
+        zero = torch.zeros((), dtype=torch.float64)
+        change = values.get(name, zero).double() - expected.get(name, zero).double()
+        squares += float(change.square().sum())
+    total = sum(float(gradient.double().square().sum()) for gradient in expected.values())
+    return math.sqrt(squares / max(total, 1e-30))
 
 
 def most_difference(spec: Spec) -> float:

@@ -125,7 +125,7 @@ class Plan:
         self.curve = read_curve(optimizer, paced, pace.total_steps)
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913  # all but two by keyword
     model: nn.Module,
     batch: Batch,
     *,

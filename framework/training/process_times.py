@@ -97,10 +97,9 @@ class ProcessClock:
     def read(self) -> torch.Tensor:
         """Return the times of this process, since its clock began, in the order of ProcessTimes."""
         spent = self.clock.seconds
-        values = [self.clock.elapsed]
-        for part in (COMMUNICATION, WAITING_FOR_DATA):
-            values.append(spent.get(part, 0.0))
-        return torch.tensor(values, dtype=torch.float64)
+        collective = spent.get(COMMUNICATION, 0.0)
+        data = spent.get(WAITING_FOR_DATA, 0.0)
+        return torch.tensor([self.clock.elapsed, collective, data], dtype=torch.float64)
 
     def total(self) -> ProcessTimes:
         """Return the times of all processes since this object was made (collective)."""
