@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors, save as tensors_as_bytes
 from torch import Tensor, nn
 
 from framework.composition.spec import Spec
@@ -25,7 +25,7 @@ from framework.errors import DataError, RunError, SettingError
 from framework.runs import checkpoint
 from framework.runtime import seeds
 from framework.runtime.threads import intra_op_threads
-from framework.system.files import write_file
+from framework.system.files import open_file, write_file
 from framework.training.trainer import Trainer
 from framework.training.validation import check_shared_batch
 
@@ -276,7 +276,8 @@ def gradients_of_processes(spec: Spec, data: Data) -> dict[str, Tensor]:
         status = run_processes(folder, PROCESSES, request)
         if status:
             sys.exit(status)
-        return load_file(folder / GRADIENTS)
+        with open_file(folder, GRADIENTS) as file:
+            return load_tensors(file.read())
 
 
 def step_of_process(spec: Spec, folder: Path) -> None:
@@ -296,7 +297,7 @@ def step_of_process(spec: Spec, folder: Path) -> None:
                 if not torch.equal(tensor.cpu(), other[name]):
                     raise RunError(f"after a step, {name} of process {rank} has other values")
         if strategy.is_main:
-            save_file(gradients.values, folder / GRADIENTS)
+            write_file(folder, GRADIENTS, tensors_as_bytes(gradients.values))
             write_file(folder, RESULT, "{}")
 
 
