@@ -66,8 +66,8 @@ def cut_off_at(step, monkeypatch):
     """Interrupt the training of experiments in this context at a step."""
     make_trainer = Experiment.trainer
 
-    def stopped(experiment):
-        trainer = make_trainer(experiment)
+    def stopped(*args):
+        trainer = make_trainer(*args)
         trainer.callbacks.append(Stop(step))
         return trainer
 

@@ -28,6 +28,9 @@ SAME_BITS = (  # settings that do not change a bit of the weights of a resumed r
     "trainer.validate_every",
     "trainer.profile",
 )
+OF_PROCESSES = ("strategy", "trainer.devices")
+"""Settings that change the weights of a resumed run by rounding only: a checkpoint from any number
+of processes resumes on any other."""
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
@@ -80,12 +83,15 @@ def setting_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def keeps_bits(path: str) -> bool:
-    """Return whether a setting may change in a resumed run without a change of its weights."""
+    """Return whether a setting may change in a resumed run without --inexact.
+
+    The weights stay the same, apart from rounding if the number of processes changes.
+    """
     if path.startswith("callbacks."):
         name = path.split(".")[1]
         callbacks = Registry.every["callback"]
         return name in callbacks and not changes_training(callbacks.get(name).part)
-    return path.startswith(SAME_BITS)
+    return path.startswith((*SAME_BITS, *OF_PROCESSES))
 
 
 def is_path_of_data(path: str, spec: Spec) -> bool:

@@ -176,6 +176,8 @@ class Experiment:
 
     def threads(self) -> int:
         """Return the number of threads for an operation on the CPU."""
+        if self.spec.sections["trainer"]["shards"] is not None:
+            return 1  # on any machine: the rounding depends on it
         loader = self.spec.sections["loader"]
         shape = self.data.in_shape
         if len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point():
@@ -445,7 +447,9 @@ def prepare_run(
         trainer.state.step = resumed.step  # loggers continue from there
         threads = resumed.threads or threads  # the same number gives the same bits
         say(f"resuming {resumed.folder.path} after step {resumed.step}")
-        for line in [*resumed.notes, *schedule_notes(built, resumed)]:
+        notes = [*resumed.notes, *schedule_notes(built, resumed)]
+        notes += process_notes(strategy, resumed, trainer.shards)
+        for line in notes:
             say(line)
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
 
@@ -495,6 +499,22 @@ def changes_of_data(resumed: Resumed, built: Experiment, say: Callable[[str], No
     elif other_content:
         say(f"the data has changed since the run began: {'; '.join(other_content)}")
     return changed
+
+
+def process_notes(strategy: Strategy, resumed: Resumed, shards: int | None) -> Iterator[str]:
+    """Yield a note if the number of processes has changed, and with it the rounding of sums.
+
+    Args:
+        strategy: the processes of the run.
+        resumed: the run until now.
+        shards: the number of virtual shards, with which the rounding stays the same.
+    """
+    before = 1 if resumed.training is None else resumed.training.get("processes", 1)
+    if before != strategy.world_size and resumed.training is not None and shards is None:
+        yield (
+            f"the run now has {strategy.world_size} processes (was {before}): from here on "
+            "results differ by rounding from those of an uninterrupted run"
+        )
 
 
 def schedule_notes(built: Experiment, resumed: Resumed) -> Iterator[str]:

@@ -115,6 +115,25 @@ def lock(file: IO[Any], path: Path, *, wait: bool) -> bool:
     return True
 
 
+def lock_holder(folder: Path, name: str = ".lock") -> str | None:
+    """Return the process that has the lock of a folder, or None.
+
+    It is None also if FRAMEWORK_LOCKS=off, because then a killed process of another machine cannot
+    be told from a running one.
+    """
+    if locks_disabled():
+        return None
+    try:
+        file = open_file(folder, name, "r+")  # NFS locks only files that are open for writing
+    except (OSError, RunError):  # missing, because no process has written in the folder; or a link
+        return None
+    with file:
+        if lock(file, folder / name, wait=False):
+            return None
+        holder = file.read(MOST_HOLDER_BYTES).decode("utf-8", errors="replace").strip()
+    return holder or "another process"
+
+
 def locks_disabled() -> bool:
     """Return whether FRAMEWORK_LOCKS=off disables locks.
 

@@ -111,6 +111,7 @@ def capture(trainer: TrainerParts) -> dict[str, Any]:
             key: callback.state_dict() for key, callback in keyed(trainer.callbacks).items()
         },
         "measures": measures_state(trainer),
+        "processes": trainer.strategy.world_size,
         "validated": trainer.validated_step,
         "batch_size": trainer.train_batches.batch_size,
         "skipped": skipped_samples(trainer),

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from framework import SettingError, processes
 from framework.contracts.strategy import BatchStatistics, RowBatchNorm
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""The modules that share `nn.BatchNorm1d.forward`; SyncBatchNorm does the same by itself."""
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -73,13 +76,13 @@ def replacements(model: nn.Module) -> Iterator[Replacement]:
     for name, module in model.named_modules():
         if isinstance(module, BatchStatistics):
             yield Replacement(module, "sum_over_batch", sum_over_processes)
-        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        elif isinstance(module, BATCH_NORMS):
             check_batch_norm(name, module)
             method = "normalize" if isinstance(module, RowBatchNorm) else "forward"
             yield Replacement(module, method, partial(normalized, module))
 
 
-def check_batch_norm(name: str, module: _BatchNorm) -> None:
+def check_batch_norm(name: str, module: BatchNorm) -> None:
     """Raise SettingError for a batch norm whose result would depend on the number of processes."""
     if not module.track_running_stats:
         raise SettingError(
@@ -87,18 +90,17 @@ def check_batch_norm(name: str, module: _BatchNorm) -> None:
             "would depend on the number of processes: use running statistics, or another norm"
         )
     kind = type(module)
-    if kind.forward is not _BatchNorm.forward and not isinstance(module, RowBatchNorm):
+    if kind.forward is not nn.BatchNorm1d.forward and not isinstance(module, RowBatchNorm):
         raise SettingError(
             f"strategy=ddp: the layer {name} ({kind.__name__}) has a `forward` of its own, which "
             "cannot use the samples of all processes: use a batch norm of torch"
         )
 
 
-def normalized(module: _BatchNorm, inputs: Tensor) -> Tensor:
+def normalized(module: BatchNorm, inputs: Tensor) -> Tensor:
     """Return the result of a module for inputs (samples, channels, ...)."""
     if not module.training or not distributed.is_initialized():
-        return _BatchNorm.forward(module, inputs)
-    module._check_input_dim(inputs)
+        return nn.BatchNorm1d.forward(module, inputs)  # type: ignore[arg-type]  # the same for all
     axes = [axis for axis in range(inputs.ndim) if axis != 1]
     shape = [1, -1] + [1] * (inputs.ndim - 2)
     values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
@@ -118,7 +120,7 @@ def normalized(module: _BatchNorm, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_statistics(module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+def update_statistics(module: BatchNorm, mean: Tensor, variance: Tensor) -> None:
     """Update the running statistics, as torch.nn.functional.batch_norm does.
 
     Args:

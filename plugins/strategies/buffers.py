@@ -4,10 +4,11 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from framework import processes, version_of
 from framework.contracts.strategy import BatchStatistics
+
+from .batch_norm import BATCH_NORMS
 
 
 def broadcast(tensor: Tensor) -> None:
@@ -34,7 +35,7 @@ class ChangingBuffers:
     def __init__(self, model: nn.Module):
         self.owners: list[tuple[nn.Module, str]] = []
         for module in model.modules():
-            if isinstance(module, _BatchNorm | BatchStatistics):
+            if isinstance(module, (*BATCH_NORMS, BatchStatistics)):
                 continue
             for name, _ in module.named_buffers(recurse=False):
                 self.owners.append((module, name))

@@ -66,6 +66,14 @@ class ProcessGroup(Strategy):
             distributed.all_gather_object(values, pytree.tree_map(on_cpu, value))
         return values
 
+    def from_main(self, value: Any) -> Any:
+        if self.world_size == 1:
+            return value
+        values = [pytree.tree_map(on_cpu, value) if self.is_main else None]
+        with processes.lost_processes():
+            distributed.broadcast_object_list(values)
+        return values[0]
+
 
 def own_cuda_device(device: torch.device, place: processes.Launched) -> torch.device:
     """Return the CUDA device of this process: the one with its number on this machine."""

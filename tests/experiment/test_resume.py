@@ -91,7 +91,7 @@ def test_a_run_killed_after_its_last_step_logs_nothing_twice(monkeypatch):
     uninterrupted, _ = train_run("run.name=uninterrupted", *odd)
     make = Experiment.trainer
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: stopped_at_the_end(make(self)))
+        patched.setattr(Experiment, "trainer", lambda *args: stopped_at_the_end(make(*args)))
         with pytest.raises(KeyboardInterrupt):
             train_run("run.name=cut", *odd)
     resumed, messages = train_run("run.name=cut", "resume=auto", *odd)
@@ -243,7 +243,7 @@ def test_a_signal_adds_no_validation_that_a_schedule_observes(monkeypatch):
     trainer_of = Experiment.trainer
     with monkeypatch.context() as patched:
         patched.setattr(
-            Experiment, "trainer", lambda self: with_callback(trainer_of(self), Signalled())
+            Experiment, "trainer", lambda *args: with_callback(trainer_of(*args), Signalled())
         )
         assert train_run("run.name=cut", *plateau)[0].steps == 31
     resumed, messages = train_run("run.name=cut", "resume=auto", *plateau)

@@ -394,7 +394,7 @@ def test_a_run_stopped_in_mid_epoch_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole = train(spec_of("run.name=whole"), "default", [])
     plain = Experiment.trainer
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", lambda self: add(plain(self)))
+        patched.setattr(Experiment, "trainer", lambda *args: add(plain(*args)))
         with pytest.raises(KeyboardInterrupt):
             train(spec_of("run.name=cut"), "default", [])
     resumed = train(spec_of("run.name=cut", "resume=auto"), "default", [], say=lambda line: None)

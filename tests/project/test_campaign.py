@@ -1,10 +1,12 @@
-"""Short versions of `scripts/fault_campaign`; the one with random kills is in test_resume.py."""
+"""Short versions of the campaigns; the one with random kills is in test_resume.py."""
 
+import importlib.util
 import os
 import random
 import re
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,48 @@ def test_a_command_that_uses_only_its_run_has_no_problems(world):
 
     assert judge(world, work) == []
     assert judge(world, lambda: ends_with(2, "framework: refused\n")(world)) == []
+
+
+# SLURM
+
+
+@pytest.fixture(scope="module")
+def slurm_campaign():
+    loader = SourceFileLoader("slurm_campaign", str(SCRIPTS / "slurm_campaign"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_the_campaign_says_which_programs_of_slurm_are_missing():
+    command = [sys.executable, SCRIPTS / "slurm_campaign"]
+    environment = os.environ | {"PATH": "/missing"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.match(r"not installed: .*sbatch", done.stdout)
+
+
+def test_the_campaign_detects_other_trials_and_other_metrics(slurm_campaign, command):
+    trials = "data=blobs model.width=8 trainer.max_steps=4 callbacks=[checkpoint] seed=0,1"
+    folder = Path("runs/default")
+    for name in ("expected", "same"):
+        assert command(f"train -m {trials} sweep.name={name}")[0] == 0
+    slurm_campaign.compare_trials(folder / "expected", folder / "same")
+    with (folder / "same/001_seed-1/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5}\n')
+    with pytest.raises(slurm_campaign.Failed, match="001_seed-1: other metrics"):
+        slurm_campaign.compare_trials(folder / "expected", folder / "same")
+    with (folder / "same/sweep.jsonl").open("a") as rows:
+        rows.write('{"number": 1, "settings": {}, "metrics": {}, "state": "failed"}\n')
+    with pytest.raises(slurm_campaign.Failed, match="other trials"):
+        slurm_campaign.compare_trials(folder / "expected", folder / "same")
+
+
+@pytest.mark.slow
+def test_a_requeued_slurm_job_equals_an_uninterrupted_one(slurm_campaign):
+    if slurm_campaign.missing_programs():
+        pytest.skip("SLURM is not installed")
+    command = [sys.executable, SCRIPTS / "slurm_campaign", "--only", "requeue"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"requeue +equal, resumed after step \d+", done.stdout)

@@ -285,12 +285,19 @@ class OptunaSweeper(TrialSweeper):
                 if not any(row.number in composed for row in runner.folder.trials()):
                     raise
             launched = range(first, first + len(overrides))
+            self.wait_for_running(launched)
             rows = [row for row in runner.folder.trials() if row.number in launched]
             if received() is not None or any(row.state == "stopped" for row in rows):
                 return
             for row in rows:
                 if row.state == "running":
                     runner.finish(replace(row, state="failed", error=cause, exit_status=1))
+
+    def wait_for_running(self, numbers: range) -> None:
+        """Wait for jobs that still run when the launcher returns because another job is lost."""
+        for row in self.runner.folder.trials():
+            if row.number in numbers and row.state == "running":
+                self.runner.wait_for_other_process(row.folder)
 
     def compose(self, number: int, overrides: list[str]) -> bool:
         """Compose the job of a trial; return whether it is valid."""

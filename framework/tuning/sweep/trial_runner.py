@@ -13,9 +13,10 @@ from typing import Any
 from framework.composition.cached_composer import Composer
 from framework.composition.compose import Composing, Job
 from framework.errors import ConfigError, DiskFull, FrameworkError
-from framework.errors.terminal import print_traceback
+from framework.errors.terminal import print_line, print_traceback
 from framework.experiment.config_changes import fingerprint
 from framework.experiment.result import Result
+from framework.system.locks import lock_holder
 from framework.system.signals import received
 from framework.system.streams import prepare_streams
 
@@ -27,6 +28,7 @@ from .table import Objectives, best_trial
 
 PlanLines = Callable[[Sequence[Job]], Iterator[str]]
 PRUNE = "prune"  # the callback that prunes trials
+WAIT_SECONDS = 1.0  # between two checks whether another job still runs a trial
 
 
 @dataclass
@@ -93,6 +95,7 @@ class TrialRunner:
         """Run the trial of a config from Hydra, or resume it if its job is queued again."""
         prepare_streams()  # a launcher's process has other streams than the command
         job = self.assign_folder(self.composing.job(config))
+        self.wait_for_other_process(str(job.spec.sections["run"]["name"]))
         number = received()
         if number is not None:
             status = 128 + number
@@ -107,6 +110,24 @@ class TrialRunner:
             # Without a result submitit waits for SLURM, which queues the job again.
             sys.exit(trial.exit_status)
         return self.task_result(trial)
+
+    def wait_for_other_process(self, name: str) -> None:
+        """Wait while another process writes in the run folder of a trial.
+
+        If the command of a sweep was killed, the jobs that it has submitted to a cluster continue,
+        and the same command submits their trials again.
+
+        Args:
+            name: the name of the run folder.
+        """
+        run = self.folder.path / name
+        holder = lock_holder(run)
+        if holder is None:
+            return
+        print_line(f"{run} is being written by {holder}: waiting for its end", flush=True)
+        while lock_holder(run) is not None and received() is None:
+            time.sleep(WAIT_SECONDS)
+        time.sleep(WAIT_SECONDS)  # a process unlocks its run before it records the result
 
     def task_result(self, trial: Trial) -> Any:
         """Return the result of a job for its sweeper."""

@@ -356,7 +356,7 @@ def find_groups(jobs: Sequence[Job], finished: Iterable[int] = ()) -> list[dict[
 
 def has_processes(job: Job) -> bool:
     """Return whether a trial has several processes, which no other trial can share."""
-    return (job.spec.sections["trainer"]["devices"] or 1) > 1
+    return (job.spec.tree["trainer"].get("devices") or 1) > 1
 
 
 def describe_groups(jobs: Sequence[Job]) -> Iterator[str]:

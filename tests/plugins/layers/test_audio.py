@@ -386,8 +386,8 @@ def run(folder, *overrides, add=None):
     """Train in a folder, with an additional callback or logger `add`."""
     original = Experiment.trainer
 
-    def trainer(self):
-        trainer = original(self)
+    def trainer(*args):
+        trainer = original(*args)
         if isinstance(add, fw.Callback):
             trainer.callbacks.append(add)
         elif add is not None:

@@ -1,8 +1,11 @@
 """Sweeps with Hydra's launchers: processes on this machine, jobs of a cluster."""
 
+import fcntl
 import importlib.util
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +191,71 @@ def test_a_slurm_job_resumes_after_a_timeout_and_after_a_preemption(preempting, 
     assert states() == ["running", "stopped", "running", "stopped", "running", "done"]
     assert "trials   2: done; 20 steps" in out
     assert_same_run()
+
+
+def test_a_job_waits_for_the_job_of_a_killed_command(command, tmp_path):
+    """The jobs of a killed command continue; the same command does not run their trials again."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    trials = f"train {' '.join(QUICK)} data=blobs -m seed=0,1 sweep.name=killed"
+    assert command(trials)[0] == 0
+    before = rows("killed")
+    file = Path("runs/default/killed/sweep.jsonl")
+    *running, done = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(running))
+    with (run("killed") / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = threading.Thread(target=end_job, args=(lock, file, done))
+        job.start()
+        status, out, _ = command(f"{trials} resume=auto {LOCAL}")
+        job.join()
+    assert status == 0, out
+    assert rows("killed") == before
+
+
+LOST = """\
+import os, signal, time
+from pathlib import Path
+from framework import Callback, callbacks
+
+@callbacks.register("lost")
+class Lost(Callback):
+    changes_training = False
+
+    def on_step_end(self, trainer):
+        if trainer.state.step != 1:
+            return
+        running = Path("running")
+        if trainer.folder.name.startswith("001"):
+            running.touch()
+            time.sleep(6)
+        else:
+            while not running.exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_search_waits_for_the_other_jobs_if_one_is_lost(
+    command, tmp_path, monkeypatch, forget_plugins
+):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    (tmp_path / "lost.py").write_text(LOST)
+    line = f"train --plugins lost.py {' '.join(QUICK)} data=blobs +callbacks=lost -m"
+    search = f"{' '.join(SEARCH)} optimizer.lr=interval(1e-3,1e-1) sweep.name=lost"
+    status, _, _ = command(f"{line} {search} {LOCAL.partition(' hydra.sweeper')[0]}")
+    assert status == 1
+    ended = [(row["number"], row["state"]) for row in rows("lost") if row["state"] != "running"]
+    assert ended == [(1, "done"), (0, "failed")]
+
+
+def end_job(lock, file, done):
+    """Record the end of a trial and unlock its run, as soon as another job waits for it."""
+    deadline = time.monotonic() + 60
+    while not any("waiting" in log.read_text() for log in Path("jobs").glob("*.out")):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    with file.open("a") as rows:
+        rows.write(done)
+    lock.close()
