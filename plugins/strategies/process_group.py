@@ -70,7 +70,7 @@ class ProcessGroup(Strategy):
         if self.world_size == 1:
             return value
         values = [pytree.tree_map(on_cpu, value) if self.is_main else None]
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.broadcast_object_list(values)
         return values[0]
 
