@@ -16,6 +16,7 @@ from framework.composition.spec import Spec
 from framework.runs.checkpoint import listed, load
 
 UNEQUAL = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
+UNEQUAL += ("train/communication", "train/waiting", "train/slowest_process")
 
 
 def spec_of(overrides: list[str]) -> Spec:

@@ -66,17 +66,21 @@ PLAN = """\
 examples:
   framework plan experiment=fashion_mnist_cnn
   framework plan model=cnn data=fashion_mnist --json
+  framework plan trainer.devices=8 strategy=fsdp
   framework plan -m optimizer.lr=1e-3,1e-2 model.width=32,64
 Prints the layers with shapes, parameters and FLOPs, the number of steps, the
-learning rate schedule and the memory. It builds the experiment like `train`,
-and so runs the plugins that conf/config.yaml and the experiment file name."""
+learning rate schedule and the memory; with trainer.devices=N the memory of a
+process and the bytes that it sends per step. It builds the experiment like
+`train`, and so runs the plugins that conf/config.yaml and the experiment file
+name."""
 
 CHECK = """\
 examples:
   framework check
   framework check experiment=fashion_mnist_cnn
 Trains two steps and validates; saves a checkpoint after the first step,
-resumes from it and compares all weights; overfits one batch. Keeps no files.
+resumes from it and compares all weights; overfits one batch; compares the
+gradients of a step on two processes with those of one. Keeps no files.
 The exit status is 0 if all checks pass. Runs the plugins that
 conf/config.yaml and the experiment file name."""
 

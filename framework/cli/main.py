@@ -314,6 +314,11 @@ def train_process(arguments: list[str]) -> int:
 
     launch.redirect_output(folder)
     request = launch.read_request(folder)
+    if request.check:
+        from framework.experiment.check import step_of_process
+
+        step_of_process(request.spec, folder)
+        return 0
     result = train_experiment(
         request.spec,
         request.experiment,

@@ -15,8 +15,13 @@ from framework.errors.paths import expanded, pasted, real_path, shorter
 from framework.errors.terminal import print_line, printable, title
 from framework.experiment.result import Result
 from framework.runs.folder import plugins_of
+from framework.runtime.clock import WAITING_FOR_DATA
 from framework.system.files import unwritable, write_file
 from framework.system.streams import set_errors
+from framework.training.process_times import ProcessTimes
+
+MOST_PROCESSES = 8  # whose waiting time is printed
+NOTABLE = 0.02  # how much slower than the mean a process is that is named
 
 
 def print_result(result: Result, job: str | None = None) -> None:
@@ -38,9 +43,8 @@ def print_result(result: Result, job: str | None = None) -> None:
         print_line(f"{effort(result)}, stopped: {result.stopped}")
     elif result.seconds:
         print_line(effort(result))
-    if result.shares and job is None:
-        shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
-        print_line(f"time     {', '.join(shares)}")
+    for line in [] if job is not None else time_lines(result):
+        print_line(line)
     if result.advice is not None:
         print_line(f"advice   {result.advice}")
     print_line(f"run      {result.folder}")
@@ -67,6 +71,33 @@ def effort(result: Result) -> str:
         if any(name.startswith("test/") for name in result.metrics):
             text += " and test"
     return text
+
+
+def time_lines(result: Result) -> Iterator[str]:
+    """Yield the shares of the training time, and those of several processes."""
+    if result.shares:
+        shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
+        yield f"time     {', '.join(shares)}"
+    if result.processes is not None:
+        yield from process_lines(result.processes)
+
+
+def process_lines(times: ProcessTimes) -> Iterator[str]:
+    """Yield the communication of the processes of a run, the slowest one, and who waits for it."""
+    count = len(times.seconds)
+    text = f"{count} processes, {times.transfer_share():.0%} communication, "
+    text += f"{times.waiting_share():.0%} waiting for each other"
+    slower = times.slower()
+    if slower >= NOTABLE:
+        cause = f", {WAITING_FOR_DATA}" if times.is_slow_by_data() else ""
+        text += f"; rank {times.slowest()} is the slowest ({slower:.0%} over the mean{cause})"
+    yield f"ranks    {text}"
+    if count <= MOST_PROCESSES:
+        shares = zip(times.waiting(), times.seconds, strict=True)
+        texts = []
+        for rank, (waiting, seconds) in enumerate(shares):
+            texts.append(f"rank {rank} {waiting / max(seconds, 1e-9):.0%}")
+        yield f"waiting  {', '.join(texts)}"
 
 
 def steps_text(steps: int) -> str:

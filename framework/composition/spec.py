@@ -434,10 +434,7 @@ class Reader:
         """Report a key that an experiment does not have."""
         owners = [section for section in SECTIONS if key in section_settings(section)]
         owners += [choice for choice in Registry.by_key() if self.has(choice, key)]
-        path = key
-        while isinstance(value, Mapping) and len(value) == 1:  # show it as typed: x.y=1
-            (deeper, value), *_ = value.items()
-            path = f"{path}.{deeper}"
+        path, value = as_typed(key, value)
         if key in IMPORTS:
             message = NO_IMPORTS
         elif owners:
@@ -466,6 +463,11 @@ class Reader:
             if key in owner.kind.given:
                 reason = "is passed by the framework"
             message = f"the parameter {key} of {name} {reason}, so it is not a setting"
+        elif isinstance(owner, str) and key in Registry.by_key():
+            typed, value = as_typed(key, value)
+            path = f"{owner}.{typed}"
+            advice = quoted_override(f"{typed}={short(value, quote=False)}")
+            message = f"{key} is a key of its own: write {advice}"
         elif others:
             more = " ..." if len(others) > 4 else ""
             message = f"{key} is a setting of {', '.join(others[:4])}{more}, not of {name}"
@@ -502,6 +504,15 @@ class Reader:
         shown = path if value is None else f"{path}={short(value, quote=False)}"
         place = f" ({source})" if source else ""
         self.problems.append(f"{shown}: {message}{place}")
+
+
+def as_typed(key: str, value: Any) -> tuple[str, Any]:
+    """Return the path and the value of a setting as they were typed: x.y=1 for {x: {y: 1}}."""
+    path = key
+    while isinstance(value, Mapping) and len(value) == 1:
+        (deeper, value), *_ = value.items()
+        path = f"{path}.{deeper}"
+    return path, value
 
 
 def default_choice(setting: Setting, path: str, owner: Entry | str) -> Any:

@@ -13,6 +13,7 @@ a signal, or an error in one process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,44 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.runtime.pairwise import pairwise_sum
+
+
+@dataclass
+class Memory:
+    """Estimated bytes of training in a process, without the buffers of kernels and the allocator.
+
+    Attributes:
+        optimizer: its state after a step; None if it is unknown.
+        activations: kept by the forward pass of a batch, or of the part of a batch that the process
+            has, for the backward pass, with the batch.
+        communication: other tensors for it, such as gathered parameters.
+    """
+
+    parameters: int
+    buffers: int
+    gradients: int
+    optimizer: int | None
+    activations: int
+    total: int = 0
+    communication: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = self.parameters + self.buffers + self.gradients + self.activations
+        self.total += (self.optimizer or 0) + self.communication
+
+
+@dataclass
+class Estimate:
+    """What a run with several processes needs.
+
+    Attributes:
+        memory: of the process that needs most.
+        sent: bytes that a process sends in a step with ring algorithms, without the statistics of
+            batch normalization and other small values.
+    """
+
+    memory: Memory
+    sent: int
 
 
 class Strategy:
@@ -40,6 +79,29 @@ class Strategy:
     def is_main(self) -> bool:
         """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
+
+    def estimate(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        processes: int,
+        *,
+        passes: float = 1.0,
+        pairwise: bool = False,
+    ) -> Estimate:
+        """Return what a run with several processes needs; for `framework plan`, before `start`.
+
+        Args:
+            model: in a single process; it stays unchanged.
+            memory: of a process that has the whole model and its part of a batch.
+            processes: their number.
+            passes: forward and backward passes in a step.
+            pairwise: whether gradients are summed by `sum_pairwise`.
+
+        Raises:
+            SettingError: the strategy cannot train the model in this number of processes.
+        """
+        return Estimate(memory, 0)
 
     def start(self, device: torch.device) -> torch.device:
         """Connect the processes before anything else is called; return the device of this one.

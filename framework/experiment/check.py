@@ -1,29 +1,54 @@
-"""Try an experiment in seconds: build, train, validate, save, resume, and overfit one batch."""
+"""Try an experiment in seconds: build, train, validate, save, resume, and overfit one batch.
 
+Then a step on two processes, whose gradients must be those of one process.
+"""
+
+import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load as load_tensors, save as tensors_as_bytes
+from torch import Tensor, nn
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import Callback, changes_training
 from framework.contracts.context import Context
-from framework.data.dataset import Loader, TensorSplit
-from framework.errors import RunError
+from framework.contracts.strategy import Strategy
+from framework.data.dataset import Data, Loader, TensorSplit
+from framework.errors import DataError, RunError, SettingError
 from framework.runs import checkpoint
+from framework.runtime import seeds
 from framework.runtime.threads import intra_op_threads
+from framework.system.files import open_file, write_file
 from framework.training.trainer import Trainer
+from framework.training.validation import check_shared_batch
 
+from .distributed import check_processes, connected
 from .experiment import Experiment
+from .launch import RESULT, Request, run as run_processes, write_request
 from .log_start import first_batch
 
 OVERFIT_STEPS = 100  # at most, of overfitting one batch
 OVERFIT_SECONDS = 10.0  # at most, of overfitting one batch
 LARGEST_SHARE = 0.9  # of its loss that may be left afterwards
+PROCESSES = 2
+GRADIENTS = "gradients.safetensors"
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+MOST_DIFFERENCE = 1e-3  # of gradients on several processes, relative to their norm
+MOST_DIFFERENCE_16_BITS = 0.1  # the same for bf16 and fp16
 
 
 class StopAfter(Callback):
@@ -43,13 +68,15 @@ class StopAfter(Callback):
 def run_check(spec: Spec, say: Callable[[str], None]) -> None:
     """Train two steps with a validation, save and resume after the first, and overfit one batch.
 
-    No files remain.
+    Then take a step on two processes, unless the experiment does not support several. No files
+    remain.
 
     Args:
         say: prints a line for each part that succeeds.
 
     Raises:
-        RunError: a resumed run has other weights, or the loss of a single batch does not fall.
+        RunError: a resumed run has other weights, the loss of a single batch does not fall, or the
+            gradients on two processes are not those of one.
         FrameworkError: a part of the experiment fails.
     """
     built = timed(say, "build", lambda: Experiment(spec))
@@ -80,6 +107,7 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
             f"{summary}: the batch is not learned; check optimizer.lr, the loss and the targets"
         )
     say(summary)
+    check_step_of_processes(spec, data, say)
 
 
 def timed(say: Callable[[str], None], part: str, run: Callable[[], Any]) -> Any:
@@ -96,19 +124,22 @@ def fit(
     *callbacks: Callback,
     steps: int = 2,
     resume: Any = None,
+    strategy: Strategy | None = None,
     **arguments: Any,
 ) -> Trainer:
     """Take some steps with all callbacks that change the training; no files are written.
 
     Args:
+        strategy: the processes of the run; by default there is one.
         arguments: of `Trainer.fit`, instead of those of the experiment.
     """
-    limits = {"max_epochs": None, "max_steps": steps, "profile": False}
+    limits = {"max_epochs": None, "max_steps": steps, "profile": False, "devices": None}
     makers = [m for m in built.spec.parts["callback"] if changes_training(m.entry.part)]
     own = [maker() for maker in makers]
     trainer = Trainer(
         **(built.spec.sections["trainer"] | limits),
         seed=built.spec.seed,
+        strategy=strategy or Strategy(),
         callbacks=[*built.transforms, *own, *callbacks],
         folder=folder,
     )
@@ -152,3 +183,153 @@ def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
     batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
     fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses
+
+
+# a step on several processes
+
+
+class Gradients(Callback):
+    """Keeps the gradients of the first step, which has no dropout.
+
+    Args:
+        other_random: draw other random numbers than those of the seed in the step.
+    """
+
+    def __init__(self, other_random: bool = False):
+        self.other_random = other_random
+        self.values: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Context) -> None:
+        for module in trainer.model.modules():
+            if isinstance(module, DROPOUTS):
+                module.p = 0.0
+            elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+                module.dropout = 0.0
+
+    def on_step_start(self, trainer: Context) -> None:
+        if self.other_random:
+            seeds.seed_everything(seeds.derive(trainer.seed, "other"))
+
+    def on_gradients(self, trainer: Context) -> None:
+        gradients = {}
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.detach()
+        for name, gradient in trainer.strategy.full(gradients).items():
+            if gradient is not None:  # None in processes other than the main one, if sharded
+                self.values[name] = gradient.to("cpu", copy=True).contiguous()
+
+
+def check_step_of_processes(spec: Spec, data: Data, say: Callable[[str], None]) -> None:
+    """Compare the gradients of a step on two processes with those of one.
+
+    Args:
+        spec: the checked experiment.
+        data: of the spec.
+        say: prints a line.
+
+    Raises:
+        RunError: they differ.
+        FrameworkError: a process fails.
+    """
+    part = f"a step on {PROCESSES} processes"
+    trainer = spec.tree["trainer"] | {"devices": None}
+    shared = replace(spec, tree=spec.tree | {"trainer": trainer})
+    shared.sections = spec.sections | {"trainer": spec.sections["trainer"] | {"devices": None}}
+    try:
+        check_processes(shared, PROCESSES)
+        gradients = timed(say, part, lambda: gradients_of_processes(shared, data))
+    except (DataError, SettingError) as error:
+        say(f"{part:<26} skipped: {error}")
+        return
+    with TemporaryDirectory(prefix="framework-check-") as name:
+        expected = gradients_of_step(Experiment(shared, data), Path(name))
+        others = gradients_of_step(Experiment(shared, data), Path(name), other_random=True)
+    if difference(expected, others) > 0:
+        say(
+            f"{PROCESSES} processes have equal weights; the gradients are not compared with those "
+            "of one process, since they depend on random numbers"
+        )
+        return
+    relative = difference(expected, gradients)
+    summary = (
+        f"the gradients on {PROCESSES} processes differ from those of one process by "
+        f"{relative:.1g} of their norm"
+    )
+    if not relative <= most_difference(spec):
+        raise RunError(f"{summary}: does the loss of a sample depend on other samples?")
+    say(f"{summary}; the weights of the processes are equal")
+
+
+def gradients_of_processes(spec: Spec, data: Data) -> dict[str, Tensor]:
+    """Return the gradients of a step on several processes, which are started for it.
+
+    Raises:
+        SettingError: the experiment does not support several processes.
+        FrameworkError: a process fails.
+    """
+    check_shared_batch(spec.sections["loader"]["batch_size"], PROCESSES)
+    request = Request(spec, "check", [], time.monotonic(), check=True)
+    with TemporaryDirectory(prefix="framework-check-") as name:
+        folder = Path(name)
+        write_request(folder, request)
+        status = run_processes(folder, PROCESSES, request)
+        if status:
+            sys.exit(status)
+        with open_file(folder, GRADIENTS) as file:
+            return load_tensors(file.read())
+
+
+def step_of_process(spec: Spec, folder: Path) -> None:
+    """Take a step in this one of several processes; the main one writes the gradients.
+
+    Raises:
+        RunError: the processes have different weights after the step.
+    """
+    with connected(spec) as strategy:
+        gradients = Gradients()
+        trainer = fit(
+            Experiment(spec), folder, gradients, steps=1, strategy=strategy, val=None, schedule=None
+        )
+        weights = strategy.full(trainer.model.state_dict(), everywhere=True)
+        for rank, other in enumerate(strategy.gather(weights)):
+            for name, tensor in weights.items():
+                if not torch.equal(tensor.cpu(), other[name]):
+                    raise RunError(f"after a step, {name} of process {rank} has other values")
+        if strategy.is_main:
+            write_file(folder, GRADIENTS, tensors_as_bytes(gradients.values))
+            write_file(folder, RESULT, "{}")
+
+
+def gradients_of_step(
+    built: Experiment, folder: Path, other_random: bool = False
+) -> dict[str, Tensor]:
+    """Return the gradients of a step in this process; the arguments are those of `Gradients`."""
+    gradients = Gradients(other_random)
+    with intra_op_threads(built.threads()):
+        fit(built, folder, gradients, steps=1, val=None, schedule=None)
+    return gradients.values
+
+
+def difference(expected: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> float:
+    """Return the norm of the difference of gradients, relative to the norm of the expected ones.
+
+    A gradient that is missing in one of them counts as zeros.
+    """
+    squares = 0.0
+    for name in {**expected, **values}:
+        zero = torch.zeros((), dtype=torch.float64)
+        change = values.get(name, zero).double() - expected.get(name, zero).double()
+        squares += float(change.square().sum())
+    total = sum(float(gradient.double().square().sum()) for gradient in expected.values())
+    return math.sqrt(squares / max(total, 1e-30))
+
+
+def most_difference(spec: Spec) -> float:
+    """Return the largest difference of gradients that rounding explains."""
+    maker = spec.parts["strategy"]
+    formats = [spec.sections["trainer"]["precision"]]
+    formats += [] if maker is None else list(maker.settings.values())
+    if "bf16" in formats or "fp16" in formats:
+        return MOST_DIFFERENCE_16_BITS
+    return MOST_DIFFERENCE

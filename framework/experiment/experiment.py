@@ -48,7 +48,14 @@ from .build import (
     image_advice,
 )
 from .config_changes import fingerprint
-from .distributed import agreed_signals, be_silent, check_alike, connected, open_shared
+from .distributed import (
+    agreed_signals,
+    be_silent,
+    check_alike,
+    check_processes,
+    connected,
+    open_shared,
+)
 from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
@@ -154,8 +161,11 @@ class Experiment:
         """
         parts = self.spec.parts
         callbacks = [maker() for maker in parts["callback"]]
+        settings = self.spec.sections["trainer"]
+        if strategy is None:
+            settings = settings | {"devices": None}
         trainer = Trainer(
-            **self.spec.sections["trainer"],
+            **settings,
             seed=self.spec.seed,
             strategy=strategy or Strategy(),
             callbacks=[*self.transforms, *callbacks, self.status],
@@ -183,15 +193,21 @@ class Experiment:
         """Return the plan of a run, without training."""
         from .plan import make_plan  # not at the top: a run does not need it
 
+        settings = self.spec.sections["trainer"]
+        processes = settings["devices"] or 1
+        check_processes(self.spec, processes)
+        check_shared_batch(self.train_batches.batch_size, processes)
+        batch = first_batch(self.train_batches)
         plan = make_plan(
             self.model,
-            first_batch(self.train_batches),
+            batch,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
             task=self.task,
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
+            rows=math.ceil(len(batch[0]) / (settings["shards"] or processes)),
         )
         plan.threads = self.threads()
         plan.loader = self.train_batches.description
@@ -202,6 +218,16 @@ class Experiment:
             pace = callback.pace(trainer, len(self.train_batches))
             if pace is not None:
                 plan.use_pace(pace, self.optimizer, self.schedule)
+        strategy = self.spec.parts["strategy"]
+        if processes > 1 and strategy is not None:
+            estimate = strategy().estimate(
+                self.model,
+                plan.memory,
+                processes,
+                passes=plan.batches_per_step * max(1, len(self.task.phases)),
+                pairwise=settings["shards"] is not None,
+            )
+            plan.use_estimate(estimate, processes, strategy.entry.name)
         return plan
 
 
@@ -312,6 +338,7 @@ class Prepared:
         result = Result(trainer.folder, stopped=state.stop, steps=state.step)
         result.is_main = trainer.strategy.is_main
         result.shares = trainer.clock.shares()
+        result.processes = trainer.process_times
         if self.built.data.test is None:
             result.split = None if self.built.data.val is None else "val"
         result.fit_seconds = trainer.clock.elapsed

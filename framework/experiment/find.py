@@ -202,7 +202,7 @@ def trainer_without_files(
         callbacks: instead of those of the experiment.
         max_steps: instead of the limits of the experiment.
     """
-    limits = {"max_epochs": None, "max_steps": max_steps, "profile": False}
+    limits = {"max_epochs": None, "max_steps": max_steps, "profile": False, "devices": None}
     trainer = Trainer(
         **(built.spec.sections["trainer"] | limits),
         seed=built.spec.seed,

@@ -22,7 +22,7 @@ from typing import Any
 from framework.composition.sources import Sources
 from framework.composition.spec import Spec, read_spec
 from framework.contracts.state import Stop
-from framework.errors import ConfigError, DiskFull, FrameworkError
+from framework.errors import ConfigError, DiskFull, FrameworkError, SettingError
 from framework.errors.terminal import printable_lines
 from framework.registry.discovery import discover
 from framework.runs.folder import dump
@@ -30,6 +30,7 @@ from framework.runtime.device import find_device
 from framework.runtime.processes import RESUME_ADVICE, LostProcess, launched
 from framework.system.files import open_file, read_json, read_yaml, write_file
 from framework.system.signals import ENDING, TIME_LIMIT, ending_signals, handled, record_signal
+from framework.training.process_times import ProcessTimes
 
 from .distributed import check_processes
 from .result import Result
@@ -59,6 +60,7 @@ class Request:
         inexact: allow settings that change the rest of a resumed run.
         traceback: print the traceback of an error.
         captured: the output of the processes goes to `sys.stdout` of this process, as in a sweep.
+        check: take the step of `framework check` instead of training; its output is not shown.
     """
 
     spec: Spec
@@ -68,6 +70,7 @@ class Request:
     inexact: bool = False
     traceback: bool = False
     captured: bool = False
+    check: bool = False
 
 
 def is_launcher(spec: Spec) -> bool:
@@ -116,7 +119,7 @@ def run(folder: Path, devices: int, request: Request) -> int:
         sent = number if number in ENDING else signal.SIGTERM
         raise SignalException("a signal", signal.Signals(sent))  # the agent sends it on
 
-    follower = Follower(folder)
+    follower = Follower(folder, silent=request.check)
     words = ["-m", "framework", COMMAND, str(folder), str(os.getpid())]
     if request.traceback:
         words.append("--traceback")
@@ -205,12 +208,13 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
 class Follower:
     """Writes the output that the processes add to a file to `sys.stdout`, if the file exists."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, silent: bool = False):
         self.folder = folder
+        self.silent = silent
         self.position = 0
 
     def read(self) -> None:
-        if not (self.folder / OUTPUT).is_file():
+        if self.silent or not (self.folder / OUTPUT).is_file():
             return
         with open_file(self.folder, OUTPUT) as file:
             file.seek(self.position)
@@ -235,9 +239,10 @@ def write_request(folder: Path, request: Request) -> None:
         "overrides": list(request.overrides),
         "started": request.started,
         "inexact": request.inexact,
+        "check": request.check,
     }
     write_file(folder, REQUEST, dump(REQUEST, content))
-    if request.captured:
+    if request.captured or request.check:
         write_file(folder, OUTPUT, "")
 
 
@@ -250,9 +255,11 @@ def read_request(folder: Path) -> Request:
     spec.plugins = content["plugins"]
     spec.without = content["without"]
     spec.resume = content["resume"]
-    return Request(
+    request = Request(
         spec, content["experiment"], content["overrides"], content["started"], content["inexact"]
     )
+    request.check = content["check"]
+    return request
 
 
 def redirect_output(folder: Path) -> None:
@@ -277,6 +284,8 @@ def read_result(folder: Path) -> Result:
     content = read_json(folder, RESULT)
     result = Result(**content)
     result.folder = Path(content["folder"])
+    if content["processes"] is not None:
+        result.processes = ProcessTimes(**content["processes"])
     if content["stopped"] is not None:
         by, reason, number = content["stopped"]
         result.stopped = Stop(by, reason, None if number is None else signal.Signals(number))
@@ -299,6 +308,7 @@ def write_error(folder: Path, error: Exception, lines: Sequence[str], status: in
         "rank": launched().rank,
         "lost": isinstance(error, LostProcess),
         "disk_full": isinstance(error, DiskFull),
+        "refused": isinstance(error, SettingError),
     }
     with suppress(OSError, FrameworkError):  # the launcher has ended
         write_file(folder, f"error-{launched().rank}.json", json.dumps(content))
@@ -317,6 +327,8 @@ def as_error(written: Mapping[str, Any]) -> FrameworkError:
     error: FrameworkError
     if written["disk_full"]:
         error = DiskFull(text)
+    elif written["refused"]:
+        error = SettingError(text)
     elif len(written["lines"]) > 1:
         error = ConfigError(written["lines"])
     else:

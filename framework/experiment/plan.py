@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from framework.contracts.callback import Pace
 from framework.contracts.schedule import factor_of
+from framework.contracts.strategy import Estimate, Memory
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Data, TensorSplit, splits_of
 from framework.training.layer_table import (
@@ -61,27 +62,6 @@ class Curve:
 
 
 @dataclass
-class Memory:
-    """Estimated bytes of training, without the buffers of kernels and of the allocator.
-
-    Attributes:
-        optimizer: its state after a step; None if it is unknown.
-        activations: kept by the forward pass of a batch for the backward pass, with the batch.
-    """
-
-    parameters: int
-    buffers: int
-    gradients: int
-    optimizer: int | None
-    activations: int
-    total: int = 0
-
-    def __post_init__(self) -> None:
-        self.total = self.parameters + self.buffers + self.gradients + self.activations
-        self.total += self.optimizer or 0
-
-
-@dataclass
 class Plan:
     """The work and memory of a run.
 
@@ -93,6 +73,10 @@ class Plan:
         threads: for an operation on the CPU.
         loader: how batches are read, as text.
         pace: the steps of each epoch, as text, if they differ.
+        memory: of a process.
+        processes: their number.
+        strategy: by which they share the work; None for a single process.
+        sent: bytes that a process sends in a step.
     """
 
     model: str
@@ -114,6 +98,16 @@ class Plan:
     loader: str | None = None
     batches_per_step: float = 1
     pace: str | None = None
+    processes: int = 1
+    strategy: str | None = None
+    sent: int = 0
+
+    def use_estimate(self, estimate: Estimate, processes: int, strategy: str) -> None:
+        """Use the memory and the communication of several processes."""
+        self.memory = estimate.memory
+        self.sent = estimate.sent
+        self.processes = processes
+        self.strategy = strategy
 
     def use_pace(self, pace: Pace, optimizer: Optimizer, schedule: ScheduleFunction | None) -> None:
         """Use the steps and learning rates of a callback that changes the batches per step."""
@@ -131,7 +125,7 @@ class Plan:
         self.curve = read_curve(optimizer, paced, pace.total_steps)
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913  # all but two by keyword
     model: nn.Module,
     batch: Batch,
     *,
@@ -141,6 +135,7 @@ def make_plan(
     optimizer: Optimizer | None = None,
     schedule: ScheduleFunction | None = None,
     data: Data | None = None,
+    rows: int | None = None,
 ) -> Plan:
     """Return the plan of a run.
 
@@ -151,6 +146,7 @@ def make_plan(
         task: runs the model as in training, with the loss; without it the model is called with the
             inputs.
         schedule: the factor on the learning rate, by step.
+        rows: the samples of a batch that a process has at once; None for all of them.
     """
     layers, unused = read_layers(model, batch, task)
     parameters = list(model.parameters())
@@ -160,7 +156,7 @@ def make_plan(
         buffers=size_in_bytes(model.buffers()),
         gradients=size_in_bytes(trainable),
         optimizer=None if optimizer is None else optimizer_bytes(optimizer),
-        activations=activation_bytes(model, batch, task),
+        activations=activation_bytes(model, batch, task, rows),
     )
     plan = Plan(
         model=type(model).__name__,

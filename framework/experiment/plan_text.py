@@ -97,6 +97,8 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
     lines.append(("steps", plan_steps_text(plan)))
     lines.append(("cost", cost_text(plan)))
     lines.append(("memory", memory_text(plan)))
+    if plan.processes > 1:
+        lines.append(("processes", processes_text(plan)))
     heading = "trained"
     for text in group_lines(plan.groups):
         lines.append((heading, text))
@@ -162,8 +164,21 @@ def memory_text(plan: Plan) -> str:
             texts.append(f"{name} {bytes_text(size)}")
     if plan.optimizer is not None:
         texts.append(f"{title(plan.optimizer)} state {bytes_text(memory.optimizer)}")
-    texts.append(f"activations of a batch {bytes_text(memory.activations)}")
-    return f"about {bytes_text(memory.total)}: " + ", ".join(texts)
+    if memory.communication:
+        texts.append(f"communication {bytes_text(memory.communication)}")
+    part = "its part of a batch" if plan.processes > 1 else "a batch"
+    texts.append(f"activations of {part} {bytes_text(memory.activations)}")
+    owner = " per process" if plan.processes > 1 else ""
+    return f"about {bytes_text(memory.total)}{owner}: " + ", ".join(texts)
+
+
+def processes_text(plan: Plan) -> str:
+    """Return the number of processes and what they send."""
+    part = math.ceil(plan.batch_size / plan.processes)
+    return (
+        f"{plan.processes} with strategy={plan.strategy}, {part:,} samples of a batch each; each "
+        f"sends about {bytes_text(plan.sent)} per step"
+    )
 
 
 def group_lines(groups: Sequence[ParameterGroup]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from framework.contracts.state import Stop
 from framework.runs import checkpoint
 from framework.system.files import read_rows
+from framework.training.process_times import ProcessTimes
 
 from .weights import find_checkpoint
 
@@ -29,6 +30,7 @@ class Result:
         advice: how to train faster, if there is a simple way.
         split: that `framework eval` can measure: test, val, or None.
         is_main: whether this is the result of the main process of a run with several.
+        processes: the time of each process in the training; None with a single process.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Result:
     advice: str | None = None
     split: str | None = "test"
     is_main: bool = True
+    processes: ProcessTimes | None = None
 
 
 def read_result(run: Path) -> Result:

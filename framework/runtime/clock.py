@@ -19,6 +19,8 @@ from framework.system.files import write_file
 
 NO_DETAIL = nullcontext()
 TRACE = "profile.pt.trace.json"
+COMMUNICATION = "communication and waiting"  # for the other processes of the run
+WAITING_FOR_DATA = "waiting for data"
 SKIPPED = 5  # steps before the profiler starts
 RECORDED = 50  # steps that it records
 SLOW_SHARE = 0.3  # share of the time spent waiting for data that is worth advice
@@ -32,7 +34,7 @@ def slow_data(shares: Mapping[str, float], seconds: float) -> float | None:
         shares: the share of each activity in the time of training, see `Clock.shares`.
         seconds: the time of training.
     """
-    share = shares.get("waiting for data", 0.0)
+    share = shares.get(WAITING_FOR_DATA, 0.0)
     if share < SLOW_SHARE or share * seconds < SLOW_SECONDS:
         return None
     return share
@@ -90,6 +92,30 @@ class Clock:
         longest_first = sorted(self.seconds.items(), key=lambda part: -part[1])
         parts = {name: seconds / total for name, seconds in longest_first}
         return {"steps": 1 - sum(parts.values()), **parts}
+
+
+class CurrentClock:
+    """The clock of the fit in progress, for code that has no trainer; None outside of fits."""
+
+    def __init__(self) -> None:
+        self.clock: Clock | None = None
+
+    @contextmanager
+    def set(self, clock: Clock) -> Iterator[None]:
+        """Use a clock in a block."""
+        before = self.clock
+        self.clock = clock
+        try:
+            yield
+        finally:
+            self.clock = before
+
+    def part(self, name: str) -> AbstractContextManager[Any]:
+        """Return a block whose time is added to an activity of the clock, if there is one."""
+        return NO_DETAIL if self.clock is None else self.clock.part(name)
+
+
+CURRENT_CLOCK = CurrentClock()  # a global, as the connection of the processes is
 
 
 class Profiler(Clock):

@@ -19,6 +19,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 
 from framework.errors import FrameworkError, SettingError
 
+from .clock import COMMUNICATION, CURRENT_CLOCK
+
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RESUME_ADVICE = "the same command with resume=auto continues the run from its last checkpoint"
 POLL_SECONDS = 0.05
@@ -122,6 +124,16 @@ def disconnect() -> None:
     """Disconnect this process from the others."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def communicating() -> Iterator[None]:
+    """Count the time of a block as communication; raise LostProcess for an error of it.
+
+    A strategy uses it for all of its collective operations.
+    """
+    with CURRENT_CLOCK.part(COMMUNICATION), lost_processes():
+        yield
 
 
 @contextmanager

@@ -204,13 +204,15 @@ def counted_as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def activation_bytes(model: nn.Module, batch: Batch, task: Task | None = None) -> int:
+def activation_bytes(
+    model: nn.Module, batch: Batch, task: Task | None = None, rows: int | None = None
+) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, without parameters.
 
     Measured in training mode on two and on four samples, and extrapolated linearly to the size of
-    the batch. The arguments are those of `read_layers`.
+    the batch, or to its first `rows` samples. The other arguments are those of `read_layers`.
     """
-    size = len(batch[0])
+    size = len(batch[0]) if rows is None else rows
     few = min(2, size)
     more = min(4, size)
     at_more = saved_bytes(model, batch, task, more)

@@ -46,7 +46,7 @@ from framework.registry.annotations import PositiveInt
 from framework.registry.schema import check_arguments
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
-from framework.runtime.clock import Clock, Profiler
+from framework.runtime.clock import CURRENT_CLOCK, WAITING_FOR_DATA, Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
@@ -72,6 +72,7 @@ from .optimizer_state import (
     start_learning_rates,
 )
 from .parameters import ModelParameters
+from .process_times import PROCESS_SCALARS, ProcessClock, ProcessTimes
 from .sharded_step import ShardedStep
 from .shards import slice_of
 from .single_sample import check_single_sample, single_sample
@@ -107,6 +108,7 @@ class Trainer(Evaluator):
         resumed_from: the step that `fit` resumed from, or None.
         manifest: facts of the run that its checkpoints store.
         clock: the time spent in parts of `fit`.
+        process_times: the time of each process in the last fit; None with a single process.
     """
 
     def __init__(  # noqa: PLR0913  # the settings of a run
@@ -202,6 +204,7 @@ class Trainer(Evaluator):
         self.loggers = check_loggers(loggers) if self.strategy.is_main else []
         self.state = State()
         self.clock = Clock()
+        self.process_times: ProcessTimes | None = None
         self.schedule: Callable[[int], float] | None = None
         self.manifest: dict[str, Any] = {}
         self.resumed_from: int | None = None
@@ -472,6 +475,7 @@ class Trainer(Evaluator):
         profiles = self.profile and self.strategy.is_main
         self.clock = Profiler(self.device, self.folder) if profiles else Clock()
         self._single = single_sample(self.train_batches, self.micro_batches.size, self.shards)
+        self.process_times = None
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
         self.at_boundary = True
@@ -569,7 +573,8 @@ class Trainer(Evaluator):
     @contextmanager
     def fitting(self) -> Iterator[None]:
         """Run the steps of a fit in a block, between its first and its last events."""
-        with seeds.fitting(), self:
+        with seeds.fitting(), self, CURRENT_CLOCK.set(self.clock):
+            self._process_clock = ProcessClock(self.strategy, self.clock)
             try:
                 if self._opened_at != self.state.step:  # opened for an earlier fit
                     self._closing.close()
@@ -579,6 +584,8 @@ class Trainer(Evaluator):
                 self.modes.keep_choice()
                 yield
                 self._finish()
+                if self.strategy.world_size > 1:
+                    self.process_times = self._process_clock.total()
                 self.emit("fit_end")
                 self._flush()
             except BaseException:
@@ -658,7 +665,7 @@ class Trainer(Evaluator):
         keep = self.train_batches.keep
         began = time.perf_counter()
         for window, last in step_windows(batches, self.accumulate, steps_left, keep):
-            self.clock.add("waiting for data", time.perf_counter() - began)
+            self.clock.add(WAITING_FOR_DATA, time.perf_counter() - began)
             yield window, last
             began = time.perf_counter()
         # The loop stops reading after the last step, so that the data has ended too early.
@@ -759,6 +766,9 @@ class Trainer(Evaluator):
             values["train/learning_rate"] = max(rates)
         seconds = max(now - began, 1e-9)
         values["train/samples_per_second"] = (samples - samples_before) / seconds
+        if self.strategy.world_size > 1:
+            times = self._process_clock.since_last_call()
+            values |= {f"train/{name}": value for name, value in times.scalars().items()}
         self._log_own(values)
         self.emit("log")
         self._flush()
@@ -795,6 +805,8 @@ class Trainer(Evaluator):
         """Return the tags of the values that the trainer will log itself."""
         measured = ["loss", *(metric.name for metric in self.metrics)]
         tags = {f"train/{name}" for name in [*measured, "learning_rate", "samples_per_second"]}
+        if self.strategy.world_size > 1:
+            tags |= {f"train/{name}" for name in PROCESS_SCALARS}
         if self.val_batches is not None:
             tags |= {f"val/{name}" for name in measured}
         return tags

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SPLITS = ("train/", "val/")
 # These are shown elsewhere, or are no results.
 NOT_LISTED = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")
+NOT_LISTED += ("train/communication", "train/waiting", "train/slowest_process")
 
 
 @callbacks.register("progress")

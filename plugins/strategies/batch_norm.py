@@ -37,7 +37,7 @@ class SumOverProcesses(torch.autograd.Function):
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with processes.lost_processes():
+    with processes.communicating():
         distributed.all_reduce(total)
     return total
 

@@ -55,7 +55,7 @@ class ChangingBuffers:
         versions = self._versions()
         changes = [now != before for now, before in zip(versions, self.versions, strict=True)]
         changed = torch.tensor(changes, dtype=torch.int32)
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.all_reduce(changed)
             for (module, name), count in zip(self.owners, changed.tolist(), strict=True):
                 if count > 0:

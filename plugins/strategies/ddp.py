@@ -1,12 +1,14 @@
 """Data parallel training: each process has the whole model, and a part of each batch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from framework import PositiveFloat, SettingError, check_initialized, processes, strategies
+from framework.contracts.strategy import Estimate, Memory
 
 from .batch_norm import Replacement, replacements, sum_over_processes
 from .buffers import ChangingBuffers, broadcast
@@ -30,6 +32,24 @@ class DDP(ProcessGroup):
         self.replaced: list[Replacement] = []
         self.buffers: ChangingBuffers | None = None
 
+    def estimate(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        processes: int,
+        *,
+        passes: float = 1.0,
+        pairwise: bool = False,
+    ) -> Estimate:
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        buckets = [sum(each.nbytes for each in bucket) for bucket in buckets_of(parameters)]
+        if not pairwise:
+            sent = 2 * (processes - 1) / processes * memory.gradients
+            return Estimate(replace(memory, communication=max(buckets, default=0)), round(sent))
+        parts = processes * min(BUCKET_BYTES, memory.gradients)  # of `sum_pairwise`
+        needed = replace(memory, communication=memory.gradients + parts)
+        return Estimate(needed, (processes - 1) * memory.gradients)
+
     def prepare(
         self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
     ) -> None:
@@ -39,7 +59,7 @@ class DDP(ProcessGroup):
         found = list(replacements(model)) if joint_batch_norm else []
         tensors = shared_tensors(model, optimizer)
         check_same_model(self, tensors)
-        with processes.lost_processes():
+        with processes.communicating():
             for tensor in tensors.values():
                 broadcast(tensor)
         self.replaced = found
@@ -73,7 +93,7 @@ class DDP(ProcessGroup):
         used = [parameter.grad is not None for parameter in parameters]
         facts = torch.tensor([0.0, *map(float, used)], dtype=torch.float64, device=loss.device)
         facts[0] = loss.detach()
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.all_reduce(facts)
         shared = parameters
         if not all(used):  # only then: it waits for the device
@@ -85,7 +105,7 @@ class DDP(ProcessGroup):
                 parameter.grad = torch.zeros_like(parameter)
             check_dense(parameter.grad)
             gradients.append(parameter.grad)
-        with torch.no_grad(), processes.lost_processes():
+        with torch.no_grad(), processes.communicating():
             for bucket in buckets_of(gradients):
                 sum_in_place(bucket)
         return facts[0].to(loss.dtype)

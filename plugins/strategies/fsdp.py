@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from framework import (
     strategies,
     without_view,
 )
+from framework.contracts.strategy import Estimate, Memory
 
 from .batch_norm import replacements
 from .buffers import ChangingBuffers, broadcast
@@ -83,13 +85,68 @@ class FSDP(DDP):
         self.reduce_dtype = None if reduce_dtype is None else DTYPES[reduce_dtype]
         self.root: Root | None = None  # of the model of the last fit
 
-    def start(self, device: torch.device) -> torch.device:
-        count = processes.launched().world_size
+    def check_mesh(self, count: int) -> None:
+        """Raise SettingError if the mesh is one of another number of processes."""
         if self.mesh is not None and math.prod(self.mesh) != count:
             raise SettingError(
                 f"strategy.mesh={self.mesh}: expected numbers whose product is the number of "
                 f"processes, {count}, got {math.prod(self.mesh)}"
             )
+
+    def estimate(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        processes: int,
+        *,
+        passes: float = 1.0,
+        pairwise: bool = False,
+    ) -> Estimate:
+        self.check_mesh(processes)
+        check_model(model)
+        replicas, shards = (1, processes) if self.mesh is None else (1, *self.mesh)[-2:]
+        units = units_of(model, self.units)
+        sizes = [self._gathered_bytes(list(unit.parameters())) for unit in units]
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        all_bytes = self._gathered_bytes(parameters)
+        root_bytes = all_bytes - sum(sizes)
+        gradients = self._reduced_bytes(trained)
+
+        gathered = all_bytes  # in the forward pass
+        kept = all_bytes
+        if self.reshard is not False:
+            gathered += sum(sizes)  # in the backward pass
+            kept = root_bytes + sum(sorted(sizes)[-2:])  # a unit, and the next one
+        if self.reshard is True:
+            gathered += root_bytes
+        sent = (shards - 1) / shards * (gathered + gradients)
+        sent += 2 * (replicas - 1) / replicas * gradients / shards
+
+        own = largest_part(parameters, shards)
+        share = own / max(sum(parameter.nbytes for parameter in parameters), 1)
+        needed = replace(
+            memory,
+            parameters=own,
+            gradients=largest_part(trained, shards),
+            optimizer=None if memory.optimizer is None else round(memory.optimizer * share),
+            communication=kept + max([root_bytes, *sizes]),  # and the gradients of a unit
+        )
+        return Estimate(needed, round(passes * sent))
+
+    def _gathered_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Return the bytes of whole parameters, as they are gathered."""
+        size = None if self.param_dtype is None else self.param_dtype.itemsize
+        return sum(each.numel() * (size or each.element_size()) for each in parameters)
+
+    def _reduced_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Return the bytes of whole gradients, as they are summed."""
+        if self.reduce_dtype is None:
+            return self._gathered_bytes(parameters)
+        return sum(each.numel() * self.reduce_dtype.itemsize for each in parameters)
+
+    def start(self, device: torch.device) -> torch.device:
+        self.check_mesh(processes.launched().world_size)
         return super().start(device)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -117,7 +174,7 @@ class FSDP(DDP):
             check_optimizer(model, optimizer)
             tensors = shared_tensors(model, optimizer)
             check_same_model(self, tensors)
-            with processes.lost_processes():
+            with processes.communicating():
                 for tensor in tensors.values():
                     broadcast(tensor)
             self._shard(model, optimizer)
@@ -281,6 +338,15 @@ def units_of(model: nn.Module, units: int | Sequence[str]) -> list[nn.Module]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
     return [modules[name] for name in names if can_be_unit(name, modules[name], owners)]
+
+
+def largest_part(parameters: Sequence[nn.Parameter], shards: int) -> int:
+    """Return the bytes of the first part of parameters that are sharded along their first axis."""
+    total = 0
+    for parameter in parameters:
+        rows = math.ceil(len(parameter) / shards)
+        total += parameter.nbytes * rows // max(len(parameter), 1)
+    return total
 
 
 def is_large_item(model: nn.Module, name: str, smallest: int) -> bool:

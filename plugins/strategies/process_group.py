@@ -41,7 +41,7 @@ class ProcessGroup(Strategy):
         if self.world_size == 1:
             return tensor
         total = tensor.clone()
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.all_reduce(total)
         return total
 
@@ -53,7 +53,7 @@ class ProcessGroup(Strategy):
         elements = max(BUCKET_BYTES // tensor.element_size(), 1)
         for part, result in zip(flat.split(elements), total.split(elements), strict=True):
             parts = [torch.empty_like(part) for _ in range(self.world_size)]
-            with processes.lost_processes():
+            with processes.communicating():
                 distributed.all_gather(parts, part)
             result.copy_(pairwise_sum(parts))
         return total.view(tensor.shape)
@@ -62,7 +62,7 @@ class ProcessGroup(Strategy):
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.all_gather_object(values, pytree.tree_map(on_cpu, value))
         return values
 
@@ -70,7 +70,7 @@ class ProcessGroup(Strategy):
         if self.world_size == 1:
             return value
         values = [pytree.tree_map(on_cpu, value) if self.is_main else None]
-        with processes.lost_processes():
+        with processes.communicating():
             distributed.broadcast_object_list(values)
         return values[0]
 

@@ -1,6 +1,9 @@
 """One process, and the choice by the number of processes."""
 
+from torch import nn
+
 from framework import Strategy, processes, strategies
+from framework.contracts.strategy import Estimate, Memory
 
 from .ddp import DDP
 
@@ -10,7 +13,22 @@ class Single(Strategy):
     """One process."""
 
 
+class Alone(Single):
+    """One process of strategy=auto, which would use ddp for several."""
+
+    def estimate(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        processes: int,
+        *,
+        passes: float = 1.0,
+        pairwise: bool = False,
+    ) -> Estimate:
+        return DDP().estimate(model, memory, processes, passes=passes, pairwise=pairwise)
+
+
 @strategies.register("auto")
 def auto() -> Strategy:
     """Choose single for one process, and ddp for several."""
-    return DDP() if processes.launched().world_size > 1 else Single()
+    return DDP() if processes.launched().world_size > 1 else Alone()

@@ -22,6 +22,7 @@ from framework.data.dataset import Loader, TensorSplit
 from framework.errors import FrameworkError
 from framework.experiment.experiment import data_advice
 from framework.experiment.result import Result
+from framework.training.process_times import ProcessTimes
 
 METRICS = {
     "train/loss": 0.123456,
@@ -247,3 +248,18 @@ def test_random_shares_add_up_to_a_hundred():
         assert sum(rounded.values()) == 100
         for part, share in shares.items():
             assert abs(rounded[part] - 100 * share) < 1
+
+
+def test_a_run_of_several_processes_names_the_slowest(capsys):
+    times = ProcessTimes([10.0, 10.0], [5.0, 2.0], [0.0, 2.8])
+    print_result(Result(Path("x"), METRICS, processes=times))
+    printed = capsys.readouterr().out
+    assert (
+        "\nranks    2 processes, 20% communication, 15% waiting for each other; rank 1 is the "
+        "slowest (23% over the mean, waiting for data)\nwaiting  rank 0 30%, rank 1 0%\n"
+    ) in printed
+    even = ProcessTimes([10.0] * 64, [2.0] * 64, [0.0] * 64)
+    print_result(Result(Path("x"), METRICS, processes=even))
+    printed = capsys.readouterr().out
+    assert "\nranks    64 processes, 20% communication, 0% waiting for each other\n" in printed
+    assert "\nwaiting" not in printed

@@ -176,3 +176,12 @@ def test_a_tree_and_python_build_the_same():
     spec = read_spec(SMALL | {"optimizer": {"name": "sgd", "momentum": 0.9}})
     from_tree = spec.parts["optimizer"](weights)
     assert from_tree.defaults == fw.optimizers.build("sgd", weights, momentum=0.9).defaults
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [("fsdp", "strategy=fsdp"), ({"mesh": [2, 4]}, "'strategy.mesh=[2, 4]'")],
+)
+def test_a_key_of_its_own_in_a_section_is_advised(value, typed):
+    (problem,) = problems(trainer={"max_steps": 1, "strategy": value})
+    assert problem.endswith(f": strategy is a key of its own: write {typed} (here)")

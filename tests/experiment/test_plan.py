@@ -14,7 +14,10 @@ from torch import nn
 
 import framework as fw
 from framework.contracts.optimizer import Parameters
+from framework.contracts.strategy import Memory
 from framework.contracts.task import Step, Task
+from framework.errors import DataError, SettingError
+from framework.experiment.experiment import Experiment
 from framework.experiment.plan import Curve, make_plan, read_curve
 from framework.experiment.plan_text import bytes_text, count_text, curve_text, fold, render
 from framework.training.layer_table import (
@@ -25,6 +28,7 @@ from framework.training.layer_table import (
     read_layers,
     saved_bytes,
 )
+from runs import composed
 
 
 class Classify(Task):
@@ -330,3 +334,59 @@ def test_numbers_have_units():
         "1.5 KiB",
         "3 GiB",
     ]
+
+
+def plan_of(*overrides):
+    return Experiment(composed(["model.width=8", "loader.batch_size=20", *overrides])).plan()
+
+
+def test_the_plan_of_ddp_has_the_whole_model_in_each_process():
+    alone = plan_of()
+    plan = plan_of("trainer.devices=8")
+    size = alone.memory.parameters
+    assert (plan.processes, plan.strategy) == (8, "auto")
+    assert plan.sent == round(2 * 7 / 8 * size)
+    assert plan.memory.parameters == plan.memory.gradients == plan.memory.communication == size
+    assert plan.memory.activations == pytest.approx(alone.memory.activations * 3 / 20, rel=0.01)
+    assert plan_of("trainer.devices=8", "strategy=ddp").sent == plan.sent
+    assert plan_of("trainer.devices=4", "trainer.shards=8").sent == 3 * size
+    shown = shown_of(plan)
+    assert "per process: parameters" in shown
+    assert "8 with strategy=auto, 3 samples of a batch each" in shown
+
+
+def test_the_plan_of_fsdp_has_a_part_of_the_model_in_each_process():
+    model = nn.Sequential(nn.Linear(16, 64), nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 8))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    unit = 4 * (64 * 64 + 64)
+    memory = Memory(size, 0, size, 2 * size, 0)
+
+    def estimated(processes, passes=1, **settings):
+        strategy = fw.strategies.build("fsdp", **({"units": ["1.0"]} | settings))
+        return strategy.estimate(model, memory, processes, passes=passes)
+
+    eighth = estimated(8).memory
+    assert (eighth.parameters, eighth.gradients, eighth.optimizer) == (size / 8, size / 8, size / 4)
+    assert estimated(8).sent == round(7 / 8 * (2 * size + unit))  # the root is gathered once
+    assert estimated(8, reshard=True).sent == round(7 / 8 * 3 * size)
+    assert estimated(8, reshard=False).sent == round(7 / 8 * 2 * size)
+    assert estimated(8, passes=3).sent == round(3 * 7 / 8 * (2 * size + unit))
+    assert estimated(8, param_dtype="bf16").sent == round(7 / 8 * (2 * size + unit) / 2)
+    replicated = estimated(8, mesh=[2, 4], reshard=False)
+    assert replicated.sent == round(3 / 4 * 2 * size + 1 * size / 4)
+    assert replicated.memory.parameters == size / 4
+    with pytest.raises(SettingError, match="product is the number of processes, 8, got 6"):
+        estimated(8, mesh=[2, 3])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["strategy=single"], SettingError),
+        (["loader.batch_size=4"], DataError),
+        (["strategy=fsdp", "strategy.units=[nothing]"], SettingError),
+    ],
+)
+def test_a_plan_that_several_processes_cannot_follow_is_refused(overrides, error):
+    with pytest.raises(error):
+        plan_of("trainer.devices=8", *overrides)
