@@ -69,6 +69,8 @@ def run_one(rank, count, port, folder, function, args):
     try:
         result = function(*args)
         torch.save(result, Path(folder) / f"result{rank}")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error{rank}").write_text(f"process {rank}\n{traceback.format_exc()}")
         raise
