@@ -17,6 +17,7 @@ from framework.errors.user_code import describe
 from framework.registry.discovery import package_version
 from framework.runtime import processes
 from framework.runtime.device import find_device
+from framework.training.validation import check_shared_batch
 
 from .config_changes import fingerprint
 from .resume import Resumed, open_folder
@@ -31,7 +32,7 @@ DIFFERENT = {
 
 
 def check_processes(spec: Spec, processes: int) -> None:
-    """Raise SettingError if an experiment cannot have this number of processes."""
+    """Raise SettingError or DataError if an experiment cannot have this number of processes."""
     strategy = spec.parts["strategy"]
     if processes > 1 and strategy is not None and strategy.entry.name == "single":
         raise SettingError(
@@ -43,6 +44,7 @@ def check_processes(spec: Spec, processes: int) -> None:
             f"trainer.devices={devices}: expected {processes}, the number of processes that "
             "torchrun has started; it can be left out"
         )
+    check_shared_batch(spec.sections["loader"]["batch_size"], processes)
 
 
 @contextmanager
