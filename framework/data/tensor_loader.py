@@ -73,6 +73,8 @@ def gather_batch(source: TensorSource, indices: Any, dataset: Dataset[Any]) -> A
         indices: the item of a batch sampler: usually a list of ints.
         dataset: reads indices that are not a list of ints from 0 to the number of samples.
     """
+    if not isinstance(indices, Tensor | Sequence):
+        indices = list(indices)  # an iterator can be read only once
     if not isinstance(indices, Tensor) and not all(map(is_index, indices)):
         return read_samples(dataset, indices)
     try:

@@ -34,7 +34,7 @@ DIFFERENT = {
 
 
 def check_processes(spec: Spec, processes: int) -> None:
-    """Raise SettingError if an experiment cannot have this number of processes."""
+    """Raise SettingError or DataError if an experiment cannot have this number of processes."""
     strategy = spec.parts["strategy"]
     if processes > 1 and strategy is not None and strategy.entry.name == "single":
         raise SettingError(

@@ -56,6 +56,16 @@ class Odd:
         return 4
 
 
+class Iterators:
+    """A batch sampler of iterators, which can be read only once."""
+
+    def __iter__(self):
+        return (iter(range(first, first + 3)) for first in (0, 5, 20))
+
+    def __len__(self):
+        return 3
+
+
 class Shuffles:
     """A sampler that draws from the global generator in the middle of the epoch."""
 
@@ -91,6 +101,7 @@ LOADERS = {
         DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 6, drop_last=True)
     ),
     "batches as tensors": lambda: DataLoader(DATA, batch_sampler=IndexTensors()),
+    "batches as iterators": lambda: DataLoader(DATA, batch_sampler=Iterators()),
     "unusual indices": lambda: DataLoader(DATA, batch_sampler=Odd()),
     "samples as tensors": lambda: DataLoader(
         DATA, batch_size=4, sampler=[torch.tensor([3]), torch.tensor([4])]

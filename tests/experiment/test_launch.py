@@ -9,7 +9,7 @@ import pytest
 
 from distributed_runs import run_command, run_commands
 from framework.composition.compose import Job
-from framework.errors import SettingError
+from framework.errors import DataError, SettingError
 from framework.experiment.distributed import check_processes
 from framework.experiment.launch import (
     ProcessFailed,
@@ -88,6 +88,13 @@ def test_a_run_with_several_processes_needs_a_strategy_for_them(strategy):
 def test_the_devices_of_a_launcher_are_its_processes():
     with pytest.raises(SettingError, match=r"trainer\.devices=4: expected 2"):
         check_processes(composed(["trainer.devices=4"]), 2)
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused_before_they_start():
+    spec = composed(["loader.batch_size=3"])
+    check_processes(spec, 3)
+    with pytest.raises(DataError, match="batch_size=3: expected at least one sample for each of"):
+        check_processes(spec, 4)
 
 
 def test_the_parent_checks_before_it_starts_processes():
