@@ -512,7 +512,7 @@ def process_notes(strategy: Strategy, resumed: Resumed, shards: int | None) -> I
     before = 1 if resumed.training is None else resumed.training.get("processes", 1)
     if before != strategy.world_size and resumed.training is not None and shards is None:
         yield (
-            f"the run now has {strategy.world_size} processes (was {before}): from here on "
+            f"the number of processes is now {strategy.world_size} (was {before}): from here on "
             "results differ by rounding from those of an uninterrupted run"
         )
 

@@ -117,8 +117,9 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
     devices = settings["devices"]
     if devices is not None and devices != strategy.world_size:
         raise SettingError(
-            f"devices={devices}: the run has {strategy.world_size} processes; start the program "
-            f"with torchrun --nproc-per-node {devices}, and pass a strategy"
+            f"devices={devices}: expected {strategy.world_size}, the number of processes that were "
+            f"started; start the program with torchrun --nproc-per-node {devices}, and pass "
+            "strategy=fw.strategies.build('ddp')"
         )
     shards = settings["shards"]
     if shards is not None and shards % strategy.world_size:
