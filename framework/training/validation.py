@@ -577,7 +577,7 @@ def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
         )
 
 
-def check_sharded_callbacks(callbacks: Iterable[Callback]) -> None:
+def check_dtensor_callbacks(callbacks: Iterable[Callback]) -> None:
     """Raise SettingError for callbacks that cannot run a sharded model."""
     for callback in callbacks:
         if callback.runs_model:

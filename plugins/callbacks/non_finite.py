@@ -15,9 +15,9 @@ from framework import (
     SettingError,
     callbacks,
     checkpoints,
+    dtensors,
     numbers_of,
     restore_optimizer,
-    sharded,
 )
 from framework.contracts.callback import keyed
 
@@ -212,7 +212,7 @@ def parameter_with_bad_gradient(trainer: Context) -> str | None:
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is None:
             continue
-        if not sharded.full_tensor(numbers_of(parameter.grad).isfinite().all()):
+        if not dtensors.full_tensor(numbers_of(parameter.grad).isfinite().all()):
             return name
     return None
 
@@ -223,7 +223,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    sharded.load_model_state(trainer.model, model)
+    dtensors.load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],
