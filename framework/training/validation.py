@@ -492,7 +492,7 @@ def check_rows(
     task: Task,
     shards: int | None = None,
 ) -> None:
-    """Raise DataError for training batches that the processes of a run cannot share.
+    """Raise an error for training batches that the processes of a run cannot share.
 
     Args:
         strategy: of the run, after its `prepare`.
@@ -500,6 +500,10 @@ def check_rows(
         micro_batches: the parts in which the model processes a batch.
         task: of the training.
         shards: the number of virtual shards of a batch, if any.
+
+    Raises:
+        DataError: a batch has too few samples.
+        SettingError: a setting does not go with the strategy or the loader.
     """
     if shards is not None:
         if strategy.forward_is_collective:

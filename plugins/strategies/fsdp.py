@@ -23,9 +23,7 @@ from framework import (
     without_view,
 )
 
-from .batch_norm import replacements
-from .buffers import ChangingBuffers, broadcast
-from .ddp import DDP, check_same_model, shared_tensors
+from .ddp import DDP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -114,16 +112,10 @@ class FSDP(DDP):
         if self.root is None or self.root.model is not model:
             check_model(model)
             check_optimizer(model, optimizer)
-            tensors = shared_tensors(model, optimizer)
-            check_same_model(self, tensors)
-            with processes.lost_processes():
-                for tensor in tensors.values():
-                    broadcast(tensor)
+            self.share_weights(model, optimizer)
             self._shard(model, optimizer)
-        self.replaced = list(replacements(model)) if joint_batch_norm else []
-        for replacement in self.replaced:
-            replacement.apply()
-        self.buffers = ChangingBuffers(model) if joint_batch_norm else None
+        if joint_batch_norm:
+            self.join_batch_norms(model)
         self.forward_is_collective = True
 
     def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:
