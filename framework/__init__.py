@@ -106,11 +106,11 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     )
     from .runs.background_writer import Writer as Writer
     from .runtime import (
+        dtensors as dtensors,
         memory as memory,
         processes as processes,
         seeds as seeds,
         shapes as shapes,
-        sharded as sharded,
     )
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
@@ -266,7 +266,7 @@ _MODULES = {  # not public: for the built-in plugins only
     "pytree": "runtime.torch_internals.pytree",
     "seeds": "runtime.seeds",
     "shapes": "runtime.shapes",
-    "sharded": "runtime.sharded",
+    "dtensors": "runtime.dtensors",
     "snapshot": "runs.snapshot",
     "terminal": "errors.terminal",
     "user_code": "errors.user_code",

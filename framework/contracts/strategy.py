@@ -4,7 +4,8 @@
     class DDP(Strategy): ...
 
 All communication between processes goes through the strategy of a run. `Strategy` itself is that of
-a single process: nothing is sent. A strategy for several processes overrides all methods.
+a single process: nothing is sent. A strategy for several processes overrides all methods but
+`sum_pairwise` and `from_main`, which use `gather`.
 
 The methods marked "collective" must be called by every process of the run, in the same order.
 Otherwise the processes wait for each other until the timeout. So they may depend only on values
@@ -135,8 +136,12 @@ class Strategy:
         Args:
             model: the model in training.
             optimizer: over its parameters.
-            joint_batch_norm: whether batch normalization uses the samples of all processes; False
-                with `trainer.shards`, where it uses those of a shard.
+            joint_batch_norm: whether batch normalization uses the samples of all processes, and
+                `share_buffers` the buffers of the main one; False with `trainer.shards`, where
+                each shard has its own.
+
+        Raises:
+            SettingError: the strategy does not support the model or the optimizer.
         """
 
     def finish(self, model: nn.Module) -> None:

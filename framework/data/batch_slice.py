@@ -15,7 +15,7 @@ NO_ROWS: Batch = ()
 
 
 class BatchSlice(NamedTuple):
-    """Some neighbouring parts of a batch that is cut into equal parts.
+    """Some neighboring parts of a batch that is cut into equal parts.
 
     The first parts have one row more if the rows cannot be divided equally, as with
     `torch.tensor_split`. So no row is read twice, and none is padded.

@@ -33,20 +33,20 @@ DIFFERENT = {
 }
 
 
-def check_processes(spec: Spec, processes: int) -> None:
+def check_processes(spec: Spec, count: int) -> None:
     """Raise SettingError or DataError if an experiment cannot have this number of processes."""
     strategy = spec.parts["strategy"]
-    if processes > 1 and strategy is not None and strategy.entry.name == "single":
+    if count > 1 and strategy is not None and strategy.entry.name == "single":
         raise SettingError(
-            f"strategy=single: expected a strategy for {processes} processes, such as ddp"
+            f"strategy=single: expected a strategy for {count} processes, such as ddp"
         )
     devices = spec.sections["trainer"]["devices"]
-    if devices is not None and devices != processes:
+    if devices is not None and devices != count:
         raise SettingError(
-            f"trainer.devices={devices}: expected {processes}, the number of processes that "
+            f"trainer.devices={devices}: expected {count}, the number of processes that "
             "torchrun has started; it can be left out"
         )
-    check_shared_batch(spec.sections["loader"]["batch_size"], processes)
+    check_shared_batch(spec.sections["loader"]["batch_size"], count)
     cores = os.cpu_count() or 1
     if devices is not None and devices > MOST_PER_CORE * cores and on_cpu(spec):
         raise SettingError(

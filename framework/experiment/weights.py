@@ -13,7 +13,7 @@ from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.runs import checkpoint
 from framework.runs.folder import resolve_run
-from framework.runtime.sharded import load_model_state
+from framework.runtime.dtensors import load_model_state
 
 
 def load_weights(model: nn.Module, run: Path, which: str = "best") -> Path | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from framework.errors import CheckpointError
 
-from .sharded import is_sharded
+from .dtensors import is_dtensor
 
 CopyTensor = Callable[[Tensor], Tensor]
 PLAIN_TYPES = (str, int, float, bool, type(None), bytes)
@@ -26,7 +26,7 @@ def plain_copy(value: Any, copy_tensor: CopyTensor, path: str = "") -> Any:
     kind = type(value)
     if kind in PLAIN_TYPES:
         return value
-    if kind in (Tensor, torch.nn.Parameter) or is_sharded(value):
+    if kind in (Tensor, torch.nn.Parameter) or is_dtensor(value):
         return copy_tensor(value)
     if kind in (dict, OrderedDict):
         copied = {}

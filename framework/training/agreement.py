@@ -1,6 +1,6 @@
 """What the processes of a run agree on: the items of a step, the time, and the end of the run.
 
-All of it is collective (see `contracts/strategy.py`).
+Functions are collective (see `contracts/strategy.py`) if their docstrings say so.
 """
 
 import time
@@ -38,7 +38,7 @@ def step_totals(
     device: torch.device,
     needed: int = 0,
 ) -> StepTotals:
-    """Return the sums of a step, and let all processes read the same time during it.
+    """Return the sums of a step, and let all processes read the same time (collective).
 
     Args:
         strategy: of the run.
@@ -73,7 +73,7 @@ def step_totals(
 
 @contextmanager
 def same_time(strategy: Strategy) -> Iterator[None]:
-    """Let all processes read the time of the main process in a block; see `SharedTime`."""
+    """Let all processes read the time of the main process in a block (collective)."""
     if strategy.world_size > 1:
         SHARED_TIME.agreed = strategy.from_main(time.monotonic())
     try:
@@ -83,7 +83,9 @@ def same_time(strategy: Strategy) -> Iterator[None]:
 
 
 def agreed_stop(strategy: Strategy, request: Stop | None) -> Stop | None:
-    """Return the reason to end the run that all processes use: that of a signal, else the first.
+    """Return the reason to end the run that all processes use (collective).
+
+    It is the first reason of a signal, otherwise the first reason.
 
     Args:
         strategy: of the run.

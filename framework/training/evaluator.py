@@ -20,10 +20,10 @@ from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.device import find_device
+from framework.runtime.dtensors import has_dtensors
 from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
-from framework.runtime.sharded import has_shards
 
 from .shards import ShardedMeasures, slice_of
 from .step_checks import check_input_dtype, check_result, count_of
@@ -185,11 +185,11 @@ class Evaluator:
         # The main process counts the rows of whole batches, which all processes read.
         counts_rows = self.strategy.is_main or not batches.slice.is_whole
         empty = True
-        sharded = has_shards(self.model)
-        if sharded:
+        all_run = has_dtensors(self.model)  # each forward pass is collective
+        if all_run:
             check_evaluated_rows(self.strategy, batches)
         with self._inference():
-            for batch, counts in with_stand_ins(batches.epoch(), sharded):
+            for batch, counts in with_stand_ins(batches.epoch(), all_run):
                 empty = False
                 if not batch:
                     continue  # other processes have its rows

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from framework.errors import SettingError
 from framework.runtime import seeds
-from framework.runtime.sharded import is_sharded, sharded_like
+from framework.runtime.dtensors import distribute_like, is_dtensor
 
 OTHER_GROUPS = "resume: the optimizer has other parameter groups than the saved one"
 SCHEDULED_LR = "scheduled_lr"  # key of a group: the learning rate after a fit with a schedule
@@ -104,7 +104,7 @@ def own_parts(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Any, Any]:
     state: dict[Any, Any] = copy.deepcopy(saved["state"])
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for index, parameter in zip(group["params"], own["params"], strict=True):
-            if index not in state or not is_sharded(parameter):
+            if index not in state or not is_dtensor(parameter):
                 continue
             for name, value in state[index].items():
                 if not isinstance(value, Tensor) or value.ndim == 0:
@@ -115,7 +115,7 @@ def own_parts(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Any, Any]:
                         f"{type(optimizer).__name__}: {name} has the shape {tuple(value.shape)}, "
                         f"its parameter {tuple(parameter.shape)}"
                     )
-                state[index][name] = sharded_like(value, parameter)
+                state[index][name] = distribute_like(value, parameter)
     return state
 
 

@@ -142,9 +142,9 @@ def groups_of(buffers: Sequence[Buffer]) -> list[list[Buffer]]:
 
 def own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Yield each buffer with the module that has it; a shared one once."""
-    seen: set[int] = set()
+    seen: set[Tensor] = set()
     for module in model.modules():
         for name, tensor in module.named_buffers(recurse=False):
-            if id(tensor) not in seen and not is_lazy(tensor):
-                seen.add(id(tensor))
+            if not is_lazy(tensor) and tensor not in seen:
+                seen.add(tensor)
                 yield module, name, tensor

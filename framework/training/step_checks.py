@@ -16,8 +16,8 @@ from framework.contracts.task import LossTask, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import DataError, FrameworkError, SettingError, short
 from framework.errors.user_code import describe, text_of, user_place
+from framework.runtime.dtensors import has_dtensors, is_dtensor
 from framework.runtime.memory import is_full
-from framework.runtime.sharded import has_shards, is_sharded
 
 
 def check_result(task: Task, result: Any, parameters: Sequence[Tensor] = ()) -> None:
@@ -104,7 +104,7 @@ def check_parameters_reached(task: Task, loss: Tensor, model: nn.Module) -> None
         SettingError: the loss depends on a parameter of the task or of its loss.
     """
     own = set(model.parameters())
-    sharded = has_shards(model)
+    sharded = has_dtensors(model)
     of_task = parameters_of_task(task)
     waiting: list[Any] = [loss.grad_fn]
     seen = set(waiting)
@@ -167,7 +167,7 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
         return None
     problem = f"optimizer={type(optimizer).__name__}: its first step fails: {describe(error)}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(map(is_sharded, parameters)):
+    if any(map(is_dtensor, parameters)):
         return SettingError(
             f"optimizer={type(optimizer).__name__} does not support sharded parameters: use "
             f"another one, or strategy=ddp. torch reports: {describe(error)}"

@@ -48,11 +48,11 @@ from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import CURRENT_CLOCK, WAITING_FOR_DATA, Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
+from framework.runtime.dtensors import has_dtensors
 from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
-from framework.runtime.sharded import has_shards
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -80,6 +80,7 @@ from .step import TrainingStep, select_step, select_update
 from .validation import (
     check_callbacks,
     check_channels_last,
+    check_dtensor_callbacks,
     check_fit,
     check_folder,
     check_loggers,
@@ -89,7 +90,6 @@ from .validation import (
     check_resume,
     check_rows,
     check_schedule,
-    check_sharded_callbacks,
     check_shards,
     check_source,
     check_strategy,
@@ -489,9 +489,9 @@ class Trainer(Evaluator):
 
     def _prepare_shared(self, resume: dict[str, Any] | None) -> None:
         """Do the rest of `_prepare`, after the processes have the same weights."""
-        if has_shards(self.model):
+        if has_dtensors(self.model):
             self._single = None  # `check_rows` refuses a batch of one sample
-            check_sharded_callbacks(self.callbacks)
+            check_dtensor_callbacks(self.callbacks)
         check_rows(self.strategy, self.train_batches, self.micro_batches, self.task, self.shards)
         if resume is not None:
             self.load_state_dict(resume)

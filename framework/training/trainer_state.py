@@ -16,7 +16,7 @@ from framework.data.dataset import ForeignLoader, Loader
 from framework.errors import SettingError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
-from framework.runtime.sharded import load_model_state
+from framework.runtime.dtensors import load_model_state
 
 from .acceleration.compile_choice import CompileChoice
 from .optimizer_state import group_settings, restore_optimizer, same_setting

@@ -493,7 +493,7 @@ def check_rows(
     task: Task,
     shards: int | None = None,
 ) -> None:
-    """Raise DataError for training batches that the processes of a run cannot share.
+    """Raise an error for training batches that the processes of a run cannot share.
 
     Args:
         strategy: of the run, after its `prepare`.
@@ -501,6 +501,10 @@ def check_rows(
         micro_batches: the parts in which the model processes a batch.
         task: of the training.
         shards: the number of virtual shards of a batch, if any.
+
+    Raises:
+        DataError: a batch has too few samples.
+        SettingError: a setting does not go with the strategy or the loader.
     """
     if shards is not None:
         if strategy.forward_is_collective:
@@ -578,7 +582,7 @@ def check_evaluated_rows(strategy: Strategy, batches: Batches) -> None:
         )
 
 
-def check_sharded_callbacks(callbacks: Iterable[Callback]) -> None:
+def check_dtensor_callbacks(callbacks: Iterable[Callback]) -> None:
     """Raise SettingError for callbacks that cannot run a sharded model."""
     for callback in callbacks:
         if callback.runs_model:

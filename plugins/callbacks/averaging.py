@@ -19,9 +19,9 @@ from framework import (
     callbacks,
     check_initialized,
     check_read_again,
+    dtensors,
     foreach,
     seeds,
-    sharded,
 )
 from framework.contracts.state import Cadence
 
@@ -143,7 +143,7 @@ class Averaging(Callback):
         copies = []
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensor = tensors.get(name, parameter)
-            own = sharded.sharded_like(tensor.detach(), parameter)
+            own = dtensors.distribute_like(tensor.detach(), parameter)
             copies.append(own.to(parameter.device, copy=True))
         return copies
 
@@ -296,7 +296,7 @@ class Swa(Averaging):
             self.first = min(self.first, self.saved.get("first", self.first))
         super().on_fit_start(trainer)
         if self.averaged_norms(trainer):
-            if sharded.has_shards(trainer.model):
+            if dtensors.has_dtensors(trainer.model):
                 raise SettingError(
                     "callbacks.swa.batches: expected 0 for a model with batch norms and "
                     "strategy=fsdp, whose statistics swa cannot measure"

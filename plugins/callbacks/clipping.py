@@ -10,8 +10,8 @@ from framework import (
     PositiveFloat,
     SettingError,
     callbacks,
+    dtensors,
     gradient_numbers,
-    sharded,
 )
 
 
@@ -72,7 +72,7 @@ class ClipGradients(Callback):
 def clip_norm(parameters: Sequence[Tensor], norm: float) -> Tensor:
     """Scale gradients so that their 2-norm is at most `norm`; return the norm before."""
     try:
-        return sharded.full_tensor(nn.utils.clip_grad_norm_(parameters, norm))
+        return dtensors.full_tensor(nn.utils.clip_grad_norm_(parameters, norm))
     except NotImplementedError:  # torch does not clip sparse gradients
         gradients = gradient_numbers(parameters)
     measured = nn.utils.get_total_norm(gradients)

@@ -11,7 +11,7 @@ from framework import (
     callbacks,
     check_read_again,
     class_names,
-    sharded,
+    dtensors,
     with_stand_ins,
 )
 from framework.contracts.state import Cadence
@@ -66,7 +66,7 @@ def count_pairs(trainer: Context) -> Tensor:
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
     with trainer.precision.inference(trainer.model):
-        all_run = sharded.has_shards(trainer.model)
+        all_run = dtensors.has_dtensors(trainer.model)
         for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
             if not batch:  # other processes have its rows
                 continue

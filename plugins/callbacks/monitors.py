@@ -12,8 +12,8 @@ from framework import (
     SettingError,
     Transform,
     callbacks,
+    dtensors,
     numbers_of,
-    sharded,
 )
 from framework.contracts.state import Cadence
 
@@ -66,7 +66,7 @@ class LearningRate(Callback):
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together; some may be sparse."""
     try:
-        return sharded.full_tensor(nn.utils.get_total_norm(gradients))
+        return dtensors.full_tensor(nn.utils.get_total_norm(gradients))
     except NotImplementedError:  # torch does not support sparse gradients
         return nn.utils.get_total_norm([numbers_of(gradient) for gradient in gradients])
 
@@ -133,7 +133,7 @@ def log_histogram(trainer: Context, tag: str, tensor: Tensor) -> None:
 
 def finite_values(tensor: Tensor) -> Tensor:
     """Return the finite values (of a sparse tensor, the stored ones), flat, float32 on the CPU."""
-    values = numbers_of(sharded.full_tensor(tensor.detach())).flatten().float().cpu()
+    values = numbers_of(dtensors.full_tensor(tensor.detach())).flatten().float().cpu()
     return values[values.isfinite()]
 
 

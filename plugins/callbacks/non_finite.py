@@ -15,9 +15,9 @@ from framework import (
     SettingError,
     callbacks,
     checkpoints,
+    dtensors,
     numbers_of,
     restore_optimizer,
-    sharded,
 )
 from framework.contracts.callback import keyed
 
@@ -172,6 +172,7 @@ class NonFinite(Callback):
         trainer.optimizer.zero_grad(set_to_none=True)  # the optimizer then changes no weight
 
     def _report(self, trainer: Context) -> str:
+        """Return the description of the step (collective)."""
         facts = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
         parameter = parameter_with_bad_gradient(trainer)
         if parameter is None:
@@ -179,7 +180,7 @@ class NonFinite(Callback):
         else:
             facts.append(f"the first gradient that is not finite is that of {parameter}")
         samples = trainer.sample_indices()
-        if samples and trainer.strategy.world_size > 1:
+        if samples is not None and trainer.strategy.world_size > 1:  # empty in some processes
             samples = sorted(chain.from_iterable(trainer.strategy.gather(samples)))
         if samples:
             more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
@@ -207,9 +208,11 @@ class NonFinite(Callback):
 
 
 def parameter_with_bad_gradient(trainer: Context) -> str | None:
-    """Return the name of the first parameter with a gradient that is not finite."""
+    """Return the name of the first parameter with a gradient that is not finite (collective)."""
     for name, parameter in trainer.model.named_parameters():
-        if parameter.grad is not None and not numbers_of(parameter.grad).isfinite().all():
+        if parameter.grad is None:
+            continue
+        if not dtensors.full_tensor(numbers_of(parameter.grad).isfinite().all()):
             return name
     return None
 
@@ -220,7 +223,7 @@ def rewind(trainer: Context, checkpoint: Path) -> None:
     Counters, schedule, data and random state continue.
     """
     model, saved = checkpoints.load(checkpoint)
-    sharded.load_model_state(trainer.model, model)
+    dtensors.load_model_state(trainer.model, model)
     restore_optimizer(
         trainer.optimizer,
         saved["optimizer"],

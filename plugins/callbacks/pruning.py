@@ -52,8 +52,7 @@ class Prune(Callback):
         self.monitor = self.judge.metrics[0]
         if self.monitor.startswith("val/") and trainer.val_batches is None:
             raise SettingError(f"prune: there is no validation split to measure {self.monitor} on")
-        last = trainer.strategy.from_main(self.judge.last)
-        if self.measurements > 0 and self.measurements == last:
+        if self.measurements > 0 and self.measurements == self.judge.last:
             self._decide(trainer, math.nan)  # in case a kill came between decision and stop
 
     def on_log(self, trainer: Context) -> None:
@@ -70,15 +69,13 @@ class Prune(Callback):
             raise SettingError(
                 f"prune: nothing logs {self.monitor!r}, the metric of the search, during training"
             )
-        value = trainer.strategy.from_main(trainer.state.metrics[self.monitor])
+        value = trainer.state.metrics[self.monitor]
         if math.isfinite(value):
             self._decide(trainer, value)
 
     def _decide(self, trainer: Context, value: float) -> None:
         state = trainer.state
-        strategy = trainer.strategy
-        prunes = strategy.is_main and self.judge.prunes(value, self.measurements)
-        if strategy.from_main(prunes) and state.step != state.total_steps:
+        if self.judge.prunes(value, self.measurements) and state.step != state.total_steps:
             rule = f"{self.pruner}, measurement {self.measurements}"
             trainer.stop("prune", f"{self.monitor} is worse than that of other trials ({rule})")
 

@@ -12,42 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from framework import SettingError, processes
+from framework import SettingError
 from framework.contracts.strategy import BatchStatistics, RowBatchNorm
+
+from .collectives import sum_over_processes
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """The modules that share `nn.BatchNorm1d.forward`; SyncBatchNorm does the same by itself."""
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(context: object, tensor: Tensor) -> Tensor:
-        return summed(tensor)
-
-    @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        # The function itself, so that a gradient penalty finds the second derivative.
-        result: Tensor = SumOverProcesses.apply(gradient)
-        return result
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes."""
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    with processes.communicating():
-        distributed.all_reduce(total)
-    return total
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes, with gradients; the tensor if there is one."""
-    if not distributed.is_initialized():  # a copy of the model outside of the run
-        return tensor
-    result: Tensor = SumOverProcesses.apply(tensor)
-    return result
 
 
 class Replacement(NamedTuple):
@@ -86,13 +58,13 @@ def check_batch_norm(name: str, module: BatchNorm) -> None:
     """Raise SettingError for a batch norm whose result would depend on the number of processes."""
     if not module.track_running_stats:
         raise SettingError(
-            f"strategy=ddp: the layer {name} has track_running_stats=False, so that evaluation "
+            f"the layer {name} has track_running_stats=False, so that evaluation "
             "would depend on the number of processes: use running statistics, or another norm"
         )
     kind = type(module)
     if kind.forward is not nn.BatchNorm1d.forward and not isinstance(module, RowBatchNorm):
         raise SettingError(
-            f"strategy=ddp: the layer {name} ({kind.__name__}) has a `forward` of its own, which "
+            f"the layer {name} ({kind.__name__}) has a `forward` of its own, which "
             "cannot use the samples of all processes: use a batch norm of torch"
         )
 
@@ -107,11 +79,11 @@ def normalized(module: BatchNorm, inputs: Tensor) -> Tensor:
     channels = values.shape[1]
 
     count = values.new_full((1,), values.numel() / max(channels, 1))
-    sums = SumOverProcesses.apply(torch.cat([values.sum(axes), count]))
+    sums = sum_over_processes(torch.cat([values.sum(axes), count]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     centered = values - mean.view(shape)
-    variance = SumOverProcesses.apply(centered.square().sum(axes)) / count
+    variance = sum_over_processes(centered.square().sum(axes)) / count
     update_statistics(module, mean.detach(), variance.detach() * (count / (count - 1)))
     result = centered * torch.rsqrt(variance + module.eps).view(shape)
     if module.affine:

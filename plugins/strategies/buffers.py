@@ -3,23 +3,13 @@
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 
-from framework import processes, version_of
+from framework import version_of
 from framework.contracts.strategy import BatchStatistics
 
 from .batch_norm import BATCH_NORMS
-
-
-def broadcast(tensor: Tensor) -> None:
-    """Set a tensor of any dtype and memory format to that of the main process (collective)."""
-    if tensor.numel() == 0:
-        return
-    # A new flat tensor of bytes: not every backend sends bool, complex or strided tensors.
-    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
-    distributed.broadcast(flat.view(torch.uint8), src=0)
-    with torch.no_grad():
-        tensor.copy_(flat.view(tensor.shape))
+from .collectives import broadcast, summed
 
 
 class ChangingBuffers:
@@ -54,10 +44,8 @@ class ChangingBuffers:
             return
         versions = self._versions()
         changes = [now != before for now, before in zip(versions, self.versions, strict=True)]
-        changed = torch.tensor(changes, dtype=torch.int32)
-        with processes.communicating():
-            distributed.all_reduce(changed)
-            for (module, name), count in zip(self.owners, changed.tolist(), strict=True):
-                if count > 0:
-                    broadcast(module.get_buffer(name))
+        counts = summed(torch.tensor(changes, dtype=torch.int32)).tolist()
+        for (module, name), count in zip(self.owners, counts, strict=True):
+            if count > 0:
+                broadcast(module.get_buffer(name))
         self.versions = self._versions()

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from framework import PositiveFloat, SettingError, check_initialized, processes, strategies
 from framework.contracts.strategy import Estimate, Memory
 
-from .batch_norm import Replacement, replacements, sum_over_processes
-from .buffers import ChangingBuffers, broadcast
+from .batch_norm import Replacement, replacements
+from .buffers import ChangingBuffers
+from .collectives import broadcast
 from .process_group import BUCKET_BYTES, ProcessGroup
 
 
@@ -56,17 +57,24 @@ class DDP(ProcessGroup):
         if self.world_size == 1:
             return
         check_initialized(model, "strategy=ddp")
-        found = list(replacements(model)) if joint_batch_norm else []
+        self.share_weights(model, optimizer)
+        if joint_batch_norm:
+            self.join_batch_norms(model)
+        self.forward_is_collective = bool(self.replaced)
+
+    def share_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Give all processes the parameters and buffers of the main one (collective)."""
         tensors = shared_tensors(model, optimizer)
         check_same_model(self, tensors)
-        with processes.communicating():
-            for tensor in tensors.values():
-                broadcast(tensor)
-        self.replaced = found
-        for replacement in found:
+        for tensor in tensors.values():
+            broadcast(tensor)
+
+    def join_batch_norms(self, model: nn.Module) -> None:
+        """Let batch norms use the samples of all processes, and find the buffers to share."""
+        self.replaced = list(replacements(model))
+        for replacement in self.replaced:
             replacement.apply()
-        self.buffers = ChangingBuffers(model) if joint_batch_norm else None
-        self.forward_is_collective = bool(found)
+        self.buffers = ChangingBuffers(model)
 
     def finish(self, model: nn.Module) -> None:
         for replacement in self.replaced:
@@ -77,15 +85,6 @@ class DDP(ProcessGroup):
     def share_buffers(self) -> None:
         if self.buffers is not None:
             self.buffers.share()
-
-    def gather_rows(self, tensor: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return tensor
-        counts = self.gather(len(tensor))
-        first = sum(counts[: self.rank])
-        others = tensor.new_zeros(sum(counts), *tensor.shape[1:])
-        before, _, after = others.split([first, len(tensor), sum(counts[self.rank + 1 :])])
-        return sum_over_processes(torch.cat([before, tensor, after]))
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         if self.world_size == 1:

@@ -17,20 +17,17 @@ from framework import (
     PositiveInt,
     SettingError,
     Step,
+    dtensors,
     processes,
     pytree,
-    sharded,
     strategies,
     without_view,
 )
 from framework.contracts.strategy import Estimate, Memory
 
-from .batch_norm import replacements
-from .buffers import ChangingBuffers, broadcast
-from .ddp import DDP, check_same_model, shared_tensors
+from .ddp import DDP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FUSED = (torch.optim.Adam, torch.optim.AdamW)  # their fused kernels take sharded parameters
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -172,16 +169,10 @@ class FSDP(DDP):
         if self.root is None or self.root.model is not model:
             check_model(model)
             check_optimizer(model, optimizer)
-            tensors = shared_tensors(model, optimizer)
-            check_same_model(self, tensors)
-            with processes.communicating():
-                for tensor in tensors.values():
-                    broadcast(tensor)
+            self.share_weights(model, optimizer)
             self._shard(model, optimizer)
-        self.replaced = list(replacements(model)) if joint_batch_norm else []
-        for replacement in self.replaced:
-            replacement.apply()
-        self.buffers = ChangingBuffers(model) if joint_batch_norm else None
+        if joint_batch_norm:
+            self.join_batch_norms(model)
         self.forward_is_collective = True
 
     def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -222,7 +213,7 @@ class FSDP(DDP):
         return self.root.run(function, args)
 
     def full(self, value: Any, everywhere: bool = False) -> Any:
-        return sharded.full_values(value, keep=everywhere or self.is_main)
+        return dtensors.full_values(value, keep=everywhere or self.is_main)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         return self.sum(loss.detach())  # the backward pass has summed the gradients
@@ -382,7 +373,7 @@ def check_model(model: nn.Module) -> None:
         dtypes.add(parameter.dtype)
         if is_lazy(parameter):
             problem = f"{name} is uninitialized (a lazy module): call the model on a batch first"
-        elif sharded.is_sharded(parameter):
+        elif dtensors.is_dtensor(parameter):
             problem = f"{name} is sharded already, by another strategy"
         elif parameter.ndim == 0:
             problem = f"{name} has no axis to shard: give it the shape (1,)"
@@ -428,12 +419,12 @@ def replace_parameters(optimizer: Optimizer, parts: Mapping[nn.Parameter, nn.Par
     """
     for group in optimizer.param_groups:
         group["params"] = [parts[parameter] for parameter in group["params"]]
-        if group.get("fused") and not isinstance(optimizer, FUSED):
+        if group.get("fused") and not isinstance(optimizer, dtensors.FUSED_OPTIMIZERS):
             group["fused"] = False
     for parameter, values in list(optimizer.state.items()):
         part = parts[parameter]
         del optimizer.state[parameter]
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == part.shape:
-                values[name] = sharded.sharded_like(value, part)
+                values[name] = dtensors.distribute_like(value, part)
         optimizer.state[part] = values

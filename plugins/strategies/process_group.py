@@ -7,6 +7,8 @@ from torch import Tensor, distributed
 
 from framework import PositiveFloat, SettingError, Strategy, pairwise_sum, processes, pytree
 
+from .collectives import sum_over_processes, summed
+
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
 
 
@@ -40,10 +42,7 @@ class ProcessGroup(Strategy):
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size == 1:
             return tensor
-        total = tensor.clone()
-        with processes.communicating():
-            distributed.all_reduce(total)
-        return total
+        return summed(tensor)
 
     def sum_pairwise(self, tensor: Tensor) -> Tensor:
         if self.world_size == 1:
@@ -73,6 +72,15 @@ class ProcessGroup(Strategy):
         with processes.communicating():
             distributed.broadcast_object_list(values)
         return values[0]
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        counts = self.gather(len(tensor))
+        first = sum(counts[: self.rank])
+        others = tensor.new_zeros(sum(counts), *tensor.shape[1:])
+        before, _, after = others.split([first, len(tensor), sum(counts[self.rank + 1 :])])
+        return sum_over_processes(torch.cat([before, tensor, after]))
 
 
 def own_cuda_device(device: torch.device, place: processes.Launched) -> torch.device:

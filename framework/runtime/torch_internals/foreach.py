@@ -8,14 +8,14 @@ torch runs the same loop as the fallback. The numbers are the same, bit for bit.
 import torch
 from torch import Tensor
 
-from framework.runtime.sharded import is_sharded
+from framework.runtime.dtensors import is_dtensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def copy_(tensors: Tensors, sources: Tensors) -> None:
     """Copy each source into the tensor at the same place."""
-    if hasattr(torch, "_foreach_copy_") and not any(map(is_sharded, tensors)):
+    if hasattr(torch, "_foreach_copy_") and not any(map(is_dtensor, tensors)):
         torch._foreach_copy_(tensors, sources)
         return
     for tensor, source in zip(tensors, sources, strict=True):

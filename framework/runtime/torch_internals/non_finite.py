@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from framework.runtime.dtensors import full_tensor, is_dtensor
 from framework.runtime.gradients import numbers_of
-from framework.runtime.sharded import full_tensor, is_sharded
 
 
 class NonFiniteFlag:
@@ -30,10 +30,10 @@ class NonFiniteFlag:
         if kernel is None:
             check_each(tensors, self.value)
             return
-        sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+        sharded = [tensor for tensor in tensors if is_dtensor(tensor)]
         if sharded:  # the kernel takes tensors of one kind; it exchanges their result
             kernel(sharded, self.value, self._scale)
-            tensors = [tensor for tensor in tensors if not is_sharded(tensor)]
+            tensors = [tensor for tensor in tensors if not is_dtensor(tensor)]
         try:
             kernel(tensors, self.value, self._scale)
         except NotImplementedError:  # sparse and complex tensors

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from framework.contracts.optimizer import implementation
-from framework.runtime.sharded import is_sharded
-
-FUSED_FOR_SHARDED = (torch.optim.Adam, torch.optim.AdamW)
-"""The optimizers whose fused kernels take sharded parameters."""
+from framework.runtime.dtensors import FUSED_OPTIMIZERS, is_dtensor
 
 
 class FusedSelection:
@@ -79,7 +76,7 @@ def supports_fused(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
     """Return whether the fused kernel of an optimizer serves a group with its settings."""
     if group.get("capturable") or group.get("differentiable"):
         return False
-    if kind not in FUSED_FOR_SHARDED and any(map(is_sharded, group["params"])):
+    if kind not in FUSED_OPTIMIZERS and any(map(is_dtensor, group["params"])):
         return False
     numbers = [group.get("lr"), *group.get("betas", ())]
     if any(isinstance(number, Tensor) for number in numbers):

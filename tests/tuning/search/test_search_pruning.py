@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import framework as fw
+from distributed_runs import run_in_processes
 from framework import Callback, TensorSplit, Trainer
 from framework.errors import RunError, SettingError
 from framework.tuning.search.space import Space
@@ -64,7 +65,10 @@ def study(tmp_path):
 def train(folder, values, resume=None, callbacks=(), **settings):
     prune = fw.callbacks.build("prune", **{"startup": 2, "warmup": 0, **settings})
     trainer = Trainer(
-        max_epochs=len(values), callbacks=[ScriptedLoss(values), prune, *callbacks], folder=folder
+        max_epochs=len(values),
+        strategy=fw.strategies.build("auto"),
+        callbacks=[ScriptedLoss(values), prune, *callbacks],
+        folder=folder,
     )
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -84,6 +88,21 @@ def test_a_trial_behind_the_others_is_pruned(study, tmp_path):
     assert state.stop.by == "prune"
     assert state.stop.reason.startswith("val/loss is worse")
     assert state.epoch == 2
+    assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
+
+
+def epochs_and_stop(folder):
+    fw.discover()
+    torch.manual_seed(0)
+    state = train(folder, BAD)
+    return state.epoch, state.stop.by
+
+
+def test_all_processes_of_a_trial_are_pruned_after_the_same_epoch(study, tmp_path):
+    (tmp_path / "results").mkdir()
+    folder = tmp_path / "003_seed-3"
+    ends = run_in_processes(epochs_and_stop, 2, tmp_path / "results", folder)
+    assert ends == [(2, "prune")] * 2
     assert study.trials[3].intermediate_values == {1: 5.0, 2: 4.5}
 
 

@@ -1,4 +1,8 @@
-"""Sharded tensors, of which each process of a run has a part (torch's DTensor)."""
+"""torch's DTensor: a tensor of which each process of a run has a part, as with strategy=fsdp.
+
+Texts call it a sharded tensor. The virtual shards of `trainer.shards` are something else: see
+`training/shards.py`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 ORDINARY = (Tensor, nn.Parameter)
+FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
+"""The optimizers whose fused kernels take sharded parameters."""
 
 
-def is_sharded(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
     """Return whether a value is a sharded tensor."""
     if type(value) in ORDINARY or not isinstance(value, Tensor):
         return False
@@ -18,37 +24,37 @@ def is_sharded(value: Any) -> bool:
     return isinstance(value, DTensor)
 
 
-def has_shards(model: nn.Module) -> bool:
+def has_dtensors(model: nn.Module) -> bool:
     """Return whether a parameter of a model is sharded."""
-    return any(map(is_sharded, model.parameters()))
+    return any(map(is_dtensor, model.parameters()))
 
 
 @torch.no_grad()
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its parts; collective for a sharded one."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return full
 
 
 @torch.no_grad()
-def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the part of a tensor that this process has of `like`, without communication.
 
     Args:
         tensor: with equal values in all processes.
         like: of the same shape; the tensor itself is returned if `like` is not sharded.
     """
-    if not is_sharded(like) or is_sharded(tensor):
+    if not is_dtensor(like) or is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Any = like
+    example: Any = like
     part = distribute_tensor(
         tensor.detach().to(like.device),
-        sharded.device_mesh,
-        sharded.placements,
+        example.device_mesh,
+        example.placements,
         src_data_rank=None,
     )
     return part.clone()  # the part may be a view, which would keep the memory of the tensor
@@ -73,7 +79,7 @@ class FullValues:
 
     def of(self, value: Any) -> Any:
         """Return a value with full tensors."""
-        if is_sharded(value):
+        if is_dtensor(value):
             return self._gathered(value)
         if isinstance(value, Mapping):
             return {key: self.of(item) for key, item in value.items()}
@@ -98,12 +104,12 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: the state does not fit the model.
     """
-    if not has_shards(model):
+    if not has_dtensors(model):
         model.load_state_dict(state)
         return
     own = model.state_dict()
     parts = {}
     for name, tensor in state.items():
         fits = name in own and own[name].shape == tensor.shape
-        parts[name] = sharded_like(tensor, own[name]) if fits else tensor
+        parts[name] = distribute_like(tensor, own[name]) if fits else tensor
     model.load_state_dict(parts)

@@ -1,0 +1,47 @@
+"""Collective operations of torch.distributed, as the strategies use them."""
+
+import torch
+from torch import Tensor, distributed
+
+from framework import processes
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(context: object, tensor: Tensor) -> Tensor:
+        return summed(tensor)
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        # The function itself, so that a gradient penalty finds the second derivative.
+        return sum_over_processes(gradient)
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, with gradients; the tensor if there is one."""
+    if not distributed.is_initialized():  # a copy of the model outside of the run
+        return tensor
+    result: Tensor = SumOverProcesses.apply(tensor)
+    return result
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, without gradients."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    with processes.communicating():
+        distributed.all_reduce(total)
+    return total
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Set a tensor of any dtype and memory format to that of the main process."""
+    if tensor.numel() == 0:
+        return
+    # A new flat tensor of bytes: not every backend sends bool, complex or strided tensors.
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    with processes.communicating():
+        distributed.broadcast(flat.view(torch.uint8), src=0)
+    with torch.no_grad():
+        tensor.copy_(flat.view(tensor.shape))
