@@ -40,6 +40,7 @@ from .readers.arrow_files import (
     is_text,
     layout_of,
     read_column,
+    require_name,
 )
 from .readers.class_folders import PART_FOLDERS
 from .readers.hf_folders import (
@@ -451,7 +452,7 @@ def choose_inputs(
     """Return the names of the columns of inputs.
 
     Raises:
-        DataError: there is no column that can be an input, or the target is among them.
+        DataError: there is no column that can be an input, or no target, or it is an input too.
     """
     if inputs:
         if target in inputs:
@@ -460,6 +461,7 @@ def choose_inputs(
                 "cannot be an input too"
             )
         return list(inputs)
+    require_name(file.schema, target, file.path)  # else it would be listed as a possible input
     encoded = []
     numbers = []
     for field in file.schema:

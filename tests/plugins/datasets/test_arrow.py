@@ -333,6 +333,8 @@ def test_wrong_columns_are_named(tmp_path, numbers, labels):
     several = write(tmp_path / "b.arrow", mixed)
     with pytest.raises(DataError, match=r"data\.inputs=\[text,a\]"):
         build(several)
+    with pytest.raises(DataError, match="no column 'lable'; did you mean 'label'"):
+        build(several, target="lable")
     with pytest.raises(DataError, match="expected one column of texts"):
         build(several, inputs=["a", "text"])
     ragged = {"a": [[1.0] * (1 + row % 2) for row in range(ROWS)], "label": labels}
