@@ -374,9 +374,7 @@ class Measures:
         Returns:
             Values by name, such as {"loss": 0.3, "accuracy": 0.9}.
         """
-        self._sum_up()
-        if self.strategy.world_size > 1:
-            self._add_other_processes()
+        self._collect()
         totals = [self.loss, *self.values.values(), *self.sums]
         numbers = torch.cat([total.reshape(-1) for total in totals]).to("cpu", torch.float64)
         parts = iter(torch.split(numbers, [total.numel() for total in totals]))
@@ -402,8 +400,11 @@ class Measures:
         self.values = {}
         self.restored = False
 
-    def _add_other_processes(self) -> None:
+    def _collect(self) -> None:
         """Replace the sums by those over all processes; one without a batch has none."""
+        self._sum_up()
+        if self.strategy.world_size == 1:
+            return
         states = self.strategy.gather(self.state_dict())
         self.load_state_dict(states[0])
         for state in states[1:]:

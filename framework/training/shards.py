@@ -69,8 +69,7 @@ class ShardedMeasures(Measures):
         strategy: Strategy,
         shards: int,
     ):
-        super().__init__(metrics, device, max_buffered)  # without a strategy: `read` gathers
-        self.processes = strategy
+        super().__init__(metrics, device, max_buffered, strategy)
         self.of_shards = [Measures(metrics, device, max_buffered) for _ in range(shards)]
         self.shard = 0
 
@@ -97,15 +96,10 @@ class ShardedMeasures(Measures):
         """Whether no batch was added since the last reading; it reads the device."""
         return all(measures.empty for measures in self.of_shards)
 
-    def agreed_empty(self) -> bool:
-        """Return whether no process has added a batch since the last reading (collective)."""
-        return all(self.processes.gather(self.empty))
-
-    def read(self) -> dict[str, float]:
-        """Return the means over all shards since the last reading (collective)."""
+    def _collect(self) -> None:
+        """Set the sums to those over all shards, added in order (collective)."""
         for state in self._of_all([measures.take() for measures in self.of_shards]):
             self.add_state(state)
-        return super().read()
 
     def all_states(self) -> list[dict[str, Any]]:
         """Return the state of each shard of all processes, in order (collective)."""
@@ -117,17 +111,17 @@ class ShardedMeasures(Measures):
         With another number of states, as of a run with other shards, the first shard gets them all.
         """
         own = len(self.of_shards)
-        if len(states) == own * self.processes.world_size:
-            first = self.processes.rank * own
+        if len(states) == own * self.strategy.world_size:
+            first = self.strategy.rank * own
             for measures, state in zip(self.of_shards, states[first : first + own], strict=True):
                 measures.load_state_dict(state)
-        elif self.processes.is_main:
+        elif self.strategy.is_main:
             for state in states:
                 self.of_shards[0].add_state(state)
 
     def _of_all(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the states of the shards of all processes (collective)."""
         states: list[dict[str, Any]] = []
-        for those in self.processes.gather(own):
+        for those in self.strategy.gather(own):
             states += those
         return states
