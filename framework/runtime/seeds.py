@@ -177,6 +177,14 @@ def undisturbed() -> Iterator[None]:
                 torch.cuda.set_rng_state_all(cuda)
 
 
+@contextmanager
+def stream(seed: int) -> Iterator[None]:
+    """Draw the random numbers of a seed in a block, and restore all global generators after it."""
+    with undisturbed():
+        seed_everything(seed)
+        yield
+
+
 def cuda_states() -> list[torch.Tensor]:
     """Return the state of each CUDA device; empty while no device is used."""
     if not torch.cuda.is_initialized():

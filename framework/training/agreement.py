@@ -112,8 +112,7 @@ def own_random_numbers(
     if strategy.world_size == 1:
         yield
         return
-    with seeds.undisturbed():
-        seeds.seed_everything(seeds.derive(seed, "step", step, part, strategy.rank))
+    with seeds.stream(seeds.derive(seed, "step", step, part, strategy.rank)):
         yield
 
 

@@ -91,8 +91,7 @@ class GradientsAgain(Transform):
         seed = seeds.derive(
             trainer.seed, "gradients again", trainer.state.step, trainer.strategy.rank
         )
-        with seeds.undisturbed():
-            seeds.seed_everything(seed)
+        with seeds.stream(seed):
             yield
 
 

@@ -12,8 +12,8 @@ from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.errors.user_code import describe
+from framework.runtime import seeds
 from framework.runtime.precision import Precision
-from framework.runtime.seeds import seed_everything, undisturbed
 
 from .stacked_forward import StackedForward
 from .stacked_update import NotStackable, StackedState
@@ -147,8 +147,7 @@ def run_seeded(run: Callable[[], Result]) -> Result:
         NotStackable: the function raises an error.
     """
     try:
-        with undisturbed():
-            seed_everything(0)
+        with seeds.stream(0):
             return run()
     except FrameworkError:
         raise
