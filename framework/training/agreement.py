@@ -74,12 +74,13 @@ def step_totals(
 @contextmanager
 def same_time(strategy: Strategy) -> Iterator[None]:
     """Let all processes read the time of the main process in a block (collective)."""
+    before = SHARED_TIME.agreed  # of a fit whose callback starts this one
     if strategy.world_size > 1:
         SHARED_TIME.agreed = strategy.from_main(time.monotonic())
     try:
         yield
     finally:
-        SHARED_TIME.agreed = None
+        SHARED_TIME.agreed = before
 
 
 def agreed_stop(strategy: Strategy, request: Stop | None) -> Stop | None:

@@ -9,7 +9,10 @@ from torch import nn
 
 import framework as fw
 from framework import Callback, Logger, Schedule, TensorSplit, Trainer
+from framework.contracts.strategy import Strategy
 from framework.registry.registry import Registry
+from framework.runtime.shared_time import SHARED_TIME
+from framework.training.agreement import same_time
 from runs import logged
 
 torch.manual_seed(5)
@@ -387,3 +390,18 @@ def test_a_time_cadence_starts_with_the_fit(monkeypatch):
     clock[0] = 1000.0
     lines, _ = fit(trainer, record)
     assert [step for step, _, values in lines if "val/loss" in values] == [2]
+
+
+def test_a_fit_in_a_callback_leaves_the_agreed_time_of_the_outer_fit():
+    class Two(Strategy):
+        world_size = 2
+
+        def from_main(self, value):
+            return value
+
+    with same_time(Two()):
+        SHARED_TIME.agreed = 7.0
+        with same_time(Strategy()):
+            pass
+        assert SHARED_TIME.now() == 7.0
+    assert SHARED_TIME.agreed is None
