@@ -33,7 +33,6 @@ from framework.training.validation import (
     check_has_rate,
     check_loss_parameters,
     check_schedule,
-    check_shared_batch,
     check_step_alone,
 )
 
@@ -196,7 +195,6 @@ class Experiment:
         settings = self.spec.sections["trainer"]
         processes = settings["devices"] or 1
         check_processes(self.spec, processes)
-        check_shared_batch(self.train_batches.batch_size, processes)
         batch = first_batch(self.train_batches)
         plan = make_plan(
             self.model,
@@ -437,7 +435,6 @@ def prepare_run(
     if spec.init_from is not None and resumed is None:
         say(initialize_from(built.model, spec.init_from))
     check_alike(strategy, spec, built.data, built.task, built.out_shape)
-    check_shared_batch(built.train_batches.batch_size, strategy.world_size)
     trainer = built.trainer(strategy)
     threads = built.threads()
     if not any(isinstance(callback, SavingCallback) for callback in trainer.callbacks):
