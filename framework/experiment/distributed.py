@@ -1,6 +1,5 @@
 """A run with several processes: connecting them, and what all of them must have in common."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from .config_changes import fingerprint
 from .resume import Resumed, open_folder
 from .run_facts import data_facts
 
-MOST_PER_CORE = 4  # processes; more would only wait for each other
 DIFFERENT = {
     "config": "settings",
     "framework": "version of framework",
@@ -47,17 +45,6 @@ def check_processes(spec: Spec, count: int) -> None:
             "torchrun has started; it can be left out"
         )
     check_shared_batch(spec.sections["loader"]["batch_size"], count)
-    cores = os.cpu_count() or 1
-    if devices is not None and devices > MOST_PER_CORE * cores and on_cpu(spec):
-        raise SettingError(
-            f"trainer.devices={devices}: expected at most {MOST_PER_CORE * cores} processes on the "
-            f"{cores} cores of this machine"
-        )
-
-
-def on_cpu(spec: Spec) -> bool:
-    """Return whether an experiment trains on the CPU."""
-    return find_device(spec.sections["trainer"]["device"]).type == "cpu"
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from framework.composition.sources import Sources
 from framework.composition.spec import Spec, read_spec
 from framework.contracts.state import Stop
@@ -40,6 +42,7 @@ COMMAND = "process"
 REQUEST = "request.yaml"
 RESULT = "result.json"
 OUTPUT = "output.txt"
+MOST_PER_CORE = 4  # processes; more would only wait for each other
 
 
 class ProcessFailed(FrameworkError):
@@ -92,7 +95,7 @@ def launch(request: Request) -> Result | int:
     trainer = request.spec.sections["trainer"]
     devices = trainer["devices"]
     check_processes(request.spec, devices)
-    find_device(trainer["device"])
+    check_cores(devices, find_device(trainer["device"]))
     with tempfile.TemporaryDirectory(prefix="framework-") as name:
         folder = Path(name)
         write_request(folder, request)
@@ -100,6 +103,16 @@ def launch(request: Request) -> Result | int:
         if status:
             return status
         return read_result(folder)
+
+
+def check_cores(devices: int, device: torch.device) -> None:
+    """Raise SettingError for more processes than the cores of this machine can run."""
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and devices > MOST_PER_CORE * cores:
+        raise SettingError(
+            f"trainer.devices={devices}: expected at most {MOST_PER_CORE * cores} processes on the "
+            f"{cores} cores of this machine"
+        )
 
 
 def run(folder: Path, devices: int, request: Request) -> int:

@@ -6,6 +6,7 @@ import socket
 import textwrap
 
 import pytest
+import torch
 
 from distributed_runs import run_command, run_commands
 from framework.composition.compose import Job
@@ -14,6 +15,7 @@ from framework.experiment.distributed import check_processes
 from framework.experiment.launch import (
     ProcessFailed,
     Request,
+    check_cores,
     launch,
     read_errors,
     read_result,
@@ -234,3 +236,11 @@ def test_processes_without_a_launcher_report_each_error_in_one_line(tmp_path):
     lines = [line for each in small for line in errors_in(each.stderr)]
     assert "batch_size=1" in lines[0]
     assert not (tmp_path / "runs/default").exists()
+
+
+def test_more_processes_than_the_cores_can_run_are_refused(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    check_cores(8, torch.device("cpu"))
+    check_cores(1000, torch.device("cuda"))
+    with pytest.raises(SettingError, match="at most 8 processes on the 2 cores"):
+        check_cores(9, torch.device("cpu"))
