@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from framework import SettingError
+from framework import SettingError, processes
 from framework.contracts.strategy import BatchStatistics, RowBatchNorm
 
-from .collectives import sum_over_processes
+from .collectives import sum_over_processes, summed
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,22 +73,99 @@ def normalized(module: BatchNorm, inputs: Tensor) -> Tensor:
     """Return the result of a module for inputs (samples, channels, ...)."""
     if not module.training or not distributed.is_initialized():
         return nn.BatchNorm1d.forward(module, inputs)  # type: ignore[arg-type]  # the same for all
-    axes = [axis for axis in range(inputs.ndim) if axis != 1]
-    shape = [1, -1] + [1] * (inputs.ndim - 2)
     values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-    channels = values.shape[1]
-
-    count = values.new_full((1,), values.numel() / max(channels, 1))
-    sums = sum_over_processes(torch.cat([values.sum(axes), count]))
-    count = sums[-1].detach()
-    mean = sums[:-1] / count
-    centered = values - mean.view(shape)
-    variance = sum_over_processes(centered.square().sum(axes)) / count
-    update_statistics(module, mean.detach(), variance.detach() * (count / (count - 1)))
-    result = centered * torch.rsqrt(variance + module.eps).view(shape)
-    if module.affine:
-        result = result * module.weight.view(shape) + module.bias.view(shape)
+    result: Tensor = JointBatchNorm.apply(values, module.weight, module.bias, module)
     return result.to(inputs.dtype)
+
+
+class JointBatchNorm(torch.autograd.Function):
+    """Batch normalization by the statistics of all processes.
+
+    Ioffe and Szegedy, "Batch Normalization" (2015), section 3. The deviations of the processes are
+    added as in Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances" (1979), so that no large squares are subtracted. Forward and backward have one
+    collective operation each.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, module: BatchNorm
+    ) -> Tensor:
+        axes, shape = axes_and_shape(inputs)
+        own_mean = inputs.mean(axes)
+        centered = inputs - own_mean.view(shape)
+        own_count = inputs.new_full(own_mean.shape, inputs.numel() / max(len(own_mean), 1))
+        own = torch.stack([own_mean, centered.square().sum(axes), own_count])
+        means, deviations, counts = gathered(own).unbind(1)
+
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        deviation = (deviations + counts * (means - mean).square()).sum(0)
+        update_statistics(module, mean, deviation / (count - 1))
+
+        factor = torch.rsqrt(deviation / count + module.eps)
+        context.save_for_backward(inputs, weight, bias, mean, factor, count)
+        context.module = module
+        scale = factor if weight is None else factor * weight
+        shift = (own_mean - mean) * scale
+        if bias is not None:
+            shift += bias
+        return centered.mul_(scale.view(shape)).add_(shift.view(shape))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        inputs, weight, bias, mean, factor, count = context.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, as of a gradient penalty
+            return (*differentiable(context, gradient), None)
+
+        axes, shape = axes_and_shape(inputs)
+        centered = inputs - mean.view(shape)
+        sums = torch.stack([gradient.sum(axes), (gradient * centered).sum(axes)])
+        of_bias = None if bias is None else sums[0]
+        of_weight = None if weight is None else sums[1] * factor
+        of_inputs = None
+        if context.needs_input_grad[0]:
+            scale = factor if weight is None else factor * weight
+            mean_gradient, mean_product = (summed(sums) / count).unbind()
+            slope = -scale * factor.square() * mean_product
+            of_inputs = centered.mul_(slope.view(shape)).sub_((scale * mean_gradient).view(shape))
+            of_inputs.addcmul_(gradient, scale.view(shape))
+        return of_inputs, of_weight, of_bias, None
+
+
+def differentiable(context: Any, gradient: Tensor) -> list[Tensor | None]:
+    """Return the gradients of `JointBatchNorm` by operations that have derivatives themselves."""
+    inputs, weight, bias, *_ = context.saved_tensors
+    axes, shape = axes_and_shape(inputs)
+    count = inputs.new_full((1,), inputs.numel() / max(inputs.shape[1], 1))
+    sums = sum_over_processes(torch.cat([inputs.sum(axes), count]))
+    count = sums[-1].detach()
+    centered = inputs - (sums[:-1] / count).view(shape)
+    variance = sum_over_processes(centered.square().sum(axes)) / count
+    result = centered * torch.rsqrt(variance + context.module.eps).view(shape)
+    if weight is not None:
+        result = result * weight.view(shape)
+    if bias is not None:
+        result = result + bias.view(shape)
+
+    arguments = [inputs, weight, bias]
+    wanted = [each for each, need in zip(arguments, context.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(result, wanted, gradient, create_graph=True))
+    return [next(found) if need else None for need in context.needs_input_grad[:3]]
+
+
+def axes_and_shape(inputs: Tensor) -> tuple[list[int], list[int]]:
+    """Return the axes but that of channels, and the shape of channels to broadcast."""
+    axes = [axis for axis in range(inputs.ndim) if axis != 1]
+    return axes, [1, -1] + [1] * (inputs.ndim - 2)
+
+
+def gathered(own: Tensor) -> Tensor:
+    """Return a tensor of each process, stacked by rank (collective)."""
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    with processes.communicating():
+        distributed.all_gather(parts, own)
+    return torch.stack(parts)
 
 
 @torch.no_grad()
