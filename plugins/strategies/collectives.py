@@ -1,5 +1,7 @@
 """Collective operations of torch.distributed, as the strategies use them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, distributed
 
@@ -35,13 +37,20 @@ def summed(tensor: Tensor) -> Tensor:
     return total
 
 
-def broadcast(tensor: Tensor) -> None:
-    """Set a tensor of any dtype and memory format to that of the main process."""
-    if tensor.numel() == 0:
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Set tensors of any dtype and memory format on one device to those of the main process."""
+    # New flat tensors of bytes: not every backend sends bool, complex or strided tensors.
+    flat = [
+        tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+        for tensor in tensors
+    ]
+    if not flat:
         return
-    # A new flat tensor of bytes: not every backend sends bool, complex or strided tensors.
-    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    together = torch.cat([each.view(torch.uint8) for each in flat])
     with processes.communicating():
-        distributed.broadcast(flat.view(torch.uint8), src=0)
+        distributed.broadcast(together, src=0)
     with torch.no_grad():
-        tensor.copy_(flat.view(tensor.shape))
+        parts = together.split([each.nbytes for each in flat])
+        for tensor, each, part in zip(tensors, flat, parts, strict=True):
+            each.view(torch.uint8).copy_(part)
+            tensor.copy_(each.view(tensor.shape))

@@ -25,11 +25,15 @@ class DDP(ProcessGroup):
     normalization uses the samples of all processes.
 
     Args:
+        sync_batch_norm: whether batch norms use the samples of all processes. If not, each process
+            normalizes by its own samples, which is faster, but the gradients depend on the number
+            of processes; the running statistics are those of the main process.
         timeout_seconds: longest time to wait for the other processes.
     """
 
-    def __init__(self, timeout_seconds: PositiveFloat = 300.0):
+    def __init__(self, sync_batch_norm: bool = True, timeout_seconds: PositiveFloat = 300.0):
         super().__init__(timeout_seconds)
+        self.sync_batch_norm = sync_batch_norm
         self.replaced: list[Replacement] = []
         self.buffers: ChangingBuffers | None = None
 
@@ -67,14 +71,15 @@ class DDP(ProcessGroup):
         tensors = shared_tensors(model, optimizer)
         check_same_model(self, tensors)
         for tensor in tensors.values():
-            broadcast(tensor)
+            broadcast([tensor])
 
     def join_batch_norms(self, model: nn.Module) -> None:
         """Let batch norms use the samples of all processes, and find the buffers to share."""
-        self.replaced = list(replacements(model))
+        if self.sync_batch_norm:
+            self.replaced = list(replacements(model))
         for replacement in self.replaced:
             replacement.apply()
-        self.buffers = ChangingBuffers(model)
+        self.buffers = ChangingBuffers(model, but={each.module for each in self.replaced})
 
     def finish(self, model: nn.Module) -> None:
         for replacement in self.replaced:
@@ -89,24 +94,24 @@ class DDP(ProcessGroup):
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         if self.world_size == 1:
             return loss
-        used = [parameter.grad is not None for parameter in parameters]
-        facts = torch.tensor([0.0, *map(float, used)], dtype=torch.float64, device=loss.device)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        used = [parameter.grad is not None for parameter in trained]
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        facts = torch.tensor([0.0, *map(float, used)], dtype=dtype, device=loss.device)
         facts[0] = loss.detach()
-        with processes.communicating():
-            distributed.all_reduce(facts)
-        shared = parameters
-        if not all(used):  # only then: it waits for the device
-            counts = facts[1:].tolist()
-            shared = [each for each, count in zip(parameters, counts, strict=True) if count > 0]
         gradients = []
-        for parameter in shared:
+        for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             check_dense(parameter.grad)
             gradients.append(parameter.grad)
         with torch.no_grad(), processes.communicating():
-            for bucket in buckets_of(gradients):
+            for bucket in buckets_of([facts, *gradients]):
                 sum_in_place(bucket)
+        if not all(used):  # only then: it waits for the device
+            for parameter, count in zip(trained, facts[1:].tolist(), strict=True):
+                if count == 0:
+                    parameter.grad = None
         return facts[0].to(loss.dtype)
 
 

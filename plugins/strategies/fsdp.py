@@ -57,6 +57,7 @@ class FSDP(DDP):
             autocast, use trainer.precision.
         reduce_dtype: number format in which gradients are summed; null: that of the gathered
             parameters.
+        sync_batch_norm: as of `ddp`.
         timeout_seconds: longest time to wait for the other processes.
     """
 
@@ -67,9 +68,10 @@ class FSDP(DDP):
         units: PositiveInt | list[str] = 1_000_000,
         param_dtype: Literal["fp32", "bf16"] | None = None,
         reduce_dtype: Literal["fp32", "bf16"] | None = None,
+        sync_batch_norm: bool = True,
         timeout_seconds: PositiveFloat = 300.0,
     ):
-        super().__init__(timeout_seconds)
+        super().__init__(sync_batch_norm, timeout_seconds)
         if mesh is not None and len(mesh) not in (1, 2):
             raise SettingError(
                 f"strategy.mesh={mesh}: expected [shards] or [replicas, shards], got {len(mesh)} "

@@ -89,13 +89,17 @@ class Ours:
 
     Args:
         strategy: the name of the strategy; None for a Trainer that gets none.
+        settings: of the strategy.
     """
 
-    def __init__(self, strategy: str | None):
+    def __init__(self, strategy: str | None, **settings: Any):
         self.strategy = strategy
+        self.settings = settings
 
     def __call__(self, epoch_end: Callable[[], None]) -> None:
-        strategy = None if self.strategy is None else fw.strategies.build(self.strategy)
+        strategy = (
+            None if self.strategy is None else fw.strategies.build(self.strategy, **self.settings)
+        )
         model = network()
         trainer = fw.Trainer(
             max_epochs=EPOCHS,
@@ -118,6 +122,7 @@ CONTENDERS = [
     Contender("ours, 1 process, strategy=single", 1, Ours("single")),
     Contender("hand-written DDP, 2 processes", 2, handwritten),
     Contender("ours, strategy=ddp, 2 processes", 2, Ours("ddp")),
+    Contender("ours, ddp, sync_batch_norm=false", 2, Ours("ddp", sync_batch_norm=False)),
     Contender("ours, strategy=fsdp, 2 processes", 2, Ours("fsdp")),
 ]
 

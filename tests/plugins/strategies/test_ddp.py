@@ -258,6 +258,29 @@ def copies_of_the_model():
     return has_method, found, callback.values
 
 
+def batches_of_even_size():
+    return list(zip(INPUTS[:64].split(8), CLASSES[:64].split(8), strict=True))
+
+
+def own_batch_norm():
+    """Return the weights with batch norms of each process: ours, and those of torch's DDP."""
+    strategy = fw.strategies.build("ddp", sync_batch_norm=False)
+    model = mlp(nn.BatchNorm1d(16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(max_epochs=1, device="cpu", strategy=strategy, micro_batch=4)
+    trainer.fit(model, batches_of_even_size(), task=nn.CrossEntropyLoss(), optimizer=optimizer)
+
+    plain = mlp(nn.BatchNorm1d(16))
+    parallel = nn.parallel.DistributedDataParallel(plain)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for inputs, classes in batches_of_even_size():
+        own = slice(4 * fw_rank(), 4 * fw_rank() + 4)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(parallel(inputs[own]), classes[own]).backward()
+        optimizer.step()
+    return dict(model.state_dict()), dict(plain.state_dict())
+
+
 def nothing_is_left_after_an_error():
     model = mlp(nn.BatchNorm1d(16))
     with pytest.raises(ValueError, match="broken"):
@@ -452,6 +475,7 @@ def several_processes(folder):
         "fp16": small_numbers("fp16"),
         "masks": masks(),
         "memory": memory_is_full(),
+        "own batch norm": own_batch_norm(),
         "error": nothing_is_left_after_an_error(),
         "trainers": one_strategy_for_two_trainers(),
         "resumed": interrupted(batches_in_order),
@@ -516,6 +540,14 @@ def test_a_process_whose_memory_is_full_repeats_its_part_alone(two, results):
     expected = results[0]["plain"]["losses"]
     assert main["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     assert not other["train/loss"]
+
+
+def test_batch_norms_of_each_process_give_the_result_of_torch(two):
+    for ours, expected in (each["own batch norm"] for each in two[:1]):  # the main process
+        for key, tensor in expected.items():
+            torch.testing.assert_close(ours[key], tensor, msg=key)
+    (main, _), (other, _) = (each["own batch norm"] for each in two)
+    assert_same(main, other)
 
 
 def test_an_error_leaves_the_batch_norms_as_they_were(two):
