@@ -158,8 +158,27 @@ def interruptible() -> Iterator[Interrupt]:
             current.exits = exited
         return
     interrupt = Interrupt()
-    with handled(ending_signals(), interrupt):
+    with handled(ending_signals(), interrupt), without_lost_exceptions():
         yield interrupt
+
+
+@contextmanager
+def without_lost_exceptions() -> Iterator[None]:
+    """Print nothing for the exception of a signal that arrives in a destructor.
+
+    Python cannot raise it there, as in that of a DataLoader's iterator, and prints a traceback.
+    """
+    before = sys.unraisablehook
+
+    def print_others(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt | SystemExit):
+            before(lost)
+
+    sys.unraisablehook = print_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def received() -> int | None:

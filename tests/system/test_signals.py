@@ -117,6 +117,26 @@ def test_a_signal_whose_exception_is_lost_stops_the_next_run():
     assert interrupt.received == signal.SIGTERM
 
 
+IN_DESTRUCTOR = """
+import signal
+from framework.system.signals import interruptible
+
+class Deleted:  # as the iterator of a DataLoader
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+with interruptible() as interrupt:
+    Deleted()
+    print(interrupt.received)
+"""
+
+
+def test_the_exception_of_a_signal_in_a_destructor_prints_nothing():
+    command = [sys.executable, "-c", IN_DESTRUCTOR]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("15\n", "")
+
+
 def test_a_signal_after_the_last_step_is_not_lost():
     with interruptible() as interrupt:
         with stopping([]):
