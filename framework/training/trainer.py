@@ -39,7 +39,7 @@ from framework.data.accumulation import (
     training_epoch,
 )
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
-from framework.errors import DataError, SettingError
+from framework.errors import DataError, SettingError, short
 from framework.errors.torch_errors import torch_errors
 from framework.errors.user_code import describe
 from framework.registry.annotations import PositiveInt
@@ -182,9 +182,8 @@ class Trainer(Evaluator):
         check_arguments(Trainer, settings)
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
-        refused = settings_refused(settings)
-        if refused:
-            raise SettingError(next(iter(refused.values())))
+        for name, reason in settings_refused(settings).items():
+            raise SettingError(f"{name}={short(settings[name], quote=False)}: {reason}")
         super().__init__(
             device, precision, deterministic, seed, MicroBatches(micro_batch), strategy, shards
         )

@@ -141,7 +141,7 @@ def test_a_fit_chooses_and_its_state_has_the_choice(uncompiled):
 
 
 def test_auto_is_refused_where_results_must_not_depend_on_time():
-    with pytest.raises(SettingError, match="compile=auto chooses by measured times"):
+    with pytest.raises(SettingError, match="compile=auto: expected off, model or step"):
         Trainer(max_epochs=1, compile="auto", deterministic=True)
 
 
