@@ -581,6 +581,8 @@ class Trainer(Evaluator):
                 self.modes.train()
                 self.emit("fit_start")
                 self.modes.keep_choice()
+                if self.strategy.world_size > 1:
+                    self._agree_on_stop()
                 yield
                 self._finish()
                 if self.strategy.world_size > 1:
@@ -747,7 +749,7 @@ class Trainer(Evaluator):
         self.at_boundary = True
 
     def _agree_on_stop(self) -> None:
-        """End all processes after this step if one of them has to end."""
+        """End all processes before the next step if one of them has to end (collective)."""
         request = self._stop_request or self.state.stop
         self.state.stop = agreed_stop(self.strategy, request)
 
