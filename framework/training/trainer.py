@@ -61,7 +61,7 @@ from .acceleration.compile_choice import CompileChoice
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
-from .agreement import agreed_stop, same_time, share_generators
+from .agreement import agreed_stop, compared, same_time, share_generators
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -656,8 +656,11 @@ class Trainer(Evaluator):
             DataError: the data ends before the last step.
         """
         state = self.state
-        share_generators(self.strategy)
-        batches = training_epoch(self.train_batches, state.epoch, state.batch, self.accumulate)
+        loader = self.train_batches
+        share_generators(self.strategy, loader)
+        batches = training_epoch(loader, state.epoch, state.batch, self.accumulate)
+        if self.strategy.world_size > 1:
+            batches = compared(self.strategy, loader, batches)
         if self._single is not None:
             batches = self._try_single_sample(batches)
         steps_left = 0
