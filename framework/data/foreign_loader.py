@@ -260,7 +260,8 @@ def checksum(tensor: Tensor) -> Checksum:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return Checksum(shape, 0)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return Checksum(shape, zlib.crc32(memoryview(flat.view(torch.uint8).numpy())))
+    numbers: Any = flat.view(torch.uint8).numpy()
+    return Checksum(shape, zlib.crc32(numbers))
 
 
 def set_epoch(source: Any, epoch: int) -> None:
