@@ -31,7 +31,7 @@ from framework.training.validation import check_shared_batch
 
 from .distributed import check_processes, connected
 from .experiment import Experiment
-from .launch import RESULT, Request, run as run_processes, write_request
+from .launch import RESULT, Request, run_request, write_request
 from .log_start import first_batch
 
 OVERFIT_STEPS = 100  # at most, of overfitting one batch
@@ -306,7 +306,7 @@ def gradients_of_processes(spec: Spec, data: Data) -> dict[str, Tensor]:
     with TemporaryDirectory(prefix="framework-check-") as name:
         folder = Path(name)
         write_request(folder, request)
-        status = run_processes(folder, PROCESSES, request)
+        status = run_request(folder, PROCESSES, request)
         if status:
             sys.exit(status)
         with open_file(folder, GRADIENTS) as file:
