@@ -104,6 +104,16 @@ class Strategy:
         """
         return Estimate(memory, 0)
 
+    def check_processes(self, count: int) -> None:
+        """Check that the strategy is one for some number of processes, before `start`.
+
+        Args:
+            count: the number of processes of the run.
+
+        Raises:
+            SettingError: it is not.
+        """
+
     def start(self, device: torch.device) -> torch.device:
         """Connect the processes before anything else is called; return the device of this one.
 

@@ -113,6 +113,7 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
             f"strategy: this is one of {processes} processes (WORLD_SIZE), which would all train "
             "the same model: pass strategy=fw.strategies.build('ddp')"
         )
+    strategy.check_processes(processes)
     devices = settings["devices"]
     if devices is not None and devices != strategy.world_size:
         raise SettingError(

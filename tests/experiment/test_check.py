@@ -90,7 +90,7 @@ def test_each_phase_of_a_task_learns_one_batch_alone(plugin):
         "loss of phase fit",
         "loss of phase undo",
     ]
-    with pytest.raises(RunError, match="^loss of phase fit of one batch: .* is not learned"):
+    with pytest.raises(RunError, match=r"^loss of phase fit of one batch: .* is not learned"):
         checked("task=opposed", "metrics=[]", "optimizer.lr=1e-9", plugins=[plugin])
 
 
