@@ -3,13 +3,25 @@
 import pytest
 
 import framework as fw
+from distributed_runs import environment
 from framework.errors import SettingError
 
 
-def test_single_refuses_several_processes(monkeypatch):
+@pytest.fixture
+def one_of_two(one_of_two):
+    """Return a function that makes this process one of two."""
+
+    def start():
+        for name, value in environment(0, 2, 1).items():
+            monkeypatch.setenv(name, value)
+
+    return start
+
+
+def test_single_refuses_several_processes(one_of_two):
     """Each of them would train the whole model on all data."""
     fw.Trainer(max_steps=1, strategy=fw.strategies.build("single"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    one_of_two()
     for strategy in (fw.strategies.build("single"), None):
         with pytest.raises(SettingError, match="^strategy.* processes"):
             fw.Trainer(max_steps=1, strategy=strategy)
@@ -21,8 +33,8 @@ class OfPairs(fw.Strategy):
             raise SettingError(f"strategy=of_pairs: expected an even number, got {count}")
 
 
-def test_a_strategy_decides_on_the_number_of_processes(monkeypatch):
+def test_a_strategy_decides_on_the_number_of_processes(one_of_two):
     with pytest.raises(SettingError, match="expected an even number, got 1"):
         fw.Trainer(max_steps=1, strategy=OfPairs())
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    one_of_two()
     fw.Trainer(max_steps=1, strategy=OfPairs())
