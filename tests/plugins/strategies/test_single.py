@@ -8,7 +8,7 @@ from framework.errors import SettingError
 
 
 @pytest.fixture
-def one_of_two(one_of_two):
+def one_of_two(monkeypatch):
     """Return a function that makes this process one of two."""
 
     def start():
@@ -23,7 +23,7 @@ def test_single_refuses_several_processes(one_of_two):
     fw.Trainer(max_steps=1, strategy=fw.strategies.build("single"))
     one_of_two()
     for strategy in (fw.strategies.build("single"), None):
-        with pytest.raises(SettingError, match="^strategy.* processes"):
+        with pytest.raises(SettingError, match=r"^strategy.* processes"):
             fw.Trainer(max_steps=1, strategy=strategy)
 
 
