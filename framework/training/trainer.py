@@ -57,7 +57,7 @@ from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
 from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
-from .acceleration.compile_choice import CompileChoice
+from .acceleration.compile_choice import CompileChoice, StepKind
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
@@ -635,6 +635,11 @@ class Trainer(Evaluator):
     def done(self) -> bool:
         """Whether a limit is reached, or the run was stopped."""
         return self.state.stop is not None or self.at_limit
+
+    @property
+    def step_kind(self) -> StepKind | None:
+        """The kind of steps that `compile=auto` has kept; None if it has kept none."""
+        return self.compile_choice.kind if self.compile == "auto" else None
 
     @property
     def at_limit(self) -> bool:
