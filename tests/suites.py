@@ -58,6 +58,7 @@ SUITE_OF = {
     "runtime/test_device.py": "unit",
     "runtime/test_memory_format.py": "unit",
     "runtime/test_seeds.py": "unit",
+    "runtime/test_connection.py": "system",
     "runtime/test_shared_memory.py": "system",
     "runtime/test_threads.py": "unit",
     "runtime/torch_internals": "unit",

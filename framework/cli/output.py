@@ -74,7 +74,9 @@ def effort(result: Result) -> str:
 
 
 def time_lines(result: Result) -> Iterator[str]:
-    """Yield the shares of the training time, and those of several processes."""
+    """Yield the kind of steps, the shares of the training time, and those of several processes."""
+    if result.step_kind is not None:
+        yield f"compile  {result.step_kind} steps, which compile=auto has kept"
     if result.shares:
         shares = [f"{share}% {part}" for part, share in percent(result.shares).items() if share]
         yield f"time     {', '.join(shares)}"

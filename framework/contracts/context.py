@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from signal import Signals
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class Context(Protocol):
     @property
     def compile(self) -> str:
         """The part that `torch.compile` compiles: "off", "model", "step" or "auto"."""
+
+    @property
+    def step_kind(self) -> Literal["compiled", "eager"] | None:
+        """The kind of steps that `compile=auto` has kept; None if it has kept none."""
 
     @property
     def cuda_graph(self) -> str:

@@ -130,16 +130,11 @@ class Cadence:
     """
 
     def __init__(self, every: str, setting: str = "every"):
-        match = re.fullmatch(EVERY, every)
-        if match is None or float(match[1]) <= 0:
-            raise SettingError(
-                f"{setting}: expected a cadence like 10steps, 1epoch or 5min, got {every!r}"
-            )
+        reason = cadence_refused(every)
+        if reason is not None:
+            raise SettingError(f"{setting}={short(every, quote=False)}: {reason}")
         self.every = every
-        self.unit = match[2].rstrip("s") if match[2] != "s" else "s"
-        self.number = float(match[1])
-        if self.unit in ("step", "epoch") and self.number != int(self.number):
-            raise SettingError(f"{setting}: expected a whole number of {self.unit}s, got {every!r}")
+        self.number, self.unit = parse_cadence(every)
         self._last = SHARED_TIME.now()
 
     def restart(self) -> None:
@@ -162,6 +157,31 @@ class Cadence:
             return False
         self._last = now
         return True
+
+
+def parse_cadence(every: str) -> tuple[float, str]:
+    """Return the number and the unit of a cadence: step, epoch, s, min or h.
+
+    Raises:
+        ValueError: the text is not a cadence.
+    """
+    match = re.fullmatch(EVERY, every)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError("expected a cadence like 10steps, 1epoch or 5min")
+    number = float(match[1])
+    unit = match[2].rstrip("s") if match[2] != "s" else "s"
+    if unit in ("step", "epoch") and number != int(number):
+        raise ValueError(f"expected a whole number of {unit}s")
+    return number, unit
+
+
+def cadence_refused(every: str) -> str | None:
+    """Return the reason why a text is not a cadence; None for a cadence."""
+    try:
+        parse_cadence(every)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Stateful:

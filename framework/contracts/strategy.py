@@ -104,6 +104,16 @@ class Strategy:
         """
         return Estimate(memory, 0)
 
+    def check_processes(self, count: int) -> None:
+        """Check that the strategy is one for some number of processes, before `start`.
+
+        Args:
+            count: the number of processes of the run.
+
+        Raises:
+            SettingError: it is not.
+        """
+
     def start(self, device: torch.device) -> torch.device:
         """Connect the processes before anything else is called; return the device of this one.
 
@@ -127,7 +137,7 @@ class Strategy:
         """Disconnect this process. The other processes need not be ready."""
 
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
     ) -> None:
         """Give all processes the same weights, or each its part of them (collective).
 
@@ -136,7 +146,7 @@ class Strategy:
         Args:
             model: the model in training.
             optimizer: over its parameters.
-            joint_batch_norm: whether batch normalization uses the samples of all processes, and
+            sync_batch_norm: whether batch normalization uses the samples of all processes, and
                 `share_buffers` the buffers of the main one; False with `trainer.shards`, where
                 each shard has its own.
 

@@ -1,10 +1,12 @@
 """Iterables of batches that are not a `Loader`, such as a DataLoader or a list of batches."""
 
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDataset
 
 from framework.errors import DataError, short
@@ -23,6 +25,13 @@ READS_FROM = ("loader", "dataloader", "batch_sampler", "sampler", "dataset")
 """Attributes of loaders and samplers with the objects that they read from."""
 
 
+class Checksum(NamedTuple):
+    """The shape and a checksum of a tensor, to compare it between processes."""
+
+    shape: tuple[int, ...]
+    crc: int
+
+
 class ForeignLoader:
     """Reads an iterable of batches without changing it.
 
@@ -36,6 +45,11 @@ class ForeignLoader:
     Args:
         batches: the iterable.
         memory_format: the format that images are converted to.
+
+    Attributes:
+        slice: the rows that this process uses of each batch. Each process reads whole batches.
+        first_batch: checksums of the first whole batch of the last epoch that was read; empty
+            without a slice.
 
     Raises:
         DataError: `batches` is not iterable.
@@ -59,6 +73,7 @@ class ForeignLoader:
         self.batches = batches
         self.memory_format = memory_format
         self.slice = BatchSlice()
+        self.first_batch: list[Checksum] = []
         self.reuses_memory = not makes_new_tensors(batches)
         self.copies: CopyStream | None = None
         self.started = False
@@ -161,13 +176,32 @@ class ForeignLoader:
         """Return an iterator over batches as tuples of tensors, copied and converted as needed."""
         batches = map(as_batch, iterator)
         if not self.slice.is_whole:
-            batches = map(self.slice.of_batch, batches)
+            batches = map(self.slice.of_batch, self._with_checksums(batches))
         if self.copies is None:
             return map(self.memory_format.convert, batches)
         reads = ((batch, None) for batch in batches)
         ahead = isinstance(self.batches, DataLoader)
         copied = self.copies.ahead(reads) if ahead else self.copies.in_turn(reads)
         return (self.memory_format.convert(batch) for batch, _ in copied)
+
+    def _with_checksums(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches, and set `first_batch`."""
+        self.first_batch = []
+        for batch in batches:
+            self.first_batch = [checksum(tensor) for tensor in batch]
+            yield batch
+            break
+        yield from batches
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of the loader, its samplers and its data set."""
+        found: list[torch.Generator] = []
+        for part in read_objects(self.batches):
+            generator = getattr(part, "generator", None)
+            is_new = all(generator is not other for other in found)
+            if isinstance(generator, torch.Generator) and is_new:
+                found.append(generator)
+        return found
 
     def _iterate(self, start: int) -> Iterator[Any]:
         """Return an iterator that begins with batch number `start`.
@@ -220,8 +254,25 @@ def known_length(source: Any) -> int | None:
         return None
 
 
+def checksum(tensor: Tensor) -> Checksum:
+    """Return the shape and a checksum of a tensor; of one that is not dense only the shape."""
+    shape = tuple(tensor.shape)
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return Checksum(shape, 0)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    numbers: Any = flat.view(torch.uint8).numpy()
+    return Checksum(shape, zlib.crc32(numbers))
+
+
 def set_epoch(source: Any, epoch: int) -> None:
     """Call `set_epoch` of a loader and of its samplers, batch samplers and data sets, once each."""
+    for part in read_objects(source):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def read_objects(source: Any) -> Iterator[Any]:
+    """Yield a loader, its samplers, batch samplers and data sets, once each."""
     waiting = [source]
     seen: list[Any] = []
     while waiting:
@@ -229,8 +280,7 @@ def set_epoch(source: Any, epoch: int) -> None:
         if part is None or isinstance(part, type) or any(part is other for other in seen):
             continue
         seen.append(part)
-        if callable(getattr(part, "set_epoch", None)):
-            part.set_epoch(epoch)
+        yield part
         waiting += [getattr(part, name, None) for name in READS_FROM]
         if isinstance(part, ConcatDataset | ChainDataset):
             waiting += part.datasets

@@ -31,7 +31,7 @@ from framework.training.validation import check_shared_batch
 
 from .distributed import check_processes, connected
 from .experiment import Experiment
-from .launch import RESULT, Request, run as run_processes, write_request
+from .launch import RESULT, Request, run_request, write_request
 from .log_start import first_batch
 
 OVERFIT_STEPS = 100  # at most, of overfitting one batch
@@ -90,8 +90,8 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         def resumed() -> Trainer:
             return fit(Experiment(spec, data), folder, resume=state)
 
-        def overfitted() -> Sequence[float]:
-            return overfit_one_batch(Experiment(spec, data), folder)
+        def overfitted() -> dict[str, Sequence[float]]:
+            return overfit_one_batch(lambda: Experiment(spec, data), folder)
 
         reference = timed(say, "2 steps and a validation", lambda: fit(built, folder))
         stopped = fit(Experiment(spec, data), folder, StopAfter(1))
@@ -99,14 +99,8 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
         check_same_weights(reference.model, timed(say, "resume from it", resumed).model)
         say("the resumed run has the same weights, bit for bit")
         losses = timed(say, "overfit one batch", overfitted)
-    first = losses[0]
-    last = losses[-1]
-    summary = f"loss of one batch: {first:.4g} at first, {last:.4g} after {len(losses)} steps"
-    if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
-        raise RunError(
-            f"{summary}: the batch is not learned; check optimizer.lr, the loss and the targets"
-        )
-    say(summary)
+    for name, values in losses.items():
+        say(check_learned(name, values))
     check_step_of_processes(spec, data, say)
 
 
@@ -176,13 +170,52 @@ def check_same_weights(reference: nn.Module, resumed: nn.Module) -> None:
             )
 
 
-def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
-    """Return the losses of training on the first batch only."""
-    stop = StopAfter(OVERFIT_STEPS, OVERFIT_SECONDS)
+def overfit_one_batch(make: Callable[[], Experiment], folder: Path) -> dict[str, Sequence[float]]:
+    """Return the losses of training on the first batch only, by name.
+
+    Each phase of a task is trained alone, as the loss of one may rise when that of another falls:
+    those of a GAN. Its own parameters minimize its loss, so that it has to fall.
+
+    Args:
+        make: builds the experiment, with new weights.
+        folder: of the run.
+    """
+    built = make()
+    phases = {phase.name: phase for phase in built.task.phases}
+    if not phases:
+        return {"loss": losses_of_one_batch(built, folder, OVERFIT_SECONDS)}
+    losses: dict[str, Sequence[float]] = {}
+    for name, phase in phases.items():
+        built = make()
+        built.task.phases = [phase]
+        seconds = OVERFIT_SECONDS / len(phases)
+        losses[f"loss of phase {name}"] = losses_of_one_batch(built, folder, seconds)
+    return losses
+
+
+def losses_of_one_batch(built: Experiment, folder: Path, seconds: float) -> Sequence[float]:
+    """Return the losses of training on the first batch for some steps, at most for some seconds."""
+    stop = StopAfter(OVERFIT_STEPS, seconds)
     batch = first_batch(built.train_batches)
     batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
     fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses
+
+
+def check_learned(name: str, losses: Sequence[float]) -> str:
+    """Return a line about the losses of one batch.
+
+    Raises:
+        RunError: they do not fall.
+    """
+    first = losses[0]
+    last = losses[-1]
+    summary = f"{name} of one batch: {first:.4g} at first, {last:.4g} after {len(losses)} steps"
+    if not last < max(LARGEST_SHARE * first, first - abs(first) / 10):
+        raise RunError(
+            f"{summary}: the batch is not learned; check optimizer.lr, the loss and the targets"
+        )
+    return summary
 
 
 # a step on several processes
@@ -273,7 +306,7 @@ def gradients_of_processes(spec: Spec, data: Data) -> dict[str, Tensor]:
     with TemporaryDirectory(prefix="framework-check-") as name:
         folder = Path(name)
         write_request(folder, request)
-        status = run_processes(folder, PROCESSES, request)
+        status = run_request(folder, PROCESSES, request)
         if status:
             sys.exit(status)
         with open_file(folder, GRADIENTS) as file:

@@ -33,11 +33,9 @@ DIFFERENT = {
 
 def check_processes(spec: Spec, count: int) -> None:
     """Raise SettingError or DataError if an experiment cannot have this number of processes."""
-    strategy = spec.parts["strategy"]
-    if count > 1 and strategy is not None and strategy.entry.name == "single":
-        raise SettingError(
-            f"strategy=single: expected a strategy for {count} processes, such as ddp"
-        )
+    if spec.parts["strategy"] is not None:
+        strategy: Strategy = spec.parts["strategy"]()
+        strategy.check_processes(count)
     devices = spec.sections["trainer"]["devices"]
     if devices is not None and devices != count:
         raise SettingError(

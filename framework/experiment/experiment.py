@@ -336,6 +336,7 @@ class Prepared:
         result = Result(trainer.folder, stopped=state.stop, steps=state.step)
         result.is_main = trainer.strategy.is_main
         result.shares = trainer.clock.shares()
+        result.step_kind = trainer.step_kind
         result.processes = trainer.process_times
         if self.built.data.test is None:
             result.split = None if self.built.data.val is None else "val"

@@ -99,7 +99,7 @@ def launch(request: Request) -> Result | int:
     with tempfile.TemporaryDirectory(prefix="framework-") as name:
         folder = Path(name)
         write_request(folder, request)
-        status = run(folder, devices, request)
+        status = run_request(folder, devices, request)
         if status:
             return status
         return read_result(folder)
@@ -115,7 +115,7 @@ def check_cores(devices: int, device: torch.device) -> None:
         )
 
 
-def run(folder: Path, devices: int, request: Request) -> int:
+def run_request(folder: Path, devices: int, request: Request) -> int:
     """Run the processes; return an exit status if a signal ended them before there is a result.
 
     Raises:

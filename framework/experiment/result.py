@@ -30,6 +30,7 @@ class Result:
         advice: how to train faster, if there is a simple way.
         split: that `framework eval` can measure: test, val, or None.
         is_main: whether this is the result of the main process of a run with several.
+        step_kind: the kind of steps that `compile=auto` has kept, compiled or eager; else None.
         processes: the time of each process in the training; None with a single process.
     """
 
@@ -46,6 +47,7 @@ class Result:
     advice: str | None = None
     split: str | None = "test"
     is_main: bool = True
+    step_kind: str | None = None
     processes: ProcessTimes | None = None
 
 

@@ -106,6 +106,8 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
         "pid": os.getpid(),
         "updated": time.time(),
     }
+    if trainer.step_kind is not None:
+        content["step_kind"] = trainer.step_kind
     if "config" in trainer.manifest:  # `resume=auto` compares it without reading the config
         content["config"] = trainer.manifest["config"]
     return content

@@ -29,10 +29,15 @@ class PairwiseSum:
         self.partial.append((count, term))
 
     def total(self) -> Sequence[Tensor]:
-        """Return the sum of all terms, a power of two."""
-        (_, total), *rest = self.partial
-        assert not rest, "the number of terms is not a power of two"
-        return total
+        """Return the sum of all terms.
+
+        Raises:
+            ValueError: their number is not a power of two.
+        """
+        if len(self.partial) != 1:
+            terms = sum(count for count, _ in self.partial)
+            raise ValueError(f"expected a number of terms that is a power of two, got {terms}")
+        return self.partial[0][1]
 
 
 def pairwise_sum(tensors: Iterable[Tensor]) -> Tensor:

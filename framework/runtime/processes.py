@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,11 @@ def connect(device: torch.device, timeout_seconds: float) -> None:
     if launched().rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         check_port(environment_number("MASTER_PORT"))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with suppress(ImportError):
+        # Default arguments of its functions are the process group at the time of the import. A
+        # later import, as by an optimizer of torch, would keep the group and its threads until the
+        # end of the interpreter, also after `disconnect`.
+        import_module("torch.distributed.nn.functional")
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:

@@ -1,19 +1,22 @@
-"""What the processes of a run agree on: the items of a step, the time, and the end of the run.
+"""What the processes of a run agree on: the items of a step, the data, the time and the end.
 
 Functions are collective (see `contracts/strategy.py`) if their docstrings say so.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from framework.contracts.state import Stop
 from framework.contracts.strategy import Strategy
+from framework.data.accumulation import Batches
 from framework.data.dataset import Batch
+from framework.data.foreign_loader import Checksum, ForeignLoader
 from framework.errors import DataError
 from framework.runtime import seeds
 from framework.runtime.shared_time import SHARED_TIME
@@ -117,15 +120,69 @@ def own_random_numbers(
         yield
 
 
-def share_generators(strategy: Strategy) -> None:
-    """Set the global generators to those of the main process (collective).
+def share_generators(strategy: Strategy, batches: Batches) -> None:
+    """Set the global generators, and those of a DataLoader, to those of the main process.
 
-    So a DataLoader that shuffles by them has the same order in all processes. Those of CUDA are not
-    used for the order.
+    So a DataLoader that shuffles has the same order in all processes (collective). Those of CUDA
+    are not used for the order.
     """
     if strategy.world_size == 1:
         return
-    state = None
+    own = batches.generators() if isinstance(batches, ForeignLoader) else []
+    states: Any = None
     if strategy.is_main:
-        state = seeds.capture() | {"cuda": []}
-    seeds.restore(strategy.from_main(state))
+        states = seeds.capture() | {"cuda": []}, [generator.get_state() for generator in own]
+    of_all, of_loader = strategy.from_main(states)
+    seeds.restore(of_all)
+    for generator, state in zip(own, of_loader, strict=False):
+        generator.set_state(state)
+
+
+def compared(strategy: Strategy, loader: Batches, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of an epoch; check that all processes read the same (collective).
+
+    A `Loader` reads the same by its seed. Each process reads whole batches from another iterable
+    and uses its own rows of them, so that different batches would repeat and leave out samples.
+    Only the first batch is compared.
+
+    Args:
+        strategy: of the run.
+        loader: of the batches.
+        batches: those of an epoch.
+
+    Raises:
+        DataError: in all processes, if a process has other targets, or tensors of other shapes.
+    """
+    iterator = iter(batches)
+    if strategy.world_size > 1 and isinstance(loader, ForeignLoader) and not loader.slice.is_whole:
+        first = next(iterator, None)
+        check_first_batch(strategy.gather(loader.first_batch), strategy.is_main)
+        if first is None:
+            return
+        yield first
+    yield from iterator
+
+
+def check_first_batch(first: Sequence[Sequence[Checksum]], warns: bool) -> None:
+    """Raise DataError if the processes have read different first batches of an epoch.
+
+    Args:
+        first: the checksums of the tensors of each process, in the order of the ranks.
+        warns: whether to warn of other inputs with the same targets: each process may augment the
+            samples with random numbers of its own.
+    """
+    main = first[0]
+    for rank, other in enumerate(first):
+        same_shapes = [each.shape for each in other] == [each.shape for each in main]
+        if not same_shapes or other[-1:] != main[-1:]:
+            raise DataError(
+                f"data: process {rank} reads other batches than process 0. Expected the same "
+                "batches in all processes, of which each uses its part of the rows: create and "
+                "shuffle the data with the same seed, and do not divide it between the processes"
+            )
+        if other != main and warns:
+            warnings.warn(
+                f"data: process {rank} reads other inputs than process 0 with the same targets; "
+                "for equal inputs, seed the random numbers of the augmentation",
+                stacklevel=2,
+            )

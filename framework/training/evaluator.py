@@ -13,7 +13,7 @@ from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
 from framework.data.batch_slice import WHOLE, with_stand_ins
-from framework.data.dataset import Batch, Data, TensorSplit
+from framework.data.dataset import Batch, Data, ForeignLoader, TensorSplit
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
@@ -25,6 +25,7 @@ from framework.runtime.memory import MicroBatches, memory_errors, versions
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.precision import Format, Precision
 
+from .agreement import compared, share_generators
 from .shards import ShardedMeasures, slice_of
 from .step_checks import check_input_dtype, check_result, count_of
 from .validation import (
@@ -188,8 +189,11 @@ class Evaluator:
         all_run = has_dtensors(self.model)  # each forward pass is collective
         if all_run:
             check_evaluated_rows(self.strategy, batches)
+        if isinstance(batches, ForeignLoader):
+            share_generators(self.strategy, batches)
         with self._inference():
-            for batch, counts in with_stand_ins(batches.epoch(), all_run):
+            read = compared(self.strategy, batches, batches.epoch())
+            for batch, counts in with_stand_ins(read, all_run):
                 empty = False
                 if not batch:
                     continue  # other processes have its rows

@@ -23,6 +23,7 @@ from framework.contracts.strategy import Strategy
 from framework.contracts.task import Phase, Step, Task
 from framework.contracts.transform import Transform, transformed_all
 from framework.data.dataset import Batch
+from framework.errors.terminal import print_note
 from framework.runtime import seeds
 from framework.runtime.batch import move_batch
 from framework.runtime.clock import Clock
@@ -412,6 +413,11 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         step = CompiledStep(model, task, parameters, precision, clock, compiled_call, compile)
         if compile == "auto":
             step = MeasuredStep(eager, step, compile_choice, precision.device)
+            if compile_choice.kind is not None:
+                print_note(f"compile=auto: {compile_choice.kind} steps, as the resumed run")
+    elif compile == "auto":
+        compile_choice.kind = "eager"
+        print_note(f"compile=auto: eager steps, as {type(task).__name__} updates in phases")
     elif cuda_graph != "off" and not task.phases:
         graphed_call = None
         if with_update:

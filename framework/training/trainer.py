@@ -39,7 +39,7 @@ from framework.data.accumulation import (
     training_epoch,
 )
 from framework.data.dataset import READ_AGAIN, Batch, Data, ForeignLoader, Loader, check_data
-from framework.errors import DataError, SettingError
+from framework.errors import DataError, SettingError, short
 from framework.errors.torch_errors import torch_errors
 from framework.errors.user_code import describe
 from framework.registry.annotations import PositiveInt
@@ -57,11 +57,11 @@ from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
 from .acceleration.callbacks import GradientCallbacks, gradient_callbacks
-from .acceleration.compile_choice import CompileChoice
+from .acceleration.compile_choice import CompileChoice, StepKind
 from .acceleration.compiled_step import Compile
 from .acceleration.cuda_graph import CudaGraph
 from .acceleration.fused_selection import FusedSelection
-from .agreement import agreed_stop, same_time, share_generators
+from .agreement import agreed_stop, compared, same_time, share_generators
 from .evaluator import Evaluator
 from .log_record import checked_record
 from .loop import run_epoch
@@ -182,9 +182,8 @@ class Trainer(Evaluator):
         check_arguments(Trainer, settings)
         if max_epochs is None and max_steps is None:
             raise SettingError("a Trainer needs max_epochs or max_steps")
-        refused = settings_refused(settings)
-        if refused:
-            raise SettingError(next(iter(refused.values())))
+        for name, reason in settings_refused(settings).items():
+            raise SettingError(f"{name}={short(settings[name], quote=False)}: {reason}")
         super().__init__(
             device, precision, deterministic, seed, MicroBatches(micro_batch), strategy, shards
         )
@@ -480,7 +479,7 @@ class Trainer(Evaluator):
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None
-        self.strategy.prepare(self.model, self.optimizer, joint_batch_norm=self.shards is None)
+        self.strategy.prepare(self.model, self.optimizer, sync_batch_norm=self.shards is None)
         try:
             self._prepare_shared(resume)
         except BaseException:
@@ -582,6 +581,8 @@ class Trainer(Evaluator):
                 self.modes.train()
                 self.emit("fit_start")
                 self.modes.keep_choice()
+                if self.strategy.world_size > 1:
+                    self._agree_on_stop()
                 yield
                 self._finish()
                 if self.strategy.world_size > 1:
@@ -636,6 +637,11 @@ class Trainer(Evaluator):
         return self.state.stop is not None or self.at_limit
 
     @property
+    def step_kind(self) -> StepKind | None:
+        """The kind of steps that `compile=auto` has kept; None if it has kept none."""
+        return self.compile_choice.kind if self.compile == "auto" else None
+
+    @property
     def at_limit(self) -> bool:
         """Whether `max_steps` or `max_epochs` is reached."""
         out_of_steps = self.max_steps is not None and self.state.step >= self.max_steps
@@ -655,8 +661,11 @@ class Trainer(Evaluator):
             DataError: the data ends before the last step.
         """
         state = self.state
-        share_generators(self.strategy)
-        batches = training_epoch(self.train_batches, state.epoch, state.batch, self.accumulate)
+        loader = self.train_batches
+        share_generators(self.strategy, loader)
+        batches = training_epoch(loader, state.epoch, state.batch, self.accumulate)
+        if self.strategy.world_size > 1:
+            batches = compared(self.strategy, loader, batches)
         if self._single is not None:
             batches = self._try_single_sample(batches)
         steps_left = 0
@@ -748,7 +757,7 @@ class Trainer(Evaluator):
         self.at_boundary = True
 
     def _agree_on_stop(self) -> None:
-        """End all processes after this step if one of them has to end."""
+        """End all processes before the next step if one of them has to end (collective)."""
         request = self._stop_request or self.state.stop
         self.state.stop = agreed_stop(self.strategy, request)
 

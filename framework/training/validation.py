@@ -21,7 +21,7 @@ from framework.contracts.logger import Logger
 from framework.contracts.loss_properties import loss_modules
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import observes
-from framework.contracts.state import Cadence
+from framework.contracts.state import cadence_refused
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import Batches
@@ -42,7 +42,8 @@ from .step_checks import parameter_not_trained
 def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the reasons why a Trainer refuses some of its settings, by name.
 
-    `Trainer` raises the first one; an experiment reports all of them before it reads data.
+    `Trainer` raises the first one; an experiment reports all of them before it reads data. Both
+    write the setting and its value before the reason.
 
     Args:
         settings: the settings of a Trainer, which have the right types.
@@ -56,22 +57,20 @@ def settings_refused(settings: Mapping[str, Any]) -> dict[str, str]:
         replays = settings["cuda_graph"] == "on"
         if replays and (device.type != "cuda" or settings["compile"] in ("step", "auto")):
             refused["cuda_graph"] = (
-                f"cuda_graph=on needs a CUDA device (got {device}) and excludes compile=step "
-                "and compile=auto"
+                f"expected a CUDA device (got {device}), and compile=off or compile=model"
             )
     if settings["compile"] == "auto" and settings["deterministic"]:
         refused["compile"] = (
-            "compile=auto chooses by measured times, so two runs may differ: "
-            "expected off, model or step with deterministic=true"
+            "expected off, model or step with deterministic=true, as auto chooses by measured "
+            "times, so that two runs may differ"
         )
     reason = shards_refused(settings)
     if reason is not None:
         refused["shards"] = reason
     for name in ("validate_every", "log_every"):
-        try:
-            Cadence(settings[name], name)
-        except SettingError as error:
-            refused[name] = str(error)
+        reason = cadence_refused(settings[name])
+        if reason is not None:
+            refused[name] = reason
     return refused
 
 
@@ -81,21 +80,21 @@ def shards_refused(settings: Mapping[str, Any]) -> str | None:
     if shards is None:
         return None
     if shards & (shards - 1):
-        return f"shards={shards}: expected a power of two"
+        return "expected a power of two"
     devices = settings["devices"]
     if devices is not None and shards % devices:
-        return f"shards={shards}: expected a multiple of devices={devices}"
+        return f"expected a multiple of devices={devices}"
     if settings["compile"] != "off":
         return (
-            f"shards={shards}: expected compile=off, as the result of compiled code depends on the "
-            "shapes that a process has seen before"
+            "expected compile=off, as the result of compiled code depends on the shapes that a "
+            "process has seen before"
         )
     if settings["cuda_graph"] != "off":
-        return f"shards={shards}: expected cuda_graph=off, as its graphs have one batch each"
+        return "expected cuda_graph=off, as its graphs have one batch each"
     if settings["micro_batch"] == "auto":
         return (
-            f"shards={shards}: expected no micro_batch=auto, which depends on the memory of a "
-            "process; a number is possible"
+            "expected no micro_batch=auto, which depends on the memory of a process; a number is "
+            "possible"
         )
     return None
 
@@ -114,6 +113,7 @@ def check_strategy(strategy: Strategy, is_default: bool, settings: Mapping[str, 
             f"strategy: this is one of {processes} processes (WORLD_SIZE), which would all train "
             "the same model: pass strategy=fw.strategies.build('ddp')"
         )
+    strategy.check_processes(processes)
     devices = settings["devices"]
     if devices is not None and devices != strategy.world_size:
         raise SettingError(

@@ -155,7 +155,8 @@ class Arrow(Data):
         first = MappedFile(files[0])
         features = features_of(first.schema)
         names = choose_inputs(first, inputs, target, features)
-        self.table = MappedTable(files, names)
+        chosen = paths.override("data.inputs", names) if inputs else "data.inputs=null"
+        self.table = MappedTable(files, names, chosen)
         self.kind = self.find_kind(features, encoded)
         targets = self.read_targets(target, target_kind, features)
         self.target = targets.kind
@@ -217,13 +218,16 @@ class Arrow(Data):
         """Return the targets of all rows."""
         import pyarrow
 
+        setting = paths.override("data.target", target)
         name = f"{self.table.name}, column {target!r}"
-        cells = read_column(self.table.files, target)
+        cells = read_column(self.table.files, target, setting)
         layout = layout_of(cells.type)
         if layout.levels and layout.is_number:
             return as_targets(read_vectors(cells, name), kind, name=name)
         if not (layout.is_number or is_text(cells.type) or str(cells.type) == "uint64"):
-            raise DataError(f"{name} has the type {cells.type}; expected numbers or texts")
+            raise DataError(
+                f"{setting}: expected numbers or texts in {name}, got the type {cells.type}"
+            )
         if pyarrow.types.is_float16(cells.type):
             cells = cells.cast("float32")
         values = target_cells(cells, target, kind, Path(self.table.name))
@@ -274,9 +278,9 @@ class Arrow(Data):
         is_only_column = len(self.table.columns) == 1
         if not column.layout.is_integer or not is_only_column:
             raise DataError(
-                f"{self.table.name}: the lists of column {column.name!r} have {shortest} to "
-                f"{longest} items; expected one length (or integers as the only input, which are "
-                "token ids)"
+                f"{paths.override('data.inputs', self.table.names)}: expected lists of one length "
+                "(or integers as the only input, which are token ids), got lists of "
+                f"{shortest} to {longest} items in column {column.name!r} of {self.table.name}"
             )
         if shortest == 0:
             raise DataError(f"{column.where(int(lengths.argmin()))} is empty; drop the row")
@@ -461,7 +465,8 @@ def choose_inputs(
                 "cannot be an input too"
             )
         return list(inputs)
-    require_name(file.schema, target, file.path)  # else it would be listed as a possible input
+    # a column of another name would be listed as a possible input
+    require_name(file.schema, target, file.path, paths.override("data.target", target))
     encoded = []
     numbers = []
     for field in file.schema:
@@ -484,7 +489,10 @@ def choose_inputs(
             f"out of {options}"
         )
     if not numbers:
-        raise DataError(f"{file.path} has no column of numbers, texts or bytes besides {target!r}")
+        raise DataError(
+            f"data.inputs=null: expected a column of numbers, texts or bytes besides {target!r} in "
+            f"{file.path}, got none"
+        )
     return numbers
 
 

@@ -56,14 +56,14 @@ class DDP(ProcessGroup):
         return Estimate(needed, (processes - 1) * memory.gradients)
 
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
     ) -> None:
         if self.world_size == 1:
             return
         check_initialized(model, "strategy=ddp")
         self.share_weights(model, optimizer)
-        if joint_batch_norm:
-            self.join_batch_norms(model)
+        if sync_batch_norm:
+            self.sync_batch_norms(model)
         self.forward_is_collective = bool(self.replaced)
 
     def share_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -73,7 +73,7 @@ class DDP(ProcessGroup):
         for tensor in tensors.values():
             broadcast([tensor])
 
-    def join_batch_norms(self, model: nn.Module) -> None:
+    def sync_batch_norms(self, model: nn.Module) -> None:
         """Let batch norms use the samples of all processes, and find the buffers to share."""
         if self.sync_batch_norm:
             self.replaced = list(replacements(model))

@@ -164,7 +164,7 @@ class FSDP(DDP):
             )
 
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, joint_batch_norm: bool = True
+        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
     ) -> None:
         if self.world_size == 1:
             return
@@ -173,8 +173,8 @@ class FSDP(DDP):
             check_optimizer(model, optimizer)
             self.share_weights(model, optimizer)
             self._shard(model, optimizer)
-        if joint_batch_norm:
-            self.join_batch_norms(model)
+        if sync_batch_norm:
+            self.sync_batch_norms(model)
         self.forward_is_collective = True
 
     def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:

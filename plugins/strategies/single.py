@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from framework import Strategy, processes, strategies
+from framework import SettingError, Strategy, processes, strategies
 from framework.contracts.strategy import Estimate, Memory
 
 from .ddp import DDP
@@ -12,8 +12,14 @@ from .ddp import DDP
 class Single(Strategy):
     """One process."""
 
+    def check_processes(self, count: int) -> None:
+        if count > 1:
+            raise SettingError(
+                f"strategy=single: expected a strategy for {count} processes, such as ddp"
+            )
 
-class Alone(Single):
+
+class Alone(Strategy):
     """One process of strategy=auto, which would use ddp for several."""
 
     def estimate(

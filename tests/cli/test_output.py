@@ -218,6 +218,11 @@ def test_an_output_that_cannot_be_written_is_an_error():
         write_predictions(COLUMNS, CLASSES, "/proc/y.csv")
 
 
+def test_the_kind_of_steps_that_was_kept_is_printed(capsys):
+    print_result(Result(Path("x"), METRICS, step_kind="eager"))
+    assert "\ncompile  eager steps, which compile=auto has kept\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("shares", "line"),
     [

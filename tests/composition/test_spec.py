@@ -127,6 +127,22 @@ def test_the_complete_tree_gives_the_same_spec_again():
             ["trainer.device=cuda:99: ", "is not available"],
         ),
         (
+            {"trainer": {"max_steps": 1, "shards": 3}},
+            ["trainer.shards=3: expected a power of two"],
+        ),
+        (
+            {"trainer": {"max_steps": 1, "compile": "auto", "deterministic": True}},
+            ["trainer.compile=auto: expected off, model or step"],
+        ),
+        (
+            {"trainer": {"max_steps": 1, "cuda_graph": "on"}},
+            ["trainer.cuda_graph=on: expected "],
+        ),
+        (
+            {"trainer": {"max_steps": 1, "log_every": "1.5steps"}},
+            ["trainer.log_every=1.5steps: expected a whole number of steps"],
+        ),
+        (
             {"data": {"_target_": "os.system"}},
             ["data: ", "no data is chosen", "data=NAME"],
         ),

@@ -49,7 +49,7 @@ def test_a_cadence_in_minutes_follows_the_clock(monkeypatch):
     "every", ["", "10", "steps", "-1steps", "0steps", "1.5steps", "1day", "1steps 2"]
 )
 def test_an_invalid_cadence_is_an_error(every):
-    with pytest.raises(SettingError, match=r"^pause: expected a .*steps.*, got"):
+    with pytest.raises(SettingError, match=r"^pause=.*: expected a .*steps"):
         Cadence(every, "pause")
 
 

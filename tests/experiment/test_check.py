@@ -14,6 +14,7 @@ PLUGIN = textwrap.dedent(
     import os
     import torch
     import framework as fw
+    from framework.contracts.task import Phase
 
     @fw.losses.register("of_the_batch")
     class OfTheBatch(torch.nn.Module):
@@ -28,6 +29,20 @@ PLUGIN = textwrap.dedent(
         def forward(self, outputs, targets):
             noisy = outputs + 0.01 * torch.randn_like(outputs)
             return torch.nn.functional.cross_entropy(noisy, targets)
+
+    @fw.tasks.register("opposed")
+    class Opposed(fw.Task):
+        phases = [Phase("fit", ["*"]), Phase("undo", ["*"])]
+
+        def step(self, model, batch):
+            inputs, targets = batch
+            outputs = model(inputs)
+            loss = torch.nn.functional.cross_entropy(outputs, targets)
+            return fw.Step(loss, outputs, targets)
+
+        def phase(self, name, model, batch):
+            result = self.step(model, batch)
+            return result if name == "fit" else result._replace(loss=-result.loss)
 
     @fw.callbacks.register("fails_in_check")
     class Fails(fw.Callback):
@@ -66,6 +81,17 @@ def test_the_gradients_of_two_processes_are_compared():
 def test_random_gradients_are_not_compared(plugin):
     line = checked("task.loss=noisy", plugins=[plugin])[-1]
     assert line.startswith("2 processes have equal weights; the gradients are not compared")
+
+
+def test_each_phase_of_a_task_learns_one_batch_alone(plugin):
+    """Together the phases would leave the loss as it is."""
+    lines = checked("task=opposed", "metrics=[]", plugins=[plugin])
+    assert [line.partition(" of one batch: ")[0] for line in lines if "at first" in line] == [
+        "loss of phase fit",
+        "loss of phase undo",
+    ]
+    with pytest.raises(RunError, match=r"^loss of phase fit of one batch: .* is not learned"):
+        checked("task=opposed", "metrics=[]", "optimizer.lr=1e-9", plugins=[plugin])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,20 @@ def forks(tmp_path_factory):
         server.stdin.close()
 
 
+def torchrun(cwd, arguments):
+    """Run a script in several processes; return the status and the output."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return ended.returncode, ended.stdout + ended.stderr
+
+
 def blocks(page):
     """Return the reason not to run, the language and the code of each block."""
     return BLOCK.findall((ROOT / page).read_text())
@@ -113,8 +127,10 @@ def test_every_block_runs(page, forks, tmp_path):
             assert status == 0, f"{code}\n{output}"
         elif language == "bash":
             for program, *arguments in commands(code):
-                assert program == "framework", f"{page}: mark a block with {program} as not run"
-                status, output = forks(tmp_path, arguments=arguments)
+                run = torchrun if program == "torchrun" else forks
+                known = program in ("framework", "torchrun")
+                assert known, f"{page}: mark a block with {program} as not run"
+                status, output = run(tmp_path, arguments=arguments)
                 assert status == 0, f"{arguments}\n{output}"
         else:
             pytest.fail(f"{page}: a block of {language} is neither a file nor runs")

@@ -31,3 +31,11 @@ def test_type_checkers_see_the_same_names():
             for statement in block.body:
                 for_type_checkers.update(alias.asname or alias.name for alias in statement.names)
     assert for_type_checkers == {*fw._NAMES, *fw._MODULES}
+
+
+def test_the_tables_of_names_are_sorted():
+    """Public names are first, in the table of those that are imported at first use."""
+    public = sorted(set(fw._NAMES) & set(fw.__all__))
+    others = sorted(set(fw._NAMES) - set(fw.__all__))
+    assert list(fw._NAMES) == [*public, *others]
+    assert list(fw._MODULES) == sorted(fw._MODULES)

@@ -52,6 +52,16 @@ def test_a_run_is_running_and_then_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_the_kind_of_steps_that_was_kept_is_in_the_status(tmp_path):
+    found = []
+    for mode in ("off", "auto"):
+        trainer = Trainer(max_steps=1, compile=mode, folder=tmp_path, device="cpu")
+        trainer.compile_choice.kind = "eager"
+        Status().claim(trainer)
+        found.append(read(tmp_path).get("step_kind"))
+    assert found == [None, "eager"]
+
+
 def test_the_status_is_written_at_most_once_a_second(tmp_path):
     status = Status()
     trainer = Trainer(

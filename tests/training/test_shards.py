@@ -14,7 +14,7 @@ from framework.contracts.task import Phase, Step, Task
 from framework.contracts.transform import Transform
 from framework.data.batch_slice import NO_ROWS, BatchSlice
 from framework.data.token_splits import RaggedSplit
-from framework.runtime.pairwise import PairwiseSum
+from framework.runtime.pairwise import PairwiseSum, pairwise_sum
 from framework.training.shards import cut
 
 generator = torch.Generator().manual_seed(0)
@@ -229,6 +229,12 @@ def test_the_order_of_a_pairwise_sum():
     a, b, c, d, e, f, g, h = terms
     expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
     assert torch.equal(sums.total()[0], expected)
+
+
+@pytest.mark.parametrize("count", [0, 3, 6])
+def test_a_pairwise_sum_has_a_power_of_two_of_terms(count):
+    with pytest.raises(ValueError, match=f"power of two, got {count}"):
+        pairwise_sum(torch.ones(count, 2).unbind())
 
 
 @pytest.mark.parametrize(

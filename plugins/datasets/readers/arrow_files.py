@@ -470,19 +470,20 @@ class MappedTable:
     Args:
         paths: the files, whose rows are numbered through all of them.
         columns: the columns to read at random.
+        setting: the setting that names them, with its value, for errors; "" for none.
 
     Raises:
         DataError: a file is missing or damaged, or a column is missing or cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], columns: Sequence[str]):
+    def __init__(self, paths: Sequence[Path], columns: Sequence[str], setting: str = ""):
         self.paths = list(paths)
         self.names = list(columns)
         self.files = [MappedFile(path) for path in paths]
         self.name = str(paths[0]) if len(paths) == 1 else str(paths[0].parent)
         layouts = {}
         for name in columns:
-            layouts[name] = check_column(self.files, name)
+            layouts[name] = check_column(self.files, name, setting)
         places: dict[str, list[FileColumn]] = {name: [] for name in columns}
         starts: list[Tensor] = []
         self.sizes: list[int] = []
@@ -534,31 +535,52 @@ class MappedTable:
             yield number, chosen, batch[chosen] - self.first_batch[number], local[chosen]
 
 
-def require_name(schema: Any, name: str, path: Path) -> None:
-    """Raise DataError if a schema does not have a column, or has it twice."""
+def require_name(schema: Any, name: str, path: Path, setting: str = "") -> None:
+    """Raise DataError if a schema does not have a column, or has it twice.
+
+    Args:
+        schema: of the file.
+        name: of the column.
+        path: the file.
+        setting: the setting that names the column, with its value, for errors; "" for none.
+    """
     if name not in schema.names:
-        raise DataError(f"{path} has no column {name!r}; {did_you_mean(name, schema.names)}")
+        raise DataError(
+            f"{before(setting)}expected a column {name!r} in {path}; "
+            f"{did_you_mean(name, schema.names)}"
+        )
     if schema.names.count(name) > 1:
-        raise DataError(f"{path}: two columns are called {name!r}; rename one")
+        raise DataError(
+            f"{before(setting)}expected one column {name!r} in {path}, got two; rename one"
+        )
 
 
-def check_column(files: Sequence[MappedFile], name: str) -> Layout:
-    """Return the layout of a column, which all files must have with one type."""
-    require_name(files[0].schema, name, files[0].path)
+def before(setting: str) -> str:
+    """Return a setting as the beginning of a message; "" for none."""
+    return f"{setting}: " if setting else ""
+
+
+def check_column(files: Sequence[MappedFile], name: str, setting: str = "") -> Layout:
+    """Return the layout of a column, which all files must have with one type.
+
+    The arguments are those of `require_name`.
+    """
+    require_name(files[0].schema, name, files[0].path, setting)
     kind = files[0].schema.field(name).type
     for file in files[1:]:
-        require_name(file.schema, name, file.path)
+        require_name(file.schema, name, file.path, setting)
         other = file.schema.field(name).type
         if other != kind:
             raise DataError(
-                f"{file.path}: column {name!r} has the type {other}, in {files[0].path} {kind}"
+                f"{before(setting)}expected one type of column {name!r}, got {other} in "
+                f"{file.path} and {kind} in {files[0].path}"
             )
     layout = layout_of(kind)
     is_list_of_bytes = layout.is_bytes and len(layout.levels) > 1
     if is_list_of_bytes or not (layout.is_number or is_text(layout.leaf) or is_binary(layout.leaf)):
         raise DataError(
-            f"{files[0].path}: column {name!r} has the type {kind}; expected numbers, texts, bytes "
-            f"or lists of numbers. For other types: {ADVICE}"
+            f"{before(setting)}expected numbers, texts, bytes or lists of numbers in column "
+            f"{name!r} of {files[0].path}, got the type {kind}. For other types: {ADVICE}"
         )
     return layout
 
@@ -645,8 +667,10 @@ def check_no_nulls(file: MappedFile, name: str, column: Any) -> None:
         )
 
 
-def read_column(files: Iterable[MappedFile], name: str) -> Any:
+def read_column(files: Iterable[MappedFile], name: str, setting: str = "") -> Any:
     """Return a whole column as a pyarrow.ChunkedArray, completely checked.
+
+    The arguments are those of `require_name`.
 
     Raises:
         DataError: the column is missing, damaged or has different types in the files.
@@ -656,10 +680,14 @@ def read_column(files: Iterable[MappedFile], name: str) -> Any:
     chunks: list[Any] = []
     kind: Any = None
     for file in files:
-        require_name(file.schema, name, file.path)
-        kind = kind or file.schema.field(name).type
-        if file.schema.field(name).type != kind:
-            raise DataError(f"{file.path}: column {name!r} has another type than in the first file")
+        require_name(file.schema, name, file.path, setting)
+        own_kind = file.schema.field(name).type
+        kind = kind or own_kind
+        if own_kind != kind:
+            raise DataError(
+                f"{before(setting)}expected the type {kind} of the first file in column {name!r} "
+                f"of {file.path}, got {own_kind}"
+            )
         for batch in file.read_batches():
             chunk = batch.column(batch.schema.get_field_index(name))
             with arrow_errors(file.path):

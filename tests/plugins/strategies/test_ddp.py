@@ -321,6 +321,47 @@ def interrupted(make_data):
     return weights
 
 
+def shuffled_by_unseeded_generators():
+    """Return the mean loss of training, and that of evaluations, while the weights stay equal."""
+    generator = torch.Generator()
+    generator.seed()
+    data = TensorDataset(INPUTS, CLASSES)
+    batches = DataLoader(data, batch_size=9, shuffle=True, generator=generator)
+    record = Record()
+    trainer = Trainer(
+        max_epochs=2,
+        log_every="1epoch",
+        device="cpu",
+        loggers=[record],
+        strategy=fw.strategies.build("ddp"),
+    )
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer.fit(model, batches, task=nn.CrossEntropyLoss(), optimizer=optimizer)
+    evaluations = [trainer.evaluate(each)["test/loss"] for each in (batches, SPLIT)]
+    return record.of("train/loss"), evaluations
+
+
+class StopsAtTheStart(Callback):
+    def on_fit_start(self, trainer):
+        if fw_rank() == 1:  # also the only process
+            trainer.stop("test", "at the start")
+
+
+def stopped_at_the_start():
+    """Return the number of steps, and the reason."""
+    trainer = Trainer(
+        max_steps=2,
+        device="cpu",
+        callbacks=[StopsAtTheStart()],
+        strategy=fw.strategies.build("auto"),
+    )
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer)
+    return state.step, str(state.stop)
+
+
 def batches_in_order():
     return DataLoader(TensorDataset(INPUTS, CLASSES), batch_size=9)
 
@@ -432,6 +473,7 @@ def refusals():
             outputs = model(batch[0])
             return Step(outputs.square().mean(), outputs, batch[1])
 
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(fw_rank()))
     settings = {
         "small batch": {"batch_size": 1},
         "few samples": {"data": TensorSplit(INPUTS[:1], CLASSES[:1])},
@@ -453,6 +495,9 @@ def refusals():
         "compile=auto": {"compile": "auto"},
         "noise_scale": {"callbacks": [fw.callbacks.build("noise_scale")]},
         "sampler": {"data": DataLoader(data, 9, sampler=DistributedSampler(data))},
+        "own order": {"data": [(INPUTS[order], CLASSES[order])]},
+        "own part": {"data": [(INPUTS[fw_rank() :: 3], CLASSES[fw_rank() :: 3])]},
+        "own validation": {"val": [(INPUTS[order], CLASSES[order])]},
     }
     errors = {}
     for name, each in settings.items():
@@ -485,6 +530,8 @@ def several_processes(folder):
         "rewind": not_finite(folder / "rewind", "rewind"),
         "refused": refusals(),
         "copies": copies_of_the_model(),
+        "unseeded": shuffled_by_unseeded_generators(),
+        "stopped": stopped_at_the_start(),
     }
 
 
@@ -568,6 +615,20 @@ def test_a_data_loader_resumes_inside_an_epoch(two):
         assert_same(*each["resumed"])
 
 
+def test_unseeded_generators_of_a_data_loader_give_all_processes_one_order(two):
+    main, other = (each["unseeded"] for each in two)
+    of_training, evaluations = main
+    expected = nn.functional.cross_entropy(mlp()(INPUTS), CLASSES).item()
+    assert of_training == pytest.approx([expected] * 2, rel=1e-5)
+    assert evaluations == pytest.approx([expected] * 2, rel=1e-5)
+    assert other[1] == evaluations
+
+
+def test_a_stop_at_the_start_of_a_fit_takes_no_step(two):
+    expected = (0, "test: at the start")
+    assert [stopped_at_the_start(), *(each["stopped"] for each in two)] == [expected] * 3
+
+
 def test_a_bad_sample_is_skipped_in_its_process(two):
     (main, skipped), (_, skipped_by_other) = (each["bad"] for each in two)
     assert skipped + skipped_by_other == 3  # once in each epoch
@@ -604,6 +665,9 @@ def test_copies_of_a_model_in_training_are_ordinary_models(two):
         "compile=auto": "compile=auto",
         "noise_scale": "noise_scale",
         "sampler": "DistributedSampler",
+        "own order": "data: process 1 reads other batches than process 0",
+        "own part": "data: process 1 reads other batches than process 0",
+        "own validation": "data: process 1 reads other batches than process 0",
     }.items(),
 )
 def test_a_run_that_cannot_work_is_refused_in_all_processes(name, words, two):

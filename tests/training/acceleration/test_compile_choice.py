@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import framework as fw
 from fits import SPLIT, same, smooth_network
 from framework import Trainer
+from framework.contracts.task import Phase
 from framework.errors import FrameworkError, SettingError
 from framework.runtime.torch_internals.compiler import CompilationError
 from framework.training.acceleration import compile_choice
@@ -114,18 +116,18 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(Compiled, "__init__", init)
 
 
-def fit(steps, resume=None, **settings):
+def fit(steps, resume=None, task=None, **settings):
     model = smooth_network()
     trainer = Trainer(max_steps=steps, device="cpu", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    task = nn.CrossEntropyLoss()
+    task = task or nn.CrossEntropyLoss()
     trainer.fit(model, SPLIT, task=task, optimizer=optimizer, batch_size=16, resume=resume)
     return trainer
 
 
-def test_a_fit_chooses_and_its_state_has_the_choice(uncompiled):
+def test_a_fit_chooses_and_its_state_has_the_choice(uncompiled, capsys):
     trainer = fit(MEASURED + 5, compile="auto")
-    chosen = trainer.compile_choice.kind
+    chosen = trainer.step_kind
     state = trainer.state_dict()
     assert chosen in ("compiled", "eager")
     assert state["compile"] == {"kind": chosen}
@@ -135,13 +137,28 @@ def test_a_fit_chooses_and_its_state_has_the_choice(uncompiled):
         torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
     for kind in ("compiled", "eager"):
         resumed = fit(MEASURED + 9, {**state, "compile": {"kind": kind}}, compile="auto")
-        assert resumed.compile_choice.kind == kind
+        assert resumed.step_kind == kind
+        assert f"compile=auto: {kind} steps, as the resumed run" in capsys.readouterr().err
         expected = fit(MEASURED + 9, state, compile={"compiled": "step", "eager": "off"}[kind])
         assert same(resumed.model, expected.model)
+        assert expected.step_kind is None
+
+
+class OfPhases(fw.Task):
+    phases = (Phase("all", ("*",)),)
+
+    def phase(self, name, model, batch):
+        outputs = model(batch[0])
+        return fw.Step(nn.functional.cross_entropy(outputs, batch[1]), outputs, batch[1])
+
+
+def test_a_task_with_phases_has_eager_steps(capsys):
+    assert fit(1, task=OfPhases(), compile="auto").step_kind == "eager"
+    assert "compile=auto: eager steps, as OfPhases" in capsys.readouterr().err
 
 
 def test_auto_is_refused_where_results_must_not_depend_on_time():
-    with pytest.raises(SettingError, match="compile=auto chooses by measured times"):
+    with pytest.raises(SettingError, match="compile=auto: expected off, model or step"):
         Trainer(max_epochs=1, compile="auto", deterministic=True)
 
 

@@ -292,7 +292,7 @@ def test_auto_times_some_steps_and_prints_its_choice(recorded, monkeypatch, caps
 
 def test_cuda_graph_on_needs_a_cuda_device_and_no_compiled_step():
     for settings in ({"device": "cpu"}, {"device": "cpu", "compile": "step"}):
-        with pytest.raises(SettingError, match="cuda_graph=on needs a CUDA device"):
+        with pytest.raises(SettingError, match="cuda_graph=on: expected a CUDA device"):
             Trainer(max_steps=1, cuda_graph="on", **settings)
     assert Trainer(max_steps=1, cuda_graph="auto", device="cpu").cuda_graph == "off"
 
