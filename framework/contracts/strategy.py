@@ -136,9 +136,7 @@ class Strategy:
     def close(self) -> None:
         """Disconnect this process. The other processes need not be ready."""
 
-    def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
-    ) -> None:
+    def prepare(self, model: nn.Module, optimizer: Optimizer, *, in_shards: bool = False) -> None:
         """Give all processes the same weights, or each its part of them (collective).
 
         It is called once in each fit, before a resumed state is loaded.
@@ -146,9 +144,9 @@ class Strategy:
         Args:
             model: the model in training.
             optimizer: over its parameters.
-            sync_batch_norm: whether batch normalization uses the samples of all processes, and
-                `share_buffers` the buffers of the main one; False with `trainer.shards`, where
-                each shard has its own.
+            in_shards: whether the step is computed in shards (`trainer.shards`). Each of them has
+                its own statistics of batch normalization and buffers; otherwise the processes share
+                these.
 
         Raises:
             SettingError: the strategy does not support the model or the optimizer.

@@ -479,7 +479,7 @@ class Trainer(Evaluator):
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None
-        self.strategy.prepare(self.model, self.optimizer, sync_batch_norm=self.shards is None)
+        self.strategy.prepare(self.model, self.optimizer, in_shards=self.shards is not None)
         try:
             self._prepare_shared(resume)
         except BaseException:

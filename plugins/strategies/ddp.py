@@ -55,15 +55,13 @@ class DDP(ProcessGroup):
         needed = replace(memory, communication=memory.gradients + parts)
         return Estimate(needed, (processes - 1) * memory.gradients)
 
-    def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
-    ) -> None:
+    def prepare(self, model: nn.Module, optimizer: Optimizer, *, in_shards: bool = False) -> None:
         if self.world_size == 1:
             return
         check_initialized(model, "strategy=ddp")
         self.share_weights(model, optimizer)
-        if sync_batch_norm:
-            self.sync_batch_norms(model)
+        if not in_shards:
+            self.share_statistics(model)
         self.forward_is_collective = bool(self.replaced)
 
     def share_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -73,7 +71,7 @@ class DDP(ProcessGroup):
         for tensor in tensors.values():
             broadcast([tensor])
 
-    def sync_batch_norms(self, model: nn.Module) -> None:
+    def share_statistics(self, model: nn.Module) -> None:
         """Let batch norms use the samples of all processes, and find the buffers to share."""
         if self.sync_batch_norm:
             self.replaced = list(replacements(model))

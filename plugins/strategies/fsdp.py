@@ -163,9 +163,7 @@ class FSDP(DDP):
                 "trainer.accumulate"
             )
 
-    def prepare(
-        self, model: nn.Module, optimizer: Optimizer, *, sync_batch_norm: bool = True
-    ) -> None:
+    def prepare(self, model: nn.Module, optimizer: Optimizer, *, in_shards: bool = False) -> None:
         if self.world_size == 1:
             return
         if self.root is None or self.root.model is not model:
@@ -173,8 +171,8 @@ class FSDP(DDP):
             check_optimizer(model, optimizer)
             self.share_weights(model, optimizer)
             self._shard(model, optimizer)
-        if sync_batch_norm:
-            self.sync_batch_norms(model)
+        if not in_shards:
+            self.share_statistics(model)
         self.forward_is_collective = True
 
     def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:
