@@ -5,7 +5,7 @@
 
 All communication between processes goes through the strategy of a run. `Strategy` itself is that of
 a single process: nothing is sent. A strategy for several processes overrides all methods but
-`sum_pairwise` and `from_main`, which use `gather`.
+`sum_pairwise` and `from_main`, which use `gather`, and `state_saver` if it shards the state.
 
 The methods marked "collective" must be called by every process of the run, in the same order.
 Otherwise the processes wait for each other until the timeout. So they may depend only on values
@@ -202,7 +202,10 @@ class Strategy:
         return value
 
     def state_saver(self) -> StateSaver | None:
-        """Return the object that saves a sharded state (collective); None if it is not sharded."""
+        """Return the object that saves a sharded state from all processes (collective).
+
+        None: the main process saves the state, after `full` has gathered it.
+        """
         return None
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Time for which training with `strategy=fsdp` waits for a checkpoint, and memory of a process.
 
-Two processes train an MLP of 34 million parameters with AdamW. Their parts of the state are saved
-by each process, or gathered and saved by the main one, as before version 0.3.
+Two processes train an MLP of 34 million parameters with AdamW. Each process saves its parts of the
+state, or the main process gathers and saves them, as for a strategy without `state_saver`.
 """
 
 import os

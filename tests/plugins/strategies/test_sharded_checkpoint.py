@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import framework as fw
@@ -323,6 +324,19 @@ def test_a_shape_that_the_files_do_not_have_takes_no_memory(checkpoint):
     torch.save(training, checkpoint / TRAINING)
     sign(checkpoint)
     with pytest.raises(CheckpointError, match="is stored with"):
+        fw.checkpoints.load(checkpoint)
+
+
+@pytest.mark.parametrize("offset", [-1, 1, 10**9])
+def test_a_part_outside_of_its_tensor_is_refused(checkpoint, offset):
+    path = checkpoint / "training-00001-0.safetensors"
+    with safe_open(path, "pt") as file:
+        offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    for entry in offsets.values():
+        entry["saved_offsets"][0] += offset
+    save_file(load_file(path), path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+    sign(checkpoint)
+    with pytest.raises(CheckpointError, match="does not fit"):
         fw.checkpoints.load(checkpoint)
 
 
