@@ -34,7 +34,7 @@ from torch.futures import Future
 from .dtensors import TensorPart
 from .processes import lost_processes
 
-MOST_FILE_BYTES = 128 * 2**20  # DCP copies the content of a file before it writes it
+MOST_FILE_BYTES = 64 * 2**20  # DCP copies the content of a file before it writes it
 
 
 class DistributedSaver:

@@ -327,7 +327,7 @@ def test_a_shape_that_the_files_do_not_have_takes_no_memory(checkpoint):
         fw.checkpoints.load(checkpoint)
 
 
-@pytest.mark.parametrize("offset", [-1, 1, 10**9])
+@pytest.mark.parametrize("offset", [-100, 1, 10**9])
 def test_a_part_outside_of_its_tensor_is_refused(checkpoint, offset):
     path = checkpoint / "training-00001-0.safetensors"
     with safe_open(path, "pt") as file:
