@@ -105,7 +105,9 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         snapshot as snapshot,
     )
     from .runs.background_writer import Writer as Writer
+    from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
+        distributed_checkpoint as distributed_checkpoint,
         dtensors as dtensors,
         memory as memory,
         processes as processes,
@@ -237,6 +239,7 @@ _NAMES = {
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
+    "ShardedWriter": "runs.sharded_writer",
     "Writer": "runs.background_writer",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
@@ -258,6 +261,7 @@ _NAMES = {
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
+    "distributed_checkpoint": "runtime.distributed_checkpoint",
     "dtensors": "runtime.dtensors",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
