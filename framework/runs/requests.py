@@ -318,7 +318,7 @@ def as_command(content: Any) -> Command | None:
         return None
     do = content.get("do")
     setting = content.get("setting")
-    value = content.get("value")
+    value: Any = content.get("value")
     if do in ACTIONS:
         return Command(str(do))
     if do == SET and isinstance(setting, str) and is_value(value):
@@ -374,3 +374,30 @@ def changes(run: Path) -> Iterator[dict[str, Any]]:
         else:
             raise RunError(f"{run / EVENTS}: expected a new value, got {short(row)}")
     yield from sorted(rows, key=lambda row: int(row["step"]))
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """Return a row of the events for the terminal."""
+    if row["do"] == SET:
+        return change_text(row)
+    texts = {
+        "checkpoint": f"saved {row.get('checkpoint')}",
+        "stop": f"stops after step {row['step']}",
+        "pause": f"paused after step {row['step']}",
+        "continue": f"continues after step {row['step']}",
+    }
+    return texts[row["do"]]
+
+
+def change_text(row: Mapping[str, Any]) -> str:
+    """Return a changed setting for the terminal, such as "optimizer.lr=0.1 from step 5 on"."""
+    old = row.get("old")
+    was = "" if old is None else f" (was {value_text(old)})"
+    return f"{row['setting']}={value_text(row['new'])}{was} from step {row['step'] + 1} on"
+
+
+def value_text(value: Any) -> str:
+    """Return a number or a list of numbers as text."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)
