@@ -330,7 +330,7 @@ class View:
                     pressed = keys.wait(left)
                     if not pressed:
                         continue
-                    if not all([self.press(key) for key in pressed]):
+                    if not all(self.press(key) for key in pressed):
                         return
                     live.update(Group(*self.lines(*self.screen.size)), refresh=True)
 

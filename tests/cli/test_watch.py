@@ -162,7 +162,11 @@ def test_a_constant_and_an_infinite_curve():
     curve = Curve()
     for step in (1, 2):
         curve.add(step, 3.0)
-    assert [line.plain[:10].strip() for line in chart("a/b", curve, 30, 6, 2)[1:4]] == ["6", "", "0"]
+    assert [line.plain[:10].strip() for line in chart("a/b", curve, 30, 6, 2)[1:4]] == [
+        "6",
+        "",
+        "0",
+    ]
     curve = Curve()
     curve.add(1, float("nan"))
     assert chart("a/b", curve, 30, 6, 1)[0].plain == "a/b nan"

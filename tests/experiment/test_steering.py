@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed_runs import run_command
+import framework as fw
+from distributed_runs import run_in_processes
 from framework.errors import FrameworkError, RunError
 from framework.experiment import steering
 from framework.experiment.experiment import Experiment, train
@@ -346,7 +347,7 @@ def test_wrong_commands_are_refused_before_they_are_sent(words, message):
 
 
 def test_commands_in_any_order():
-    assert parse_commands("checkpoint set a=.5 b=[1,2] set c=1e-4 pause".split()) == [
+    assert parse_commands(["checkpoint", "set", "a=.5", "b=[1,2]", "set", "c=1e-4", "pause"]) == [
         Command("checkpoint"),
         Command("set", "a", 0.5),
         Command("set", "b", [1, 2]),
@@ -380,6 +381,46 @@ def test_stacked_trials_are_told_one_by_one(monkeypatch):
     rows = Path("runs/default/trials/sweep.jsonl").read_text().splitlines()
     states = {json.loads(row)["number"]: json.loads(row)["state"] for row in rows}
     assert states == {0: "done", 1: "pruned", 2: "done"}
+
+
+def steered_by_two_processes(folder):
+    """Train a run to its end, one that is killed and resumed, and one that is paused and stopped.
+
+    It runs in each process; returns the weights of the first two, and the end of the third.
+    """
+    fw.discover()
+    os.chdir(folder)
+    steering.CHECK_SECONDS = 0.0
+    steering.PAUSE_SECONDS = 0.01
+    paused = Status.paused
+
+    def continued_later(status, trainer):
+        paused(status, trainer)
+        threading.Timer(0.2, send, (trainer.folder, Request([Command("continue")]))).start()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Status, "paused", continued_later)
+        chosen = ("callbacks.checkpoint.every=20steps", "trainer.max_steps=44")
+        told(monkeypatch, {31: SET}, *chosen, name="whole")
+        with pytest.raises(KeyboardInterrupt):
+            told(monkeypatch, {31: SET}, *chosen, callbacks=[Stop(37)])
+        resumed("first", *chosen)
+        result = told(monkeypatch, {5: "pause checkpoint", 12: "stop"}, *chosen, name="stopped")
+    return weights(RUN), weights(RUN.parent / "whole"), (result.steps, result.signal)
+
+
+def test_two_processes_carry_out_a_request_after_the_same_step(tmp_path):
+    ends = run_in_processes(steered_by_two_processes, 2, tmp_path, tmp_path)
+    for run, whole, (steps, number) in ends:
+        assert run == whole
+        assert (steps, number) == (12, 15)
+    stopped = events(tmp_path / "runs/default/stopped")
+    assert [(row["step"], row["do"]) for row in stopped] == [
+        (5, "pause"),
+        (5, "checkpoint"),
+        (5, "continue"),
+        (12, "stop"),
+    ]
 
 
 def test_compiled_steps_use_a_changed_setting(monkeypatch):

@@ -122,8 +122,9 @@ def test_the_state_of_a_run_that_was_killed(tmp_path):
     assert run.eta_seconds is None
     assert run.checkpoint[0] == 30
     assert run.process_text() == "2 processes, the slowest is rank 1, 25% waiting"
-    assert list(run.warnings())[0].startswith("its process was killed")
-    assert list(run.warnings())[-1] == "careful"
+    first, *_, last = run.warnings()
+    assert first.startswith("its process was killed")
+    assert last == "careful"
 
 
 def test_a_run_without_readable_files(tmp_path):
