@@ -506,7 +506,7 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     bottom = low
     top = high
     if metric not in LINEAR and low > 0 and high > LOGARITHMIC * low:
-        heading.append("  logarithmic", style="dim not bold")
+        heading.append("  log scale", style="dim not bold")
         values = [math.log(value) for value in values]
         bottom = math.log(low)
         top = math.log(high)

@@ -152,10 +152,10 @@ def test_a_curve_from_large_to_small_values_is_logarithmic():
         curve.add(step, 10.0 ** -(step / 10))
     lines = chart("val/loss", curve, 30, 10, 40)
     assert len(lines) == 10
-    assert "logarithmic" in lines[0].plain
+    assert "log scale" in lines[0].plain
     drawn = [line.plain[10:] for line in lines[1:8]]
     assert all(line.strip("⠀") for line in drawn)  # a straight line through all rows
-    assert "logarithmic" not in chart("train/learning_rate", curve, 30, 10, 40)[0].plain
+    assert "log scale" not in chart("train/learning_rate", curve, 30, 10, 40)[0].plain
 
 
 def test_a_constant_and_an_infinite_curve():

@@ -159,6 +159,15 @@ def test_a_checkpoint_after_a_change_contains_it(monkeypatch):
     assert weights() == weights(RUN.parent / "whole")
 
 
+def test_a_request_to_an_earlier_process_of_the_run_is_dropped(monkeypatch):
+    told(monkeypatch, {13: "stop"})
+    send(RUN, Request([Command("stop")]))  # its sender was killed while it waited
+    os.utime(RUN / "request.json", (0, 0))
+    resumed()
+    assert json.loads((RUN / "status.json").read_text())["status"] == "done"
+    assert [row["do"] for row in events()] == ["stop"]
+
+
 def test_a_setting_that_the_user_changes_when_resuming_is_not_changed_again(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         told(monkeypatch, {45: "set optimizer.lr=1e-4"}, callbacks=[Stop(47)])
@@ -425,7 +434,8 @@ def test_two_processes_carry_out_a_request_after_the_same_step(tmp_path):
 
 def test_compiled_steps_use_a_changed_setting(monkeypatch):
     pytest.importorskip("torch._dynamo")
-    compiled = ("trainer.compile=step", "trainer.max_steps=8", "trainer.log_every=1steps")
+    # without dropout, whose random numbers differ in compiled code
+    compiled = ("trainer.compile=step", "trainer.max_steps=8", "model.dropout=0.0")
     told(monkeypatch, {4: SET}, *compiled)
     told(monkeypatch, {4: SET}, *compiled[1:], name="eager")
     ours = load(listed(RUN / "checkpoints")[-1])[0]
