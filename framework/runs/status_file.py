@@ -10,19 +10,25 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from framework.contracts.callback import Callback
 from framework.contracts.context import Context
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, short
 from framework.errors.user_code import describe
+from framework.runtime.clock import PAUSED
 from framework.system.files import open_file, unwritable, write_file
 
-STATUS_FILE = "status.json"
-SIZE = 1024  # bytes of the file, at least
-MOST_STATUS = 2**20  # bytes of a file that is read
+from . import checkpoint
+from .run_files import STATUS_FILE
+
+SIZE = 2048  # bytes of the file, at least
+MOST_WARNINGS = 3  # the last ones, in the file
+WARNING_CHARACTERS = 160
 
 
 class Status(Callback):
@@ -37,6 +43,9 @@ class Status(Callback):
     only_main = True
     seconds = 1.0
     written = -math.inf
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
 
     def among(self, trials: int) -> None:
         self.seconds = trials * Status.seconds
@@ -54,6 +63,31 @@ class Status(Callback):
 
     def on_fit_end(self, trainer: Context) -> None:
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
+
+    def paused(self, trainer: Context) -> None:
+        """Write that the run waits between two steps."""
+        self._write(trainer, "paused")
+
+    def continued(self, trainer: Context) -> None:
+        """Write that the run no longer waits."""
+        self._write(trainer, "running")
+
+    @contextmanager
+    def noting_warnings(self) -> Iterator[None]:
+        """Keep the last warnings of a block for the file; they are printed as before."""
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *args: Any, **more: Any) -> None:
+            text = short(" ".join(str(message).split()), most=WARNING_CHARACTERS, quote=False)
+            others = [each for each in self.warnings if each != text]
+            self.warnings = [*others, text][-MOST_WARNINGS:]
+            show(message, *args, **more)
+
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
 
     def done(self, trainer: Context) -> None:
         """Write that the run is complete."""
@@ -73,6 +107,8 @@ class Status(Callback):
             return
         self.written = time.monotonic()
         content = status_content(trainer, status, reason)
+        content |= last_checkpoint(trainer.folder)
+        content["warnings"] = self.warnings
         try:
             write_file(trainer.folder, STATUS_FILE, padded(content))
         except RunError:
@@ -93,7 +129,8 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     eta_seconds = None
     if state.step and status == "running":
         remaining_steps = max(state.total_steps - state.step, 0)
-        eta_seconds = round(state.wall_seconds / state.step * remaining_steps, 1)
+        seconds = state.wall_seconds - trainer.clock.seconds.get(PAUSED, 0.0)
+        eta_seconds = round(seconds / state.step * remaining_steps, 1)
     content: dict[str, Any] = {
         "status": status,
         "reason": reason,
@@ -103,6 +140,7 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
         "wall_seconds": round(state.wall_seconds, 3),
         "eta_seconds": eta_seconds,
         "samples_per_second": state.metrics.get("train/samples_per_second"),
+        "processes": trainer.strategy.world_size,
         "pid": os.getpid(),
         "updated": time.time(),
     }
@@ -111,6 +149,18 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     if "config" in trainer.manifest:  # `resume=auto` compares it without reading the config
         content["config"] = trainer.manifest["config"]
     return content
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the step of the newest checkpoint of a run, and the time when it was written."""
+    try:
+        newest = checkpoint.listed(run / "checkpoints")[-1:]
+        times = [os.lstat(path).st_mtime for path in newest]
+    except OSError:
+        return {}
+    for path, written in zip(newest, times, strict=True):
+        return {"checkpoint_step": checkpoint.step_of(path), "checkpoint_time": written}
+    return {}
 
 
 def padded(content: dict[str, Any]) -> bytes:
@@ -127,6 +177,8 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
     try:
         with open_file(folder, STATUS_FILE, "r+") as file:
             size = max(os.fstat(file.fileno()).st_size, SIZE)
+            if len(padded(content)) > size:
+                content["warnings"] = []
             reason = content["reason"] or ""
             while len(padded(content)) > size and reason:
                 reason = reason[: len(reason) // 2]
@@ -137,27 +189,3 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
             file.truncate()
     except OSError as error:
         raise unwritable(folder / STATUS_FILE, error, SIZE) from error
-
-
-def status_of(run: Path) -> str | None:
-    """Return the status of a run, such as "done"; None if it is unknown."""
-    status = read_status(run).get("status")
-    return status if isinstance(status, str) else None
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """Return the content of status.json; empty if the file is missing or damaged.
-
-    The fingerprint of the config is left out if the config is newer than status.json.
-    """
-    try:
-        with open_file(run, STATUS_FILE, most=MOST_STATUS) as file:
-            updated = os.fstat(file.fileno()).st_mtime_ns
-            status = json.loads(file.read(MOST_STATUS))
-    except (OSError, RunError, ValueError, RecursionError):
-        return {}
-    if not isinstance(status, dict):
-        return {}
-    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
-        del status["config"]
-    return status
