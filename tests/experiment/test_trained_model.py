@@ -43,7 +43,7 @@ def texts(folder):
     rows += [f"{'good day' if n % 2 else 'bad night'} {n},{n % 2}" for n in range(60)]
     (folder / "texts.csv").write_text("\n".join(rows))
     settings = ("data=text_table", f"data.path={folder}/texts.csv", "data.label=label")
-    return train(folder, "texts", *settings, "model=rnn", "model.width=8")
+    return train(folder, "texts", *settings, "model=embedding_bag", "model.width=8")
 
 
 def predicted(run, file, tmp_path, capsys):
