@@ -11,6 +11,8 @@ from framework import PositiveFloat, RunError, loggers
 
 from .tracker import Outcome, Record, TrackedRun, Tracker, as_image
 
+LOGIN_SECONDS = 10  # that W&B may wait at a terminal for a key; without one there is a warning
+
 
 @loggers.register("wandb")
 class Wandb(Tracker):
@@ -26,8 +28,8 @@ class Wandb(Tracker):
             sweep have its name as group.
         tags: of the run.
         entity: the user or team that owns the project; null: your default.
-        mode: online, offline, or null: the environment variable WANDB_MODE if it is set, online
-            if you are logged in (`wandb login`), otherwise offline.
+        mode: online, offline, or null: the environment variable WANDB_MODE if it is set, otherwise
+            online if WANDB_API_KEY is set, otherwise offline. After `wandb login`, give online.
         timeout: seconds to wait at the end of the run until everything is sent.
     """
 
@@ -53,7 +55,7 @@ class Wandb(Tracker):
 
         mode = self.mode or os.environ.get("WANDB_MODE")
         if mode is None:
-            mode = "online" if wandb.Api().api_key else "offline"
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         files = run.folder / "wandb"
         if files.is_symlink():
             raise RunError(f"{files} is a symbolic link")
@@ -71,7 +73,7 @@ class Wandb(Tracker):
             mode=mode,
             resume="allow" if run.resumed else None,
             reinit="create_new",  # several runs in a process: trials of a sweep
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, login_timeout=LOGIN_SECONDS),
         )
         sys.exit, sys.excepthook = exit_hooks  # W&B replaces them to learn of an error
         if mode != "offline":
