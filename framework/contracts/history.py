@@ -25,17 +25,15 @@ class Curve:
     """The logged values of one tag, in the order of the steps.
 
     Attributes:
-        last: the last value.
         direction: "min" or "max", whichever values are better; None if that is not known.
     """
 
     def __init__(self, direction: Direction | None = None):
         self.direction = direction
-        self.last = Point(0, math.nan)
         self._steps = array("q")
         self._values = array("d")
-        self._lowest: Point | None = None
-        self._highest: Point | None = None
+        self._lowest = (math.inf, 0)  # the value and its step
+        self._highest = (-math.inf, 0)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -58,39 +56,47 @@ class Curve:
         return self._values.tolist()
 
     @property
+    def last(self) -> Point:
+        """The last value."""
+        return Point(self._steps[-1], self._values[-1])
+
+    @property
     def min(self) -> Point | None:
         """The lowest finite value, the first of equal ones; None if there is none."""
-        return self._lowest
+        return as_point(*self._lowest)
 
     @property
     def max(self) -> Point | None:
         """The highest finite value, the first of equal ones; None if there is none."""
-        return self._highest
+        return as_point(*self._highest)
 
     @property
     def best(self) -> Point | None:
         """`min` or `max`, by the direction; None if that is not known, or no value is finite."""
         if self.direction is None:
             return None
-        return self._lowest if self.direction == "min" else self._highest
+        return self.min if self.direction == "min" else self.max
 
     def add(self, step: int, value: float) -> None:
         """Append a value; it replaces the last one if the step is the same."""
-        if self._steps and self._steps[-1] == step:
+        steps = self._steps
+        if steps and steps[-1] == step:
             self._values[-1] = value
         else:
-            if len(self._steps) == MOST_POINTS:
-                del self._steps[1::2]
+            if len(steps) == MOST_POINTS:
+                del steps[1::2]
                 del self._values[1::2]
-            self._steps.append(step)
+            steps.append(step)
             self._values.append(value)
-        self.last = point = Point(step, value)
-        if not math.isfinite(value):
-            return
-        if self._lowest is None or value < self._lowest.value:
-            self._lowest = point
-        if self._highest is None or value > self._highest.value:
-            self._highest = point
+        if -math.inf < value < self._lowest[0]:
+            self._lowest = (value, step)
+        if self._highest[0] < value < math.inf:
+            self._highest = (value, step)
+
+
+def as_point(value: float, step: int) -> Point | None:
+    """Return a value with its step; None for an infinite value, which stands for none."""
+    return Point(step, value) if math.isfinite(value) else None
 
 
 class History(Mapping[str, Curve]):

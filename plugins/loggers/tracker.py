@@ -247,7 +247,7 @@ class Tracker(Logger):
             warnings.warn(
                 f"loggers.{self.service}: not everything was sent; "
                 f"{sender.run_info.folder / journal_name(self.service)} has all values",
-                stacklevel=2,
+                stacklevel=1,
             )
 
     def _tracked_run(self, folder: Path, run_id: str, resumed: bool, sent: int) -> TrackedRun:
@@ -284,7 +284,7 @@ class Tracker(Logger):
         """Warn that nothing more is recorded; the run goes on."""
         reason = user_code.describe(error)
         warnings.warn(
-            f"loggers.{self.service} records nothing from here on: {reason}", stacklevel=2
+            f"loggers.{self.service} records nothing from here on: {reason}", stacklevel=1
         )
         if self._journal is not None:
             self._journal.close()
@@ -297,7 +297,7 @@ class Tracker(Logger):
             warnings.warn(
                 f"loggers.{self.service}: {user_code.describe(sender.error)}; the training goes "
                 "on, and the logger tries again",
-                stacklevel=2,
+                stacklevel=1,
             )
 
 
