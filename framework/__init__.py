@@ -88,7 +88,8 @@ if TYPE_CHECKING:
         TensorSplit,
         WindowSplit,
     )
-    from .experiment.load import open_run
+    from .experiment.load import open_run as open_run  # the former name of `load`
+    from .experiment.trained_model import load
     from .training.trainer import Trainer
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
@@ -194,12 +195,12 @@ __all__ = [
     "dropouts",
     "heads",
     "initializers",
+    "load",
     "loggers",
     "losses",
     "metrics",
     "models",
     "norms",
-    "open_run",
     "optimizers",
     "schedulers",
     "short",
@@ -234,6 +235,7 @@ _NAMES = {
     "Trainer": "training.trainer",
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
+    "load": "experiment.trained_model",
     "open_run": "experiment.load",
     # Not public: for the built-in plugins only.
     "Judge": "tuning.search.study",

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from framework.contracts.callback import Callback, listeners
+from framework.contracts.direction import metric_directions
+from framework.contracts.history import History
 from framework.contracts.logger import Logger
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import Schedule
@@ -280,7 +282,7 @@ class Trainer(Evaluator):
                 StatefulDataLoader, continues from its saved state, and as exactly as that allows.
 
         Returns:
-            The final state.
+            The final state; `state.history` has all values that were logged.
 
         Raises:
             DataError: the data is empty or does not fit the task.
@@ -458,6 +460,7 @@ class Trainer(Evaluator):
         self.state = State(
             steps_per_epoch=count_steps(self.train_batches, self.accumulate),
             reading=self.train_batches.description,
+            history=History(metric_directions(self.metrics)),
         )
         self.state.stop = stop
         self.state.total_steps = count_total(
@@ -843,6 +846,7 @@ class Trainer(Evaluator):
         values = {tag: float(value) for tag, value in self._record.items()}
         self._record = {}
         self.state.metrics.update(values)
+        self.state.history.add(self.state.step, values)
         if self._open_count == 0:
             return
         state = self.state
