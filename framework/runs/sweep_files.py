@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,8 +85,11 @@ def is_request(content: Any) -> bool:
 def parse_trial(line: bytes) -> Trial | None:
     """Return the trial of a row, or None for an incomplete or invalid one."""
     row = parse_row(line)
-    if row is None:
-        return None
+    return None if row is None else trial_of_row(row)
+
+
+def trial_of_row(row: Mapping[str, Any]) -> Trial | None:
+    """Return the trial of a JSON object, or None for an invalid one."""
     for name, kind in REQUIRED_TYPES.items():
         if not isinstance(row.get(name), kind):
             return None
