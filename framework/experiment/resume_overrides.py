@@ -9,11 +9,18 @@ from framework.errors import ConfigError
 FIXED = ("run", "init_from", "resume", "plugins", "sweep", "hydra")  # sections of a new run only
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], fixed: Sequence[str] = FIXED
+) -> dict[str, Any]:
     """Return the config of a run with overrides such as trainer.max_epochs=50 applied.
 
+    Args:
+        tree: the config.
+        overrides: the overrides as typed.
+        fixed: the sections that they cannot change.
+
     Raises:
-        ConfigError: an override cannot be read, is a sweep, or has no effect on a resumed run.
+        ConfigError: an override cannot be read, is a sweep, or has no effect.
     """
     from hydra.errors import HydraException
 
@@ -30,10 +37,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if override.is_sweep_override():
             raise ConfigError([f"{text}: a run is resumed with one value; a sweep needs new runs"])
         section = parents[0] if parents else key
-        if section in FIXED:
-            raise ConfigError(
-                [f"{text}: has no effect on a resumed run: it keeps its folder and weights"]
-            )
+        if section in fixed:
+            reason = "a resumed run: it keeps its folder and weights"
+            if fixed is not FIXED:
+                reason = "the config of an earlier run"
+            raise ConfigError([f"{text}: has no effect on {reason}"])
         place = changed
         for parent in parents:
             place = place.setdefault(parent, {})

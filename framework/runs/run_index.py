@@ -41,11 +41,11 @@ MOST_METRICS_BYTES = 256 * 2**20  # of a metrics.jsonl; reading them takes secon
 MOST_DEPTH = 4  # folders between the root and a run
 MOST_FOLDERS = 200_000
 FEWEST_CHANGES = 20  # entries read anew for which the index is written again
-TEXT = frozenset([str])
-MAPPING = frozenset([dict])
-OPTIONAL_TEXT = frozenset([str, NoneType])
-OPTIONAL_INT = frozenset([int, NoneType])
-OPTIONAL_NUMBER = frozenset([int, float, NoneType])
+TEXT: frozenset[type] = frozenset([str])
+MAPPING: frozenset[type] = frozenset([dict])
+OPTIONAL_TEXT: frozenset[type] = frozenset([str, NoneType])
+OPTIONAL_INT: frozenset[type] = frozenset([int, NoneType])
+OPTIONAL_NUMBER: frozenset[type] = frozenset([int, float, NoneType])
 MISSING: Any = object()
 """In the changes of `Settings`: the run does not have the setting."""
 
