@@ -45,7 +45,7 @@ SCHEMA = 1
 MOST_ROWS = 50  # on a terminal, without --limit
 MOST_CELL = 40  # characters
 MOST_PROBLEMS = 5  # notes on damaged runs
-LEAST_NAME = 12  # characters of a name in a narrow terminal
+LEAST_NAME = 24  # characters of a name in a narrow terminal
 GAP = "  "
 
 
@@ -152,7 +152,7 @@ def print_table(table: RunTable, rows: Sequence[RunRow], columns: Sequence[Colum
     """Print rows. On a narrow terminal the least important columns are left out."""
     texts = []
     for column in columns:
-        cells = [printable(column.title)]
+        cells = [printable(table.title(column))]
         cells += [cell(table, row, column) for row in rows]
         texts.append(cells)
     widths = [max(map(width_of, cells)) for cells in texts]
@@ -161,10 +161,11 @@ def print_table(table: RunTable, rows: Sequence[RunRow], columns: Sequence[Colum
     if sys.stdout.isatty():
         terminal = shutil.get_terminal_size().columns
         for number in by_importance(columns):
-            if total(widths, kept) <= terminal or len(kept) == 1:
+            too_wide = total(widths, kept) - max(widths[kept[0]] - LEAST_NAME, 0) > terminal
+            if not too_wide or len(kept) == 1:
                 break
             kept.remove(number)
-            left_out.append(columns[number].title)
+            left_out.append(table.title(columns[number]))
         over = total(widths, kept) - terminal
         first = kept[0]
         if over > 0:
@@ -357,7 +358,7 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
     metrics = {}
     for metric in run.series:
         series = run.summary(metric)
-        direction = run.direction(metric)
+        direction = table.direction(metric, run)
         assert series is not None
         best = None if direction is None else series.best(direction)
         metrics[metric] = {
@@ -414,9 +415,13 @@ def best(arguments: list[str]) -> int:
     metric = args.metric or monitored_metric(chosen)
     if args.metric is not None:
         column = table.column(metric, "--metric")
-        if column.kind != "metric" or column.statistic != "best":
+        if column.kind != "metric" or column.key != metric:
             raise SettingError(f"--metric {metric}: expected a metric such as val/loss")
-    direction = args.mode or direction_of(metric, chosen)
+    direction = args.mode or table.direction(metric)
+    if direction is None:
+        raise SettingError(
+            f"whether low or high values of {metric} are better is not known: give --mode"
+        )
     ranked = ranked_runs(chosen, metric, direction)
     if not ranked:
         raise RunError(f"no run in {table.root} has a finite value of {metric}")
@@ -477,20 +482,6 @@ def monitored_metric(runs: Sequence[RunEntry]) -> str:
         texts = ", ".join(f"{metric} ({count} runs)" for metric, count in counts.items())
         raise SettingError(f"the runs monitor different metrics: {texts}; choose one with --metric")
     return next(iter(counts))
-
-
-def direction_of(metric: str, runs: Sequence[RunEntry]) -> str:
-    """Return whether low or high values of a metric are better.
-
-    Raises:
-        SettingError: no run knows it, or the runs differ.
-    """
-    directions = {run.direction(metric) for run in runs if metric in run.series} - {None}
-    if len(directions) != 1:
-        raise SettingError(
-            f"whether low or high values of {metric} are better is not known: give --mode"
-        )
-    return str(directions.pop())
 
 
 def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from framework.errors import ConfigError
+from framework.errors import ConfigError, did_you_mean
 
 FIXED = ("run", "init_from", "resume", "plugins", "sweep", "hydra")  # sections of a new run only
 
@@ -35,7 +35,10 @@ def apply_overrides(
         except HydraException as error:
             raise ConfigError([f"{text}: cannot be read as KEY=VALUE"]) from error
         if override.is_sweep_override():
-            raise ConfigError([f"{text}: a run is resumed with one value; a sweep needs new runs"])
+            advice = "a run is resumed with one value; a sweep needs new runs"
+            if fixed is not FIXED:
+                advice = "expected one value; `framework train -m` trains several"
+            raise ConfigError([f"{text}: {advice}"])
         section = parents[0] if parents else key
         if section in fixed:
             reason = "a resumed run: it keeps its folder and weights"
@@ -47,8 +50,17 @@ def apply_overrides(
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError([f"{text}: {parent} has no settings"])
-        if override.is_delete():
+        parts = place.get(key)
+        is_list = not parents and isinstance(parts, dict) and "name" not in parts
+        if override.is_delete() and is_list and isinstance(value, str):
+            if value not in parts:
+                raise ConfigError([f"{text}: {did_you_mean(value, parts)}"])
+            del parts[value]
+        elif override.is_delete():
             place.pop(key, None)
+        elif override.is_add() and is_list and isinstance(value, str | list):
+            for name in [value] if isinstance(value, str) else value:
+                parts.setdefault(name, {})
         else:
             place[key] = value
     return changed

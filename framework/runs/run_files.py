@@ -335,8 +335,9 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
     """Return a config with dotted keys; the name of a part is at the key of the part.
 
     {"optimizer": {"name": "adamw", "lr": 0.1}} becomes {"optimizer": "adamw", "optimizer.lr": 0.1}.
-    An entry without settings stays empty: {"metrics": {"accuracy": {}}} becomes
-    {"metrics.accuracy": {}}.
+    An entry of a list of parts has an empty value, in addition to its settings:
+    {"callbacks": {"ema": {"decay": 0.9}}} becomes
+    {"callbacks.ema": {}, "callbacks.ema.decay": 0.9}.
     """
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -344,6 +345,8 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
         if key == "name" and path not in ("", *SECTIONS_WITH_NAME) and isinstance(value, str):
             found[path] = value
         elif isinstance(value, dict) and value:
+            if path and "name" not in value:
+                found[inner] = {}
             found |= flattened(value, inner)
         else:
             found[inner] = value

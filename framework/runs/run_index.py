@@ -83,6 +83,10 @@ class Settings:
             return self.changes[key]
         return self.base.get(key, MISSING)
 
+    def __bool__(self) -> bool:
+        """Whether there are any, which is not so if the config cannot be read."""
+        return (len(self.base) > 0 and len(self.changes) < len(self.base)) or bool(self.complete())
+
     def complete(self) -> dict[str, Any]:
         """Return all settings."""
         merged = {**self.base, **self.changes}
@@ -135,6 +139,8 @@ class RunEntry:
         Args:
             root: the folder of runs.
         """
+        if self.status == "done":  # for most runs; a path takes longer to build
+            return "done"
         return state_of(root / self.name, self.status)
 
     def direction(self, metric: str) -> str | None:

@@ -35,6 +35,7 @@ FIELDS = (
 NOT_COMPARED = ("run", "plugins", "sweep")
 """Sections that do not belong to the settings in which runs differ."""
 MOST_SETTINGS = 8  # columns
+MOST_LOOKED_AT = 1000  # runs by which the heading of a column is chosen
 MOST_METRICS = 4  # columns besides the monitored metric
 
 
@@ -83,6 +84,7 @@ class RunTable:
         self._states: dict[str, str] = {}
         self._settings: list[str] | None = None
         self._metrics: list[str] | None = None
+        self._directions: dict[str, str | None] = {}
 
     @property
     def settings(self) -> list[str]:
@@ -125,7 +127,7 @@ class RunTable:
         metric, colon, statistic = text.rpartition(":")
         if not colon or metric not in self.metrics:
             metric = text
-            statistic = "best"
+            statistic = "last" if self.direction(text) is None else "best"
         if metric in self.metrics:
             for known in get_args(Statistic):
                 if statistic == known:
@@ -143,6 +145,16 @@ class RunTable:
             f"{place}: there is no column {text!r}; {did_you_mean(text, known_names)}"
         )
 
+    def title(self, column: Column) -> str:
+        """Return the heading of a column: `lr` for optimizer.lr if no other setting ends in lr."""
+        if column.kind != "setting":
+            return column.title
+        if any(run.settings.get(column.key) == {} for run in self.runs[:MOST_LOOKED_AT]):
+            return column.key  # an entry of a list of parts
+        last = column.key.rpartition(".")[2]
+        ending = [key for key in self.settings if key == last or key.endswith(f".{last}")]
+        return last if len(ending) == 1 and last not in FIELDS else column.key
+
     def state(self, run: RunEntry) -> str:
         """Return the state of a run; it is looked up once."""
         if run.name not in self._states:
@@ -157,8 +169,39 @@ class RunTable:
                 return None
             return "null" if value is None else value
         if column.kind == "metric":
-            return metric_value(run, column)
+            return self.metric_value(run, column)
         return self.field(run, column.key)
+
+    def metric_value(self, run: RunEntry, column: Column) -> float | int | None:
+        """Return a statistic of a metric; None if the run does not have it."""
+        series = run.summary(column.key)
+        if series is None:
+            return None
+        value: Value | None = series.last
+        if column.statistic in ("best", "step"):
+            direction = self.direction(column.key, run)
+            value = None if direction is None else series.best(direction)
+        elif column.statistic in ("min", "max"):
+            value = series.best(column.statistic)
+        if value is None:
+            return None
+        return value.step if column.statistic == "step" else value.value
+
+    def direction(self, metric: str, run: RunEntry | None = None) -> str | None:
+        """Return "min" or "max" for a metric; None if it is not known.
+
+        Args:
+            metric: its name.
+            run: a run, which may record it; runs of earlier versions do not. By default, and if
+                it does not, the direction on which all runs that record one agree.
+        """
+        own = None if run is None else run.direction(metric)
+        if own is not None:
+            return own
+        if metric not in self._directions:
+            found = {run.direction(metric) for run in self.runs if metric in run.series} - {None}
+            self._directions[metric] = found.pop() if len(found) == 1 else None
+        return self._directions[metric]
 
     def field(self, run: RunEntry, name: str) -> Any:
         """Return a field of a run; None if it is not known."""
@@ -227,31 +270,32 @@ class RunTable:
                 without.append(row)
             else:
                 with_value.append((sort_key(value), row))
-        directions = {row.run.direction(column.key) for row in rows}
-        descending = column.kind == "metric" and column.statistic != "step" and "max" in directions
+        is_value = column.kind == "metric" and column.statistic != "step"
+        descending = is_value and self.direction(column.key) == "max"
         with_value.sort(key=lambda pair: pair[0], reverse=descending != reverse)
         return [*(row for _, row in with_value), *without]
 
     def varied_settings(self, runs: Sequence[RunEntry]) -> list[str]:
-        """Return the settings in which runs differ, those that most runs have first."""
-        candidates = self.changed_settings(runs)
-        varied = []
-        for key in candidates:
-            texts = set()
-            for run in runs:
-                value = run.settings.get(key)
-                texts.add(value if isinstance(value, str) else repr(value))
-                if len(texts) > 1:
-                    break
-            if len(texts) > 1:
-                varied.append(key)
-        counts: Counter[str] = Counter()
-        for run in runs:
-            counts.update(key for key in varied if run.settings.get(key) is not MISSING)
-        parts = {
-            key for key in varied if any(other.startswith(f"{key}.") for other in self.settings)
-        }
-        return sorted(varied, key=lambda key: (key not in parts, -counts[key]))
+        """Return the settings in which runs differ: parts first, then those that most runs have.
+
+        A setting that some runs lack, since they have other parts, differs only if the others have
+        several values of it. The entry of a list of parts differs if some runs lack it.
+        """
+        readable = [run.settings for run in runs if run.settings]
+        counts: dict[str, int] = {}
+        entries = set()
+        for key in self.changed_settings(runs):
+            values = [settings.get(key) for settings in readable]
+            found = {value if isinstance(value, str) else repr(value) for value in values}
+            missing = sum(value is MISSING for value in values)
+            if "{}" in found:
+                entries.add(key)
+            elif missing:
+                found.discard(repr(MISSING))
+            if len(found) > 1:
+                counts[key] = len(values) - missing
+        parts = {key.rpartition(".")[0] for key in self.settings}
+        return sorted(counts, key=lambda key: (key in entries, key not in parts, -counts[key]))
 
     def changed_settings(self, runs: Sequence[RunEntry]) -> list[str]:
         """Return the settings in which runs may differ: all others are equal in their bases."""
@@ -273,7 +317,7 @@ class RunTable:
         settings = self.varied_settings(runs)[:MOST_SETTINGS]
         columns = [Column("field", "name"), Column("field", "state")]
         columns += [Column("setting", key) for key in settings]
-        columns += default_metrics(runs)
+        columns += self.default_metrics(runs)
         columns.append(Column("field", "time"))
         if any(run.processes not in (None, 1) for run in runs):
             columns.append(Column("field", "processes"))
@@ -282,42 +326,25 @@ class RunTable:
                 columns.append(Column("field", name))
         return columns
 
-
-def metric_value(run: RunEntry, column: Column) -> float | int | None:
-    """Return a statistic of a metric: best is the last value if it is not known which is better."""
-    series = run.summary(column.key)
-    if series is None:
-        return None
-    value: Value | None = series.last
-    if column.statistic in ("best", "step"):
-        direction = run.direction(column.key)
-        if direction is not None:
-            value = series.best(direction)
-    elif column.statistic in ("min", "max"):
-        value = series.best(column.statistic)
-    if value is None:
-        return None
-    return value.step if column.statistic == "step" else value.value
-
-
-def default_metrics(runs: Sequence[RunEntry]) -> list[Column]:
-    """Return the metrics of a list: the monitored one (best, last), others of val/ and test/."""
-    monitors = Counter(run.monitor for run in runs if run.monitor in run.series)
-    columns = []
-    counts: Counter[str] = Counter()
-    for run in runs:
-        counts.update(run.series.keys())
-    chosen = [str(metric) for metric, _ in monitors.most_common(2)]
-    for metric in chosen:
-        columns += [Column("metric", metric, "best"), Column("metric", metric, "last")]
-    others = []
-    for split in ("val/", "test/"):
-        for metric, _ in counts.most_common():
-            if metric.startswith(split) and metric not in chosen:
-                others.append(Column("metric", metric, "best" if split == "val/" else "last"))
-    if not chosen and not others:
-        others = [Column("metric", metric, "last") for metric in counts if metric == "train/loss"]
-    return columns + others[:MOST_METRICS]
+    def default_metrics(self, runs: Sequence[RunEntry]) -> list[Column]:
+        """Return the metrics of a list: the monitored one, and others of val/ and test/."""
+        monitors = Counter(run.monitor for run in runs if run.monitor in run.series)
+        counts: Counter[str] = Counter()
+        for run in runs:
+            counts.update(run.series.keys())
+        chosen = [str(metric) for metric, _ in monitors.most_common(2)]
+        columns = []
+        for metric in chosen:
+            columns += [Column("metric", metric, "best"), Column("metric", metric, "last")]
+        others = []
+        for split in ("val/", "test/"):
+            for metric, _ in counts.most_common():
+                if metric.startswith(split) and metric not in chosen:
+                    known = split == "val/" and self.direction(metric) is not None
+                    others.append(Column("metric", metric, "best" if known else "last"))
+        if not chosen and not others:
+            others = [Column("metric", metric, "last") for metric in counts if "/loss" in metric]
+        return columns + others[:MOST_METRICS]
 
 
 def best_trial(row: RunRow) -> RunEntry:
