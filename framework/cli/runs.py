@@ -26,6 +26,7 @@ from framework.runs.run_table import (
     Column,
     RunRow,
     RunTable,
+    sort_key,
     state_counts,
     sweep_states,
 )
@@ -246,11 +247,9 @@ def cell(table: RunTable, row: RunRow, column: Column) -> str:
 
 def swept_text(table: RunTable, row: RunRow, column: Column) -> str:
     """Return the values of a setting in the trials of a sweep: "0.1, 0.01" or "12 values"."""
-    values: dict[str, None] = {}
-    for run in row.trials:
-        value = table.value(run, column)
-        if value is not None:
-            values[setting_text(value)] = None
+    found = [table.value(run, column) for run in row.trials]
+    known = sorted((value for value in found if value is not None), key=sort_key)
+    values = list(dict.fromkeys(map(setting_text, known)))
     text = ", ".join(values)
     return text if len(text) <= MOST_CELL // 2 or len(values) == 1 else f"{len(values)} values"
 

@@ -50,17 +50,28 @@ def apply_overrides(
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError([f"{text}: {parent} has no settings"])
-        parts = place.get(key)
-        is_list = not parents and isinstance(parts, dict) and "name" not in parts
-        if override.is_delete() and is_list and isinstance(value, str):
-            if value not in parts:
-                raise ConfigError([f"{text}: {did_you_mean(value, parts)}"])
-            del parts[value]
-        elif override.is_delete():
-            place.pop(key, None)
-        elif override.is_add() and is_list and isinstance(value, str | list):
-            for name in [value] if isinstance(value, str) else value:
-                parts.setdefault(name, {})
-        else:
-            place[key] = value
+        apply_override(place, key, override, value)
     return changed
+
+
+def apply_override(place: dict[str, Any], key: str, override: Any, value: Any) -> None:
+    """Change one key of a config; `+callbacks=ema` and `~callbacks=ema` change a list of parts.
+
+    Raises:
+        ConfigError: a part to remove is not in the list.
+    """
+    parts: dict[str, Any] = place[key] if isinstance(place.get(key), dict) else {"name": None}
+    is_list = "name" not in parts and isinstance(value, str | list)
+    names = [value] if isinstance(value, str) else value
+    if override.is_delete() and is_list:
+        for name in names:
+            if name not in parts:
+                raise ConfigError([f"~{key}={name}: {did_you_mean(str(name), parts)}"])
+            del parts[name]
+    elif override.is_delete():
+        place.pop(key, None)
+    elif override.is_add() and is_list:
+        for name in names:
+            parts.setdefault(name, {})
+    else:
+        place[key] = value

@@ -19,6 +19,7 @@ from .run_files import RunFiles, is_run, is_sweep
 
 BIN = ".bin"
 MOST_LISTED = 1_000_000  # entries of a bin that are looked through
+LOCK = ".lock"  # of an experiment, written when one of its runs is moved
 SWEEP_LOCK = "sweep.lock"
 
 
@@ -176,8 +177,9 @@ def restore_run(root: Path, name: str) -> Path:
     make_folder(target.parent)
     move(path, target)
     for folder in path.parents:
-        if folder == root / BIN or any(folder.iterdir()):
+        if folder == root / BIN or [inner.name for inner in folder.iterdir()] not in ([], [LOCK]):
             break
+        (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
     return target
 

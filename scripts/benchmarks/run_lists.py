@@ -1,8 +1,8 @@
 """Lists of runs: `framework runs` and `framework best` on thousands of synthetic run folders."""
 
 import json
-import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
-from benchmarks.rounds import table, take_turns
+from benchmarks.rounds import table
 from framework.composition.compose import CommandLine, Job, run_composed
 from framework.runs.folder import dump
 from framework.runs.run_index import INDEX
@@ -46,28 +48,43 @@ def time_lists(rounds: int, runs: int) -> int:
             "framework runs --expand --json": ["runs", "--expand", "--json"],
             "framework best": ["best"],
         }
-        parts: dict[str, Callable[[], float]] = {}
-        for name, words in commands.items():
-            parts[name] = partial(seconds, [*framework, *words], folder)
         cold = seconds([*framework, "runs"], folder)
         index_bytes = (root / INDEX).stat().st_size
-        times = take_turns(parts, rounds)
-    rows = [["framework runs, without an index", f"{cold:.2f}", ""]]
-    for name, measured in times.items():
-        middle = sorted(measured)[len(measured) // 2]
-        rows.append([name, f"{middle:.2f}", f"{min(measured):.2f} to {max(measured):.2f}"])
+        parts: dict[str, Callable[[], Times]] = {}
+        for name, words in commands.items():
+            parts[name] = partial(seconds, [*framework, *words], folder)
+        times = [(name, [part() for _ in range(rounds)]) for name, part in parts.items()]
+    rows = [["framework runs, without an index", *texts([cold])]]
+    rows += [[name, *texts(measured)] for name, measured in times]
     print(f"{runs:,} runs, half of them in sweeps of {TRIALS}; the index has {index_bytes:,} bytes")
-    print(table(["from process start", "s", "least to most"], rows))
+    print(table(["from process start", "s", "least to most", "CPU s"], rows))
     return 0
 
 
-def seconds(command: list[str], folder: str) -> float:
-    """Return the time of a command, whose output goes to a file as in a pipe."""
-    environment = {**os.environ, "COLUMNS": "120"}
+class Times(NamedTuple):
+    """The time of a command in seconds, and the CPU time of its process."""
+
+    wall: float
+    cpu: float
+
+
+def texts(measured: list[Times]) -> list[str]:
+    """Return the median, the range, and the median of the CPU time, as cells of the table."""
+    walls = [times.wall for times in measured]
+    spread = f"{min(walls):.2f} to {max(walls):.2f}"
+    return [f"{median(walls):.2f}", spread, f"{median(times.cpu for times in measured):.2f}"]
+
+
+def seconds(command: list[str], folder: str) -> Times:
+    """Return the time of a command, whose output goes to a file."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
-        subprocess.run(command, cwd=folder, env=environment, stdout=output, check=True)
-        return time.perf_counter() - began
+        subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.DEVNULL, check=True)
+        wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    user = after.ru_utime - before.ru_utime
+    return Times(wall, user + after.ru_stime - before.ru_stime)
 
 
 def write_runs(root: Path, runs: int) -> None:
@@ -122,6 +139,6 @@ def write_run(path: Path, tree: dict[str, object], rng: random.Random, number: i
         lines.append({**row, "val/loss": loss * 1.1, "val/accuracy": 1 - loss / 2.5})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    status = {"status": "done", "reason": None, "step": 40 * VALIDATIONS, "processes": 1}
-    status |= {"total_steps": 40 * VALIDATIONS, "wall_seconds": VALIDATIONS * 0.3}
+    status: dict[str, object] = {"status": "done", "reason": None, "step": 40 * VALIDATIONS}
+    status |= {"processes": 1, "total_steps": 40 * VALIDATIONS, "wall_seconds": VALIDATIONS * 0.3}
     (path / "status.json").write_text(json.dumps(status).ljust(1023) + "\n", encoding="utf-8")
