@@ -63,7 +63,7 @@ function __framework_complete
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
-complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board'
+complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict runs best rerun trust board'
 complete -c framework -F -n '__fish_seen_subcommand_from convert'
 """
 
