@@ -53,6 +53,9 @@ _framework() {
 compdef _framework framework
 """
 
+FILE_COMMANDS = ("resume", "eval", "predict", "runs", "best", "rerun", "trust", "watch", "tell", "board")
+"""Commands whose words fish completes with the names of files."""
+
 FISH = r"""# TAB completion of framework. To keep it:
 # framework completion fish > ~/.config/fish/completions/framework.fish
 function __framework_complete
@@ -64,9 +67,9 @@ function __framework_complete
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
-complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust watch tell board'
 complete -c framework -F -n '__fish_seen_subcommand_from convert'
-"""
+complete -c framework -F -n '__fish_seen_subcommand_from FILE_COMMANDS'
+""".replace("FILE_COMMANDS", " ".join(FILE_COMMANDS))
 
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}

@@ -179,3 +179,63 @@ COMPLETION = """\
 examples:
   source <(framework completion bash)            for this shell only
   framework completion bash >> ~/.bashrc         for all later shells"""
+
+RUNS = """\
+examples:
+  framework runs                                    newest first, sweeps collapsed
+  framework runs runs/default --expand              one experiment, all trials
+  framework runs --where 'optimizer=adamw and val/accuracy>0.9' --sort val/loss
+  framework runs --where 'state=failed or tags=baseline' --columns name,reason
+  framework runs --columns +started,val/loss:step   the default columns, and two
+  framework runs --json                             for programs
+  framework runs tag first baseline good            add tags; --remove removes them
+  framework runs note first 'labels were shuffled'
+  framework runs remove first runs/default/grid     moves to the bin runs/.bin
+  framework runs restore default/first
+  framework runs empty                              deletes the removed runs
+  framework runs --bin                              lists the removed runs
+Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
+is the best value of the run; also val/loss:last, :min, :max and :step, the step
+of the best) and name, experiment, state, reason, step, total_steps, started,
+updated, time, processes, sweep, tags, note, problems.
+States: running; stale (its process has ended without a word); failed; stopped;
+done; unknown (status.json is missing or damaged).
+A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
+
+RUNS_TAG = """\
+examples:
+  framework runs tag runs/default/first baseline good
+  framework runs tag runs/default/first good --remove
+  framework runs --where tags=baseline"""
+
+RUNS_NOTE = """\
+examples:
+  framework runs note runs/default/first 'labels were shuffled'
+  framework runs note runs/default/first ''         removes the note
+  framework runs --where 'note~shuffled'"""
+
+RUNS_REMOVE = """\
+examples:
+  framework runs remove runs/default/first          moves it to runs/.bin
+  framework runs --bin                              lists the removed runs
+  framework runs restore default/first
+  framework runs empty                              deletes the removed runs
+A running run is not removed."""
+
+BEST = """\
+examples:
+  framework best
+  framework best runs/default --metric val/accuracy
+  framework best --where 'model=cnn and time<600'
+  framework eval $(framework best)
+Prints only the folder of the run on standard output. A run counts with the best
+value of its metric, for which it has a checkpoint by default."""
+
+RERUN = """\
+examples:
+  framework rerun runs/default/first
+  framework rerun runs/default/first seed=1 trainer.max_epochs=60
+  framework rerun $(framework best) run.name=again
+A new run with the config of another one, in the folder of the same experiment.
+Before it starts, differences are printed: code (git commit and uncommitted
+changes), versions, and data."""

@@ -49,6 +49,7 @@ from .parsers import (
     TRUST,
     Command,
     Parser,
+    ask,
     command_line,
     composing,
     importing_torch,
@@ -628,13 +629,45 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     return 0
 
 
-def ask(question: str) -> bool:
-    """Ask a question on the terminal; return whether the answer is yes."""
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
+def rerun(arguments: list[str]) -> int:
+    """Run `framework rerun`."""
+    parser = Parser("rerun", "Train a new run with the config of another.", help_texts.RERUN)
+    parser.add_argument("run", **RUN)
+    overrides = "settings to change"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
+    args = parser.parse_intermixed_args(arguments)
+    with importing_torch():
+        from framework.experiment.rerun import prepare_rerun
+    from framework.composition.compose import Job
+    from framework.experiment.experiment import train as train_experiment
+    from framework.experiment.launch import is_launcher
+
+    plan = prepare_rerun(args.run, args.overrides, args.plugins, args.without_plugin)
+    for line in plan.differences:
+        print_message(line)
+    if is_launcher(plan.spec):
+        job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
+        return print_end(launch_processes(job, STARTED))
+    return print_end(
+        train_experiment(plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data)
+    )
+
+
+# commands on folders of runs
+
+
+def runs(arguments: list[str]) -> int:
+    """Run `framework runs`."""
+    from .runs import runs as list_runs
+
+    return list_runs(arguments)
+
+
+def best(arguments: list[str]) -> int:
+    """Run `framework best`."""
+    from .runs import best as best_run
+
+    return best_run(arguments)
 
 
 # other commands
@@ -713,6 +746,9 @@ COMMANDS = {
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
     "eval": Command(evaluate, "evaluate a trained run on a split of its data", runs_parts=True),
     "predict": Command(predict, "apply a trained model to a file or a prompt", runs_parts=True),
+    "runs": Command(runs, "list, label and remove runs"),
+    "best": Command(best, "print the folder of the best run"),
+    "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),

@@ -254,3 +254,12 @@ def sweep_over(
         parser.error(f"{flag} {count} sets {key}; remove {key}=")
     args.overrides.append(f"{key}={','.join(map(str, values))}")
     args.multirun = True
+
+
+def ask(question: str) -> bool:
+    """Ask a question on the terminal; return whether the answer is yes."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from framework.system.files import (
 from framework.system.locks import MOST_HOLDER_BYTES, has_ended, lock, locks_disabled
 
 from .folder import resolve_run, run_advice
+from .sweep_files import REQUEST
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
@@ -38,9 +39,11 @@ FACTS = "facts.json"
 STATUS_FILE = "status.json"
 METRICS = "metrics.jsonl"
 LABELS = "labels.json"
-SWEEP = "sweep.json"
 DESCRIPTION = (CONFIG, STATUS_FILE, PROVENANCE, METRICS)
 """Files by which a folder is recognized as that of a run, also if some of them are missing."""
+
+SECTIONS_WITH_NAME = ("run", "sweep")
+"""Sections with a setting `name`, which is not the name of a part."""
 
 MOST_STATUS = 2**20  # bytes of a status.json that is read
 MOST_LABELS = 2**20  # bytes of a labels.json that is read
@@ -128,11 +131,13 @@ class RunFiles:
     Attributes:
         path: the folder.
         problems: a line for each file that is missing or damaged, among those that were read.
+        most_metrics: the largest metrics.jsonl in bytes that is read.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.problems: list[str] = []
+        self.most_metrics = MOST_ROWS_BYTES
 
     def __repr__(self) -> str:
         return f"RunFiles({str(self.path)!r})"
@@ -221,12 +226,7 @@ class RunFiles:
 
     def direction(self, metric: str) -> str | None:
         """Return "min" or "max" for a metric such as val/accuracy; None if it is not known."""
-        for callback in ("checkpoint", "early_stop"):
-            mode = self.settings.get(f"callbacks.{callback}.mode")
-            monitor = self.settings.get(f"callbacks.{callback}.monitor")
-            if monitor == metric and mode in ("min", "max"):
-                return str(mode)
-        return self.directions.get(metric.partition("/")[2] or metric)
+        return metric_direction(metric, self.settings.get, self.directions)
 
     @property
     def monitor(self) -> str | None:
@@ -234,14 +234,14 @@ class RunFiles:
         monitor = self.settings.get("callbacks.checkpoint.monitor")
         return monitor if isinstance(monitor, str) else None
 
-    def rows(self, most: int = MOST_ROWS_BYTES) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """Yield the lines of metrics.jsonl; incomplete and damaged ones are skipped.
 
-        A missing file yields nothing. A file that is refused (a link, larger than `most` bytes) is
-        a problem.
+        A missing file yields nothing. A file that is refused (a link, larger than `most_metrics`)
+        is a problem.
         """
         try:
-            with open_file(self.path, METRICS, most=most):
+            with open_file(self.path, METRICS, most=self.most_metrics):
                 pass
             for content in read_rows(self.path, METRICS):
                 row = metrics_row(content)
@@ -335,19 +335,39 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
     """Return a config with dotted keys; the name of a part is at the key of the part.
 
     {"optimizer": {"name": "adamw", "lr": 0.1}} becomes {"optimizer": "adamw", "optimizer.lr": 0.1}.
-    An entry without settings stays empty: {"metrics": {"accuracy": {}}} becomes
-    {"metrics.accuracy": {}}.
+    An entry of a list of parts has an empty value, in addition to its settings:
+    {"callbacks": {"ema": {"decay": 0.9}}} becomes
+    {"callbacks.ema": {}, "callbacks.ema.decay": 0.9}.
     """
     found: dict[str, Any] = {}
     for key, value in tree.items():
         inner = f"{path}.{key}" if path else str(key)
-        if key == "name" and path and isinstance(value, str):
+        if key == "name" and path not in ("", *SECTIONS_WITH_NAME) and isinstance(value, str):
             found[path] = value
         elif isinstance(value, dict) and value:
+            if path and "name" not in value:
+                found[inner] = {}
             found |= flattened(value, inner)
         else:
             found[inner] = value
     return found
+
+
+def metric_direction(
+    metric: str, setting: Callable[[str], Any], directions: Mapping[str, str]
+) -> str | None:
+    """Return "min" or "max" for a metric such as val/accuracy; None if it is not known.
+
+    Args:
+        metric: its name, with the split.
+        setting: returns a setting of the run by its dotted key.
+        directions: see `RunFiles.directions`.
+    """
+    for callback in ("checkpoint", "early_stop"):
+        mode = setting(f"callbacks.{callback}.mode")
+        if mode in ("min", "max") and setting(f"callbacks.{callback}.monitor") == metric:
+            return str(mode)
+    return directions.get(metric.partition("/")[2] or metric)
 
 
 def metrics_row(content: Mapping[str, Any]) -> Row | None:
@@ -495,7 +515,7 @@ def parse_labels(content: Any, problems: list[str]) -> Labels:
 
 def is_sweep(folder: Path) -> bool:
     """Return whether a folder is that of a sweep."""
-    path = folder / SWEEP
+    path = folder / REQUEST
     return path.is_file() and not path.is_symlink()
 
 
