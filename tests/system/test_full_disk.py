@@ -27,7 +27,8 @@ from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
 from framework.experiment.result import last_values
 from framework.runs.checkpoint import writing
-from framework.runs.status_file import Status, status_of
+from framework.runs.run_files import status_of
+from framework.runs.status_file import Status
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
 from framework.tuning.search.study import Journal, cached_storage
