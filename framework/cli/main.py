@@ -41,6 +41,7 @@ from framework.system.signals import interruptible
 from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
+from .explain import explain
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -697,6 +698,12 @@ COMMANDS = {
         runs_parts=True,
     ),
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
+    "explain": Command(
+        explain,
+        "explain a setting, the speed of a run, or a loss that is NaN",
+        composes=True,
+        runs_parts=True,
+    ),
     "eval": Command(evaluate, "evaluate a trained run on a split of its data", runs_parts=True),
     "predict": Command(predict, "apply a trained model to a file or a prompt", runs_parts=True),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),

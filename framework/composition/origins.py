@@ -24,10 +24,11 @@ import yaml
 from hydra.errors import HydraException
 
 from framework.errors.paths import shorter
-from framework.registry.plain_values import readable
+from framework.registry.plain_values import NotPlain, plain_value, readable
 from framework.registry.registry import Maker, Registry
 from framework.registry.schema import Setting
 
+from .hydra_internals import Override
 from .override_syntax import dotted, of_hydra, parse
 from .sections import SECTIONS, import_owner, section_settings
 from .sources import COMMAND_LINE, File, changed_at, in_merge_order
@@ -102,7 +103,7 @@ class Origins:
     def _add_override(self, text: str) -> None:
         """Keep the keys, the value and the text of an override of the experiment."""
         try:
-            _, override = parse(text)
+            override = parsed_override(text)
         except HydraException:
             return
         if of_hydra(override.key_or_group) or override.is_sweep_override():
@@ -129,6 +130,10 @@ class Origins:
             origins = self.written(path)
             if origins:
                 found[path] = [origin.as_dict() for origin in origins]
+        for key in Registry.by_key():  # kinds that only other parts use, such as activation
+            origins = [] if key in self.spec.tree else self.written(f"{key}.name")
+            if any(origin.value is not None for origin in origins):
+                found[key] = [origin.as_dict() for origin in origins]
         return found
 
     def _written(self, keys: Keys) -> Iterator[Origin]:
@@ -207,16 +212,26 @@ class Origins:
                 return None
             part = owner.entry.part
             place = parameter_line(part, setting.name) or str(owner.entry.source)
-            return Origin(place, readable(setting.default), f"default of {owner.entry}")
+            return Origin(place, config_default(setting.default), f"default of {owner.entry}")
         if len(keys) == 2 and keys[0] in SECTIONS:
             setting = section_settings(keys[0]).get(keys[1])
             if setting is None or setting.required:
                 return None
             place = parameter_line(import_owner(SECTIONS[keys[0]].owner), setting.name) or ""
-            return Origin(place, readable(setting.default), f"default of {keys[0]}")
+            return Origin(place, config_default(setting.default), f"default of {keys[0]}")
         if path in PLAIN:
-            return Origin("", readable(PLAIN[path].default), "default")
+            return Origin("", config_default(PLAIN[path].default), "default")
         return None
+
+
+@lru_cache(maxsize=4096)
+def parsed_override(text: str) -> Override:
+    """Return a parsed override; the jobs of a sweep share most of them.
+
+    Raises:
+        HydraException: for a syntax error.
+    """
+    return parse(text)[1]
 
 
 def setting_paths(tree: Mapping[str, Any]) -> Iterator[str]:
@@ -369,6 +384,14 @@ def same_part(name: str, chosen: str | None, key: str) -> bool:
     if registry is not None and name in registry:
         name = registry.get(name).name
     return chosen is None or name == chosen
+
+
+def config_default(value: Any) -> Any:
+    """Return a default as a config holds it; one that no config can hold as Python shows it."""
+    try:
+        return plain_value(value)
+    except NotPlain:
+        return readable(value)
 
 
 def parameter_line(part: Any, name: str) -> str | None:

@@ -1,0 +1,94 @@
+"""`framework explain`: where a setting comes from, where the time went, why a loss is NaN."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from framework.errors import short
+from framework.errors.terminal import print_line, printable
+
+from . import help_texts
+from .parsers import JSON, RUN, command_line, composing, importing_torch
+
+if TYPE_CHECKING:
+    from framework.experiment.explain import Explained
+
+WIDEST_VALUE = 40
+
+
+def explain(arguments: list[str]) -> None:
+    """Run `framework explain`."""
+    parser = composing(
+        "explain",
+        "Explain a setting, the speed of a run, or a loss that is not finite.",
+        help_texts.EXPLAIN,
+        argument=("WHAT", "a setting such as optimizer.lr, or speed, or nan"),
+    )
+    parser.add_argument("--run", **RUN | {"metavar": "RUN", "help": "explain a setting of a run"})
+    parser.add_argument("--json", **JSON)
+    args = parser.parse_intermixed_args(arguments)
+    if "=" in args.what:
+        parser.error(f"explain: expected a setting before the overrides, got {args.what}")
+    if args.run is not None and args.overrides:
+        parser.error(f"--run {args.run}: expected no overrides, got {args.overrides[0]}")
+    if args.run is not None:
+        explain_run(args)
+        return
+    line = command_line(parser, args)
+    from framework.composition.compose import Job, run_composed as compose
+
+    def job(composed: Job) -> None:
+        from framework.experiment.explain import explain_setting
+
+        print_explained(explain_setting(composed.spec, args.what), args.json)
+
+    compose(line, job)
+
+
+def explain_run(args: Any) -> None:
+    """Explain a setting of a run."""
+    with importing_torch():
+        from framework.experiment.explain import explain_setting_of_run
+        from framework.registry.discovery import discover, output_for_programs
+    from framework.runs.run_files import run_files
+
+    with output_for_programs(args.json):
+        discover(args.plugins, args.without_plugin)
+        run = run_files(args.run)
+        found = explain_setting_of_run(run, args.what)
+    print_explained(found, args.json)
+
+
+def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
+    """Print a setting with all its places, or several settings with the place that counts."""
+    if as_json:
+        print(json.dumps([each.as_dict() for each in found], indent=2, default=str))
+        return
+    if len(found) == 1:
+        print_places(found[0])
+        return
+    rows = [(each.setting, shown(each.value), each.source or "not known") for each in found]
+    print_rows(rows)
+
+
+def print_places(explained: "Explained") -> None:
+    """Print a setting, and the places that give it a value, the one that is used first."""
+    print_line(f"{printable(explained.setting)} = {shown(explained.value)}")
+    print_rows([(f"  {shown(e.value)}", e.text, e.effect) for e in explained.places])
+    if explained.note:
+        print_line(f"  {explained.note}")
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table without borders."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{printable(cell):<{width}}" for cell, width in zip(row, widths, strict=True)]
+        print_line("  ".join(cells).rstrip())
+
+
+def shown(value: Any) -> str:
+    """Return a value of a config for a table."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return printable(short(value, WIDEST_VALUE, quote=False))
