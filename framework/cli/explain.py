@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import short
+from framework.errors.paths import expanded
 from framework.errors.terminal import print_line, printable
 
 from . import help_texts
@@ -12,6 +13,7 @@ from .parsers import JSON, RUN, command_line, composing, importing_torch
 
 if TYPE_CHECKING:
     from framework.experiment.explain import Explained
+    from framework.runs.speed import Activity
 
 WIDEST_VALUE = 40
 
@@ -31,6 +33,12 @@ def explain(arguments: list[str]) -> None:
         parser.error(f"explain: expected a setting before the overrides, got {args.what}")
     if args.run is not None and args.overrides:
         parser.error(f"--run {args.run}: expected no overrides, got {args.overrides[0]}")
+    if args.what in ("speed", "nan") and args.run is None:
+        if len(args.overrides) != 1:
+            parser.error(f"explain {args.what}: expected the folder of one run")
+        args.run = expanded(args.overrides[0])
+        explain_speed_of(args)
+        return
     if args.run is not None:
         explain_run(args)
         return
@@ -59,6 +67,61 @@ def explain_run(args: Any) -> None:
     print_explained(found, args.json)
 
 
+def explain_speed_of(args: Any) -> None:
+    """Print where the time of a run went, and what to change."""
+    from framework.runs.run_files import run_files
+    from framework.runs.speed import explain_speed
+
+    run = run_files(args.run)
+    speed = explain_speed(run)
+    if args.json:
+        print(json.dumps(speed.as_dict(), indent=2))
+        return
+    time = speed.time
+    if time is not None and time.training:
+        text = f"{duration(time.total)}, {time.steps:,} steps"
+        if time.sessions > 1:
+            text += f", in {time.sessions} sessions (resumed)"
+        if speed.samples_per_second is not None:
+            text += f", {speed.samples_per_second:,.0f} samples/s at the end"
+        print_line(text)
+    print_activities(speed.activities)
+    if speed.of_a_step:
+        print_line()
+        print_line("of a step")
+        print_activities(speed.of_a_step)
+    if speed.advice:
+        print_line()
+    for line in [*speed.advice, *(f"note: {text}" for text in speed.notes)]:
+        print_line(f"- {line}")
+
+
+def print_activities(activities: Sequence["Activity"]) -> None:
+    """Print seconds and shares, longest first."""
+    rows = []
+    for activity in activities:
+        rows.append(
+            (f"  {activity.name}", f"{small_duration(activity.seconds):>9}", f"{activity.share:6.1%}")
+        )
+    print_rows(rows)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def small_duration(seconds: float) -> str:
+    """Return a duration also in microseconds or milliseconds."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else duration(seconds)
+
+
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     """Print a setting with all its places, or several settings with the place that counts."""
     if as_json:
@@ -81,6 +144,8 @@ def print_places(explained: "Explained") -> None:
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
     """Print a table without borders."""
+    if not rows:
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [f"{printable(cell):<{width}}" for cell, width in zip(row, widths, strict=True)]

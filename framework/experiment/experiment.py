@@ -251,6 +251,7 @@ class Prepared:
         """
         spec = self.built.spec
         strategy = self.trainer.strategy
+        self.built.status.started = self.started
         if strategy.is_main:
             self.folder = self._claimed_folder()  # its lock is released with the object
         path: Path = strategy.from_main(None if self.folder is None else self.folder.path)
