@@ -101,7 +101,11 @@ def print_activities(activities: Sequence["Activity"]) -> None:
     rows = []
     for activity in activities:
         rows.append(
-            (f"  {activity.name}", f"{small_duration(activity.seconds):>9}", f"{activity.share:6.1%}")
+            (
+                f"  {activity.name}",
+                f"{small_duration(activity.seconds):>9}",
+                f"{activity.share:6.1%}",
+            )
         )
     print_rows(rows)
 

@@ -160,6 +160,29 @@ OUT appears when it is complete. `framework show data/arrow` prints how to
 train on it: framework train data=arrow data.path=flights.arrow
 data.target=late"""
 
+WATCH = """\
+examples:
+  framework watch                         the runs that are running, or the latest
+  framework watch runs/default/first runs/default/second
+  framework watch runs/default/my_sweep   the trials of a sweep as a table
+  framework watch | cat                   print the present state once
+Keys: up and down (or tab) select a run, left and right the curves, q quits.
+It reads status.json and metrics.jsonl (loggers=json_lines) only; the runs do
+not notice it."""
+
+TELL = """\
+examples:
+  framework tell runs/default/first checkpoint
+  framework tell runs/default/first set optimizer.lr=1e-4
+  framework tell runs/default/first set optimizer.lr=1e-4 optimizer.weight_decay=0
+  framework tell runs/default/first pause         continue lets it go on
+  framework tell runs/default/first stop          saves; `resume` continues it
+The run carries out the commands at the end of a step, all of them or none, and
+records them in events.jsonl. `framework resume` repeats the changed settings
+at the same steps. With a schedule, optimizer.lr is the rate that the schedule
+multiplies. Only the user of the run can `tell` it. In a sweep, stop ends one
+trial; the sweep continues."""
+
 BOARD = """\
 examples:
   framework board

@@ -655,6 +655,20 @@ def board(arguments: list[str]) -> int:
     return serve_board(args.root, args.port)
 
 
+def watch(arguments: list[str]) -> None:
+    """Run `framework watch`."""
+    from .watch import watch as watch_runs
+
+    watch_runs(arguments)
+
+
+def tell(arguments: list[str]) -> None:
+    """Run `framework tell`."""
+    from .tell import tell as tell_run
+
+    tell_run(arguments)
+
+
 def data(arguments: list[str]) -> None:
     """Run `framework data`."""
     parser = Parser("data", "Convert data to memory-mapped Arrow files.", help_texts.DATA)
@@ -710,6 +724,8 @@ COMMANDS = {
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
+    "watch": Command(watch, "show runs and sweeps live in the terminal"),
+    "tell": Command(tell, "stop, pause, save or change a running run"),
     "board": Command(board, "start TensorBoard on the runs"),
     "completion": Command(completion, "print a script for completion with TAB"),
 }

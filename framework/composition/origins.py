@@ -152,9 +152,7 @@ class Origins:
                 place = SWEEP if ".".join(start) in self.swept else COMMAND_LINE
                 yield Origin(place, found[0], text, found[1])
 
-    def _in_file(
-        self, file: ReadFile, keys: Keys
-    ) -> Iterator[tuple[yaml.Node, int, str | None]]:
+    def _in_file(self, file: ReadFile, keys: Keys) -> Iterator[tuple[yaml.Node, int, str | None]]:
         """Yield the values of a setting in a file: in its defaults list, and in its content."""
         if not isinstance(file.root, yaml.MappingNode):
             return

@@ -169,9 +169,7 @@ def merge_order(files: tuple[tuple[Path, str, int], ...]) -> list[File]:
     return [*ordered, *merged, *main]
 
 
-def place_file(
-    name: str, files: Mapping[str, File], placed: set[str], ordered: list[File]
-) -> None:
+def place_file(name: str, files: Mapping[str, File], placed: set[str], ordered: list[File]) -> None:
     """Append an experiment and those that it builds on in the order in which they are merged."""
     if name in placed or name not in files:
         return

@@ -63,6 +63,7 @@ from .model_limits import model_limits
 from .result import Result, read_result, weights_label
 from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer
 from .run_facts import content_changes, data_facts, fact_changes
+from .steering import OptimizerSettings, Steering
 from .weights import initialize_from, load_weights, shapes
 
 if TYPE_CHECKING:
@@ -347,6 +348,8 @@ class Prepared:
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
         stopped = agreed_signals(trainer.strategy, stopped)
+        if not stopped and state.stop is not None and state.stop.signal is not None:
+            stopped = [state.stop.signal]  # by `framework tell`, which sends no signal
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
@@ -380,7 +383,9 @@ def train_connected(*args: Any, **settings: Any) -> Result:
     try:
         prepared.claim()
         trainer = prepared.trainer
-        with trainer, stopping([trainer]) as stopped, intra_op_threads(prepared.threads):
+        noting = prepared.built.status.noting_warnings()
+        threads = intra_op_threads(prepared.threads)
+        with trainer, stopping([trainer]) as stopped, threads, noting:
             prepared.log_start()
             trainer.fit(**prepared.fit_arguments())
             return prepared.result(stopped)
@@ -452,7 +457,16 @@ def prepare_run(
         notes += process_notes(strategy, resumed, trainer.shards)
         for line in notes:
             say(line)
+    trainer.callbacks.append(steering(built, resumed))
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
+
+
+def steering(built: Experiment, resumed: Resumed | None) -> Steering:
+    """Return the callback that carries out the requests of `framework tell`."""
+    spec = built.spec
+    decays_all = spec.sections["parameters"]["decay"] == "all"
+    settings = OptimizerSettings(spec.parts["optimizer"], decays_all)
+    return Steering(settings, built.status, () if resumed is None else resumed.changed)
 
 
 def check_resumed(

@@ -402,11 +402,11 @@ def state_of(run: Path, status: Any) -> State:
 
     Args:
         run: its folder.
-        status: the status in its status.json: running, testing, stopped, failed or done.
+        status: the status in its status.json: running, paused, testing, stopped, failed or done.
     """
     if status in ("done", "failed"):
         return "done" if status == "done" else "failed"
-    if status in ("running", "testing", "stopped"):
+    if status in ("running", "paused", "testing", "stopped"):
         if is_written(run):
             return "running"  # also after "stopped": the test follows
         return "stopped" if status == "stopped" else "stale"

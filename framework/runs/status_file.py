@@ -10,21 +10,26 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from framework.contracts.callback import Callback
 from framework.contracts.context import Context
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, short
 from framework.errors.user_code import describe
-from framework.runtime.clock import Clock, Profiler
+from framework.runtime.clock import PAUSED, Clock, Profiler
 from framework.system.files import open_file, unwritable, write_file
 
+from . import checkpoint
 from .run_files import STATUS_FILE, read_status
 from .run_time import RunTime, read_time
 
-SIZE = 2048  # bytes of the file, at least
+SIZE = 3072  # bytes of the file, at least
+MOST_WARNINGS = 3  # the last ones, in the file
+WARNING_CHARACTERS = 160
 
 
 class Status(Callback):
@@ -41,6 +46,7 @@ class Status(Callback):
     def __init__(self) -> None:
         self.seconds = 1.0
         self.written = -math.inf
+        self.warnings: list[str] = []
         self.started: float | None = None  # of the process, in seconds of `time.monotonic`
         self.trials = 1  # that train together
         self.before = RunTime()  # of the run before this process
@@ -74,6 +80,31 @@ class Status(Callback):
         self.fit_seconds = self.now.training
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
 
+    def paused(self, trainer: Context) -> None:
+        """Write that the run waits between two steps."""
+        self._write(trainer, "paused")
+
+    def continued(self, trainer: Context) -> None:
+        """Write that the run no longer waits."""
+        self._write(trainer, "running")
+
+    @contextmanager
+    def noting_warnings(self) -> Iterator[None]:
+        """Keep the last warnings of a block for the file; they are printed as before."""
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *args: Any, **more: Any) -> None:
+            text = short(" ".join(str(message).split()), most=WARNING_CHARACTERS, quote=False)
+            others = [each for each in self.warnings if each != text]
+            self.warnings = [*others, text][-MOST_WARNINGS:]
+            show(message, *args, **more)
+
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+
     def done(self, trainer: Context) -> None:
         """Write that the run is complete."""
         self._write(trainer, "done")
@@ -94,13 +125,14 @@ class Status(Callback):
         self._update_time(trainer)
         content = status_content(trainer, status, reason)
         content["time"] = self.before.added(self.now).as_dict()
+        content |= last_checkpoint(trainer.folder)
+        content["warnings"] = self.warnings
         try:
             write_file(trainer.folder, STATUS_FILE, padded(content))
         except RunError:
             if status != "failed":
                 raise
             overwrite(trainer.folder, content)
-
 
     def _update_time(self, trainer: Context) -> None:
         """Read the clock; after the training, what it counts is the test."""
@@ -131,7 +163,8 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     eta_seconds = None
     if state.step and status == "running":
         remaining_steps = max(state.total_steps - state.step, 0)
-        eta_seconds = round(state.wall_seconds / state.step * remaining_steps, 1)
+        seconds = state.wall_seconds - trainer.clock.seconds.get(PAUSED, 0.0)
+        eta_seconds = round(seconds / state.step * remaining_steps, 1)
     content: dict[str, Any] = {
         "status": status,
         "reason": reason,
@@ -167,6 +200,18 @@ def time_of_clock(clock: Clock, steps: int) -> RunTime:
     )
 
 
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the step of the newest checkpoint of a run, and the time when it was written."""
+    try:
+        newest = checkpoint.listed(run / "checkpoints")[-1:]
+        times = [os.lstat(path).st_mtime for path in newest]
+    except OSError:
+        return {}
+    for path, written in zip(newest, times, strict=True):
+        return {"checkpoint_step": checkpoint.step_of(path), "checkpoint_time": written}
+    return {}
+
+
 def padded(content: dict[str, Any]) -> bytes:
     """Return a state as JSON in ASCII, padded to at least `SIZE` bytes."""
     return json.dumps(content).ljust(SIZE - 1).encode() + b"\n"
@@ -181,6 +226,8 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
     try:
         with open_file(folder, STATUS_FILE, "r+") as file:
             size = max(os.fstat(file.fileno()).st_size, SIZE)
+            if len(padded(content)) > size:
+                content["warnings"] = []
             reason = content["reason"] or ""
             while len(padded(content)) > size and reason:
                 reason = reason[: len(reason) // 2]

@@ -21,6 +21,7 @@ NO_DETAIL = nullcontext()
 TRACE = "profile.pt.trace.json"
 COMMUNICATION = "communication and waiting"  # for the other processes of the run
 WAITING_FOR_DATA = "waiting for data"
+PAUSED = "paused"  # by `framework tell`
 SKIPPED = 5  # steps before the profiler starts
 RECORDED = 50  # steps that it records
 SLOW_SHARE = 0.3  # share of the time spent waiting for data that is worth advice

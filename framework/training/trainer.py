@@ -331,6 +331,11 @@ class Trainer(Evaluator):
         elif self.state.stop is None or signal is not None:
             self.state.stop = stop
 
+    @property
+    def stopping(self) -> bool:
+        """Whether this process has a reason to end the run; the others may not know it yet."""
+        return self.state.stop is not None or self._stop_request is not None
+
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Add values to the record of the current step, which the loggers receive as one.
 

@@ -63,6 +63,7 @@ class Checkpoint(SavingCallback):
         self.best = None if monitor is None else Best(monitor, mode, count=best)
         self.writer = Writer()
         self.recent: list[int] = []  # steps of the newest checkpoints
+        self.requested: list[int] = []  # steps of those that the user has requested
         self.folder: Path | None = None
         self.saved: int | None = None  # step of the last checkpoint
         self.found_better = False
@@ -71,6 +72,7 @@ class Checkpoint(SavingCallback):
     def reset(self) -> None:
         super().reset()
         self.recent = []
+        self.requested = []
         self.saved = None
         self.found_better = False
         self.checked = False
@@ -149,6 +151,12 @@ class Checkpoint(SavingCallback):
             if folder_exists and not reported:
                 warnings.warn(str(error), stacklevel=2)
 
+    def save_now(self, trainer: Context) -> None:
+        self.requested.append(trainer.state.step)  # it is kept
+        if self.saved != trainer.state.step or self.found_better:
+            self._save(trainer)
+        self.finish_saving()
+
     def hurry_saving(self) -> None:
         self.writer.begin_at_once()
 
@@ -161,9 +169,11 @@ class Checkpoint(SavingCallback):
         self.writer.join()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.best is None else self.best.state_dict()
+        state = {} if self.best is None else self.best.state_dict()
+        return state | {"requested": list(self.requested)} if self.requested else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.requested = list(state.get("requested", []))
         if self.best is not None:
             self.best.load_state_dict(state)
 
@@ -233,7 +243,7 @@ class Checkpoint(SavingCallback):
 
     def _pinned_steps(self, trainer: Context) -> set[int | None]:
         """Return the steps whose checkpoints are never removed."""
-        steps = {trainer.state.step, trainer.resumed_from}
+        steps = {trainer.state.step, trainer.resumed_from, *self.requested}
         if self.best is not None:
             steps |= {step for _, step in self.best.ranked}
         return steps

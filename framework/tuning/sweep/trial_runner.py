@@ -16,6 +16,7 @@ from framework.errors import ConfigError, DiskFull, FrameworkError
 from framework.errors.terminal import print_line, print_traceback
 from framework.experiment.config_changes import fingerprint
 from framework.experiment.result import Result
+from framework.experiment.steering import TELL
 from framework.runs.sweep_files import Trial
 from framework.system.locks import lock_holder
 from framework.system.signals import received
@@ -287,6 +288,8 @@ def outcome(trial: Trial, result: Result | None) -> Trial:
         steps=result.steps,
         seconds=total_seconds(trial, result.seconds),
     )
+    if result.stopped is not None and result.stopped.by == TELL:
+        return replace(measured, state="pruned")  # by the user, as PRUNE does: the sweep continues
     if result.signal is not None:
         return replace(measured, state="stopped", exit_status=128 + result.signal)
     if result.stopped is not None and result.stopped.by == PRUNE:
