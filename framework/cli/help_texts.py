@@ -94,6 +94,15 @@ loss falls. `batch_size` doubles the batch size until memory is full or
 training is no longer faster. Both run the plugins that conf/config.yaml and
 the experiment file name."""
 
+DIFF = """\
+examples:
+  framework diff runs/default/first runs/default/second
+  framework diff runs/digits/sweep/000* runs/digits/sweep/001* --curves val/loss
+  framework diff A B C --json
+Prints the settings that differ, with the file and line or the override that
+gave each value; differences of the code, of versions and of the data; the
+metrics, the time, and the curves. What a run does not record is left out."""
+
 EXPLAIN = """\
 examples:
   framework explain optimizer.lr experiment=digits_cnn optimizer.lr=0.1

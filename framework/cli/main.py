@@ -638,6 +638,13 @@ def ask(question: str) -> bool:
         return False
 
 
+def diff(arguments: list[str]) -> None:
+    """Run `framework diff`."""
+    from .diff import diff as diff_runs  # not at the top: rich takes 0.1 s
+
+    diff_runs(arguments)
+
+
 # other commands
 
 
@@ -712,6 +719,7 @@ COMMANDS = {
         runs_parts=True,
     ),
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
+    "diff": Command(diff, "print the differences between runs"),
     "explain": Command(
         explain,
         "explain a setting, the speed of a run, or a loss that is NaN",
