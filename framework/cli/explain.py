@@ -1,18 +1,20 @@
 """`framework explain`: where a setting comes from, where the time went, why a loss is NaN."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import short
-from framework.errors.paths import expanded
-from framework.errors.terminal import print_line, printable
+from framework.errors.paths import expanded, pasted
+from framework.errors.terminal import print_line, printable, title
 
 from . import help_texts
 from .parsers import JSON, RUN, command_line, composing, importing_torch
 
 if TYPE_CHECKING:
     from framework.experiment.explain import Explained
+    from framework.experiment.replay import Finding, Replay
     from framework.runs.speed import Activity
 
 WIDEST_VALUE = 40
@@ -27,6 +29,8 @@ def explain(arguments: list[str]) -> None:
         argument=("WHAT", "a setting such as optimizer.lr, or speed, or nan"),
     )
     parser.add_argument("--run", **RUN | {"metavar": "RUN", "help": "explain a setting of a run"})
+    output = "folder for the files that repeat the step (default: RUN/non_finite)"
+    parser.add_argument("--output", type=expanded, metavar="DIR", help=f"with nan: {output}")
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if "=" in args.what:
@@ -37,7 +41,7 @@ def explain(arguments: list[str]) -> None:
         if len(args.overrides) != 1:
             parser.error(f"explain {args.what}: expected the folder of one run")
         args.run = expanded(args.overrides[0])
-        explain_speed_of(args)
+        explain_speed_of(args) if args.what == "speed" else explain_nan_of(args)
         return
     if args.run is not None:
         explain_run(args)
@@ -96,17 +100,95 @@ def explain_speed_of(args: Any) -> None:
         print_line(f"- {line}")
 
 
+def explain_nan_of(args: Any) -> None:
+    """Repeat the step of a run that was not finite, and print where that began."""
+    with importing_torch():
+        from framework.experiment.replay import explain_nan
+        from framework.registry.discovery import discover, output_for_programs
+    from framework.runs.run_files import run_files
+
+    with output_for_programs(args.json):
+        discover(args.plugins, args.without_plugin)
+        run = run_files(args.run)
+        found = explain_nan(run, args.output or run.path / "non_finite")
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    for line in nan_lines(found):
+        print_line(line)
+
+
+def nan_lines(found: "Replay") -> Iterator[str]:
+    """Yield the lines on a step that is not finite."""
+    if found.finding is None:
+        yield f"steps {found.start + 1:,} to {found.last:,} repeated: the loss and all gradients "
+        yield "are finite, so the failure is not repeated exactly"
+    else:
+        step = found.finding
+        yield f"step       {step.step:,} (repeated from step {found.start:,})"
+        yield f"loss       {step.loss:.6g}"
+        if step.weights:
+            yield f"weights    not finite before the step: {some(step.weights)}"
+        if step.inputs:
+            yield f"inputs     not finite in samples {some(step.inputs)}"
+        yield from forward_lines(step)
+        yield from backward_lines(step)
+        if step.samples:
+            yield f"samples    the batch contains {some(step.samples)}"
+    for note in found.notes:
+        yield f"note       {printable(note)}"
+    if found.files:
+        yield f"repeat     python {pasted(found.files[0])}"
+
+
+def forward_lines(step: "Finding") -> Iterator[str]:
+    """Yield the lines on the forward pass of a step."""
+    if step.layer is not None:
+        count, total = step.layer_values
+        inputs = "finite inputs" if step.layer_inputs_finite else "inputs that are not finite"
+        yield (
+            f"forward    {title(step.layer)} ({step.layer_type}) is the first layer whose output "
+            f"is not finite: {count:,} of {total:,} values, from {inputs}"
+        )
+        if step.layer_samples:
+            yield f"           in samples {some(step.layer_samples)}"
+    elif math.isfinite(step.loss):
+        yield "forward    all outputs of layers and the loss are finite"
+    else:
+        yield "forward    all outputs of layers are finite: the loss itself is not"
+
+
+def backward_lines(step: "Finding") -> Iterator[str]:
+    """Yield the lines on the backward pass of a step."""
+    lines = []
+    if step.operation:
+        lines.append(printable(step.operation))
+    if step.gradient_layer is not None:
+        layer = title(step.gradient_layer)
+        lines.append(f"the gradient at the output of {layer} is the first that is not finite")
+    if step.parameter is not None:
+        count, total = step.parameters
+        lines.append(
+            f"of {count} of {total} parameters the gradient is not finite; the first one is "
+            f"{title(step.parameter)}"
+        )
+    for number, line in enumerate(lines):
+        yield f"{'' if number else 'backward':<11}{line}"
+
+
+def some(values: Sequence[Any], most: int = 8) -> str:
+    """Return the first values, and the number of the others."""
+    shown_values = ", ".join(title(value) for value in values[:most])
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return shown_values + more
+
+
 def print_activities(activities: Sequence["Activity"]) -> None:
     """Print seconds and shares, longest first."""
     rows = []
-    for activity in activities:
-        rows.append(
-            (
-                f"  {activity.name}",
-                f"{small_duration(activity.seconds):>9}",
-                f"{activity.share:6.1%}",
-            )
-        )
+    for each in activities:
+        seconds = f"{small_duration(each.seconds):>9}"
+        rows.append((f"  {each.name}", seconds, f"{each.share:6.1%}"))
     print_rows(rows)
 
 

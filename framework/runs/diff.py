@@ -264,7 +264,9 @@ def code_rows(runs: Sequence[RunFiles]) -> list[Row]:
     rows = differing([commits])
     if texts.differs:
         rows.append(changes)
-    rows += differing(rows_of([mapping_in(run.provenance, "parts") for run in runs]))
+    for row in differing(rows_of([mapping_in(run.provenance, "parts") for run in runs])):
+        if len({source for source in row.values if source is not None}) > 1:
+            rows.append(row)  # other parts are among the settings
     plugins = Row("plugins", [run.provenance.get("plugins") for run in runs])
     return rows + differing([plugins])
 
@@ -303,10 +305,8 @@ def data_rows(runs: Sequence[RunFiles]) -> list[Row]:
     """Return the facts of the data that differ, and the content of each split."""
     columns = []
     for run in runs:
-        column = {}
-        for name, value in run.facts.items():
-            if name not in ("content", "samples", "data"):
-                column[name] = value
+        nested = ("content", "samples", "data")
+        column = {name: value for name, value in run.facts.items() if name not in nested}
         for name, value in mapping_in(run.facts, "data").items():
             column.setdefault(name, value)
         for split, count in mapping_in(run.facts, "samples").items():
