@@ -52,7 +52,6 @@ RECORD = "non_finite.json"
 STEP_FILE = "step.pt"
 SCRIPT_FILE = "replay.py"
 MOST_RECORD = 2**20  # bytes
-MOST_SAMPLES = 8  # that are named
 EXACT = {"compile": "off", "cuda_graph": "off", "profile": False, "devices": None}
 
 
@@ -182,8 +181,8 @@ def replay(run: RunFiles, output: Path | None, say: Callable[[str], None]) -> Re
             except Found:
                 pass
     result.finding = finder.finding
-    if finder.finding is not None and output is not None and finder.calls:
-        result.files = write_step(output, run, spec, finder)
+    if finder.call is not None and output is not None:
+        result.files = write_step(output, run, spec, finder, finder.call)
     return result
 
 
@@ -316,6 +315,7 @@ class Finder(Callback):
         self.last = last
         self.calls: list[Call] = []
         self.finding: Finding | None = None
+        self.call: Call | None = None  # that is not finite
         self.model: nn.Module | None = None
         self.is_checking = False
 
@@ -380,7 +380,7 @@ class Finder(Callback):
         finding.parameter = bad[0] if bad else None
         finding.parameters = (len(bad), len(gradients))
         self.finding = finding
-        examine(trainer, self.calls, finding)
+        self.call = examine(trainer, self.calls, finding)
         raise Found
 
     def on_step_end(self, trainer: Context) -> None:
@@ -407,8 +407,14 @@ def is_finite(tensor: Tensor) -> bool:
 # the step once more
 
 
-def examine(trainer: Context, calls: Sequence[Call], finding: Finding) -> None:
-    """Run forward and backward of a step once more, and note where they are not finite."""
+def examine(trainer: Context, calls: Sequence[Call], finding: Finding) -> Call | None:
+    """Run forward and backward of a step once more, and note where they are not finite.
+
+    Returns:
+        The first forward pass that is not finite, or whose gradients are not; None without one.
+    """
+    if calls:
+        repeat_state(trainer.model, calls[0])
     tensors = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
     finding.weights = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     rows = sum(len(call.batch[0]) for call in calls)
@@ -427,13 +433,15 @@ def examine(trainer: Context, calls: Sequence[Call], finding: Finding) -> None:
             with trainer.precision.autocast():
                 result = call.run(call.model, call.batch)
             watch.fill(finding, samples, len(call.batch[0]))
-            finding.operation = finding.operation or backward(result.loss)
-            if finding.gradient_layer is None:
-                finding.gradient_layer = watch.gradient_layer
-        if finding.layer is not None:
-            break
-    if calls:
-        repeat_state(trainer.model, calls[0])
+            loss_is_finite = is_finite(result.loss.detach())
+            finding.operation = backward(result.loss)
+            finding.gradient_layer = watch.gradient_layer
+        gradients_are_finite = all(map(is_finite, gradients_of(trainer.model).values()))
+        if finding.layer is not None or not loss_is_finite or not gradients_are_finite:
+            return call
+        if finding.operation:
+            return call
+    return None
 
 
 def repeat_state(model: nn.Module, call: Call) -> None:
@@ -539,7 +547,7 @@ for name, parameter in step.model.named_parameters():
 '''
 
 
-def write_step(folder: Path, run: RunFiles, spec: Spec, finder: Finder) -> list[Path]:
+def write_step(folder: Path, run: RunFiles, spec: Spec, finder: Finder, call: Call) -> list[Path]:
     """Write the step and a script that repeats it into a folder; return the files.
 
     Raises:
@@ -547,7 +555,6 @@ def write_step(folder: Path, run: RunFiles, spec: Spec, finder: Finder) -> list[
     """
     assert finder.finding is not None
     assert finder.model is not None
-    call = finder.calls[0]
     plugins = [plugin for plugin in plugins_of(run.path) if is_loaded(plugin)]
     content = {
         "tree": json.loads(json.dumps(spec.tree, default=str)),
