@@ -28,6 +28,7 @@ from .run_files import STATUS_FILE, read_status
 from .run_time import RunTime, read_time
 
 SIZE = 3072  # bytes of the file, at least
+LEAST_SECONDS = 1.0  # between two writes
 MOST_WARNINGS = 3  # the last ones, in the file
 WARNING_CHARACTERS = 160
 
@@ -44,7 +45,7 @@ class Status(Callback):
     only_main = True
 
     def __init__(self) -> None:
-        self.seconds = 1.0
+        self.seconds = LEAST_SECONDS
         self.written = -math.inf
         self.warnings: list[str] = []
         self.started: float | None = None  # of the process, in seconds of `time.monotonic`
@@ -56,7 +57,7 @@ class Status(Callback):
 
     def among(self, trials: int) -> None:
         self.trials = trials
-        self.seconds = trials * 1.0
+        self.seconds = trials * LEAST_SECONDS
 
     def claim(self, trainer: Context) -> None:
         """Write the first state of a new run, so that a later failure can overwrite it."""
