@@ -164,9 +164,24 @@ def merge_order(files: tuple[tuple[Path, str, int], ...]) -> list[File]:
     placed: set[str] = set()
     for name in experiments:
         place_file(name, experiments, placed, merged)
-    if main and is_merged_first(main[0][0], "experiment"):
-        return [*ordered, *main, *merged]
-    return [*ordered, *merged, *main]
+    if main and builds_on_framework(main[0][0]):
+        merged = [(framework_config_file(), ""), *merged]  # its last entry is the experiment
+        first = is_merged_first(main[0][0], "framework")
+    else:
+        first = bool(main) and is_merged_first(main[0][0], "experiment")
+    return [*ordered, *main, *merged] if first else [*ordered, *merged, *main]
+
+
+def builds_on_framework(file: Path) -> bool:
+    """Return whether the defaults list of a project's config.yaml names that of the framework."""
+    return "framework" in (read_config_file(file).get("defaults") or ())
+
+
+def framework_config_file() -> Path:
+    """Return the config.yaml of the framework."""
+    import framework_conf  # not at the top: it holds data only
+
+    return Path(framework_conf.__path__[0]) / "config.yaml"
 
 
 def place_file(name: str, files: Mapping[str, File], placed: set[str], ordered: list[File]) -> None:

@@ -110,6 +110,15 @@ def test_an_error_names_the_experiment_that_gives_the_value(project):
         run_composed(CommandLine(["experiment=child"]), lambda job: None)
 
 
+def test_a_config_of_the_project_is_merged_after_experiments(project):
+    text = "defaults: [framework, _self_]\ntrainer: {max_epochs: 1}\n"
+    (project.parent / "config.yaml").write_text(text)
+    spec = composed(["experiment=base"])
+    assert spec.tree["trainer"]["max_epochs"] == 1
+    assert [value for _, value in places(spec, "trainer.max_epochs")] == [30, 4, 1]
+    assert places(spec, "model.name")[0][1] == "mlp"
+
+
 @pytest.mark.parametrize(
     ("defaults", "order"),
     [

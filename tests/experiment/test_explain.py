@@ -192,7 +192,13 @@ def test_runs_that_cannot_be_repeated(tmp_path):
     folder = run_training(*SMALL, "trainer.max_epochs=1", "run.name=good").folder
     with pytest.raises(RunError, match="has not been stopped"):
         replay(RunFiles(folder), None, silent)
-    for content in ("{", "[]", '{"first": 3, "last": 1}', '{"first": "1", "last": 1}', '{"first": 1}'):
+    for content in (
+        "{",
+        "[]",
+        '{"first": 3, "last": 1}',
+        '{"first": "1", "last": 1}',
+        '{"first": 1}',
+    ):
         (folder / RECORD).write_text(content)
         with pytest.raises(RunError):
             replay(RunFiles(folder), None, silent)
