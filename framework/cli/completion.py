@@ -1,11 +1,12 @@
 """Completion with TAB: the possible next words, and scripts for bash, zsh and fish."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from framework.composition.catalogue import Index, find_index
+from framework.runs.requests import ACTIONS, SET
 
 from .parsers import Command
 
@@ -63,7 +64,7 @@ function __framework_complete
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
-complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board'
+complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board watch tell'
 complete -c framework -F -n '__fish_seen_subcommand_from convert'
 """
 
@@ -124,7 +125,19 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return part_words(current, index)
     if name == "completion":
         return starting(current, SCRIPTS)
+    if name == "tell" and len(before) > 1:
+        return tell_words(current, before, index)
     return []
+
+
+def tell_words(current: str, before: Sequence[str], index: Index) -> list[str]:
+    """Complete a command of `framework tell`; after `set`, a setting of the default optimizer."""
+    actions = starting(current, (*ACTIONS, SET))
+    if SET not in before:
+        return actions
+    if current.startswith("optimizer."):
+        return path_words(current, {}, index)
+    return [*actions, *starting(current, ["optimizer."])]
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:

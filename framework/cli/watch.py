@@ -2,13 +2,14 @@
 
 import math
 import os
+import re
 import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -48,6 +49,8 @@ MEASURES = (
     "train/slowest_process",
 )
 """Metrics whose curves come last."""
+LINEAR = ("train/learning_rate", *MEASURES)
+LOGARITHMIC = 30.0  # ratio of the highest to the lowest value from which a scale is logarithmic
 LABEL_WIDTH = 9  # of the values at the left of a curve
 CHART_ROWS = 8  # of a curve, title and axis included, at least
 CHART_COLUMNS = 38
@@ -281,15 +284,21 @@ def number(value: float) -> str:
 
 
 def metrics_of(runs: Sequence[LiveRun]) -> list[str]:
-    """Return the metrics of runs: losses first, then those of validation, measures of time last."""
+    """Return the metrics of runs: losses, those of validation, others, measures of time."""
     found = dict.fromkeys(metric for run in runs for metric in run.metrics.curves)
     found = {metric: None for metric in found if any_points(runs, metric)}
 
-    def rank(metric: str) -> tuple[bool, bool, str]:
+    def rank(metric: str) -> tuple[bool, bool, bool]:
         split, _, name = metric.partition("/")
-        return metric in MEASURES, name != "loss", "train " if split == "train" else split
+        return metric in MEASURES, name != "loss", split != "val"
 
     return sorted(found, key=rank)
+
+
+def curves_of(run: LiveRun) -> list[str]:
+    """Return the metrics of a run with values at several steps."""
+    curves = run.metrics.curves
+    return [metric for metric in metrics_of([run]) if len(curves[metric].points) > 1]
 
 
 def any_points(runs: Sequence[LiveRun], metric: str) -> bool:
@@ -321,7 +330,7 @@ class View:
                     pressed = keys.wait(left)
                     if not pressed:
                         continue
-                    if not self.press(pressed):
+                    if not all(self.press(key) for key in pressed):
                         return
                     live.update(Group(*self.lines(*self.screen.size)), refresh=True)
 
@@ -422,13 +431,18 @@ class View:
         yield Text(f"checkpoint {saved}" if saved else "no checkpoint")
         if run.process_text():
             yield Text(run.process_text())
+        several = curves_of(run)
+        single = [metric for metric in metrics_of([run]) if metric not in several]
+        if single:
+            values = [f"{title(m)} {number(run.metrics.curves[m].last)}" for m in single]
+            yield Text("  ".join(values))
         color = COLORS.get(run.state, "") if run.reason else "yellow"
         for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
             yield Text.assemble(("! ", f"bold {color}"), (printable(warning), color))
 
     def charts(self, run: LiveRun, width: int, rows: int) -> list[Text]:
         """Return the curves of a run as a grid that fills the width and a number of lines."""
-        metrics = metrics_of([run])
+        metrics = curves_of(run)
         if not metrics or rows < 4:
             return []
         across = max(1, min(len(metrics), width // CHART_COLUMNS))
@@ -485,16 +499,22 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)
     high = max(finite, default=1.0)
-    if curve.lowest is not None and curve.highest is not None:
-        heading.append(f"  {number(curve.lowest[0])} to {number(curve.highest[0])}", style="dim")
     lines = [heading]
     if low == high:  # in the middle
         low -= abs(low) or 1.0
         high += abs(high) or 1.0
+    bottom = low
+    top = high
+    if metric not in LINEAR and low > 0 and high > LOGARITHMIC * low:
+        heading.append("  log scale", style="dim not bold")
+        values = [math.log(value) for value in values]
+        bottom = math.log(low)
+        top = math.log(high)
     labels = [""] * rows
     labels[-1] = number(low)
     labels[0] = number(high)
-    for label, dots in zip(labels, braille(values, columns, rows, low, high), strict=True):
+    drawn = braille(values, columns, rows, bottom, top, joined=True)
+    for label, dots in zip(labels, drawn, strict=True):
         lines.append(Text.assemble((f"{label:>{LABEL_WIDTH}} ", "dim"), (dots, "cyan")))
     last = f"{last_step:,}"
     axis = f"{'':>{LABEL_WIDTH}} step 0{last:>{max(0, columns - 6)}}"
@@ -504,7 +524,8 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
 class Keys:
     """Reads keys from a terminal; without one, no key is ever pressed."""
 
-    NAMES = {
+    KEY: ClassVar = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|[\x00-\xff]")
+    NAMES: ClassVar = {
         b"\x1b[A": "up",
         b"\x1b[B": "down",
         b"\x1b[C": "right",
@@ -520,19 +541,19 @@ class Keys:
     def __init__(self, descriptor: int | None):
         self.descriptor = descriptor
 
-    def wait(self, seconds: float) -> str:
-        """Return the name of a key that is pressed within some seconds; "" if there is none."""
+    def wait(self, seconds: float) -> list[str]:
+        """Return the names of the keys that are pressed within some seconds."""
         if self.descriptor is None:
             time.sleep(seconds)
-            return ""
+            return []
         ready, _, _ = select.select([self.descriptor], [], [], seconds)
         if not ready:
-            return ""
+            return []
         pressed = os.read(self.descriptor, 64)
         if not pressed:  # the terminal was closed
-            self.descriptor = None
-            return "q"
-        return self.NAMES.get(pressed, pressed[:1].decode("ascii", errors="ignore"))
+            return ["q"]
+        found = self.KEY.findall(pressed)
+        return [self.NAMES.get(key, key.decode("ascii", errors="ignore")) for key in found]
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from framework.runs.requests import (
     Request,
     change_text,
     changes,
+    drop_older,
     event,
     record,
     row_text,
@@ -82,6 +83,7 @@ class Steering(Callback):
         self.resumed_with = resumed_with
         self.seconds = CHECK_SECONDS
         self.trials = 1
+        self.built = time.time()
         self.reset()
 
     def reset(self) -> None:
@@ -107,6 +109,8 @@ class Steering(Callback):
             return
         self.request_path = os.fspath(trainer.folder / REQUEST)
         self.next_check = SHARED_TIME.now()
+        if trainer.strategy.is_main:
+            drop_older(trainer.folder, self.built)
         pending = self._read_pending(trainer) if trainer.strategy.is_main else []
         self.pending = trainer.strategy.from_main(pending)
         self._repeat(trainer)

@@ -269,7 +269,7 @@ class LiveRun:
     def warnings(self) -> Iterator[str]:
         """Yield what a user should look at."""
         if self.state == "stale":
-            yield "its process has ended without a word, such as by SIGKILL: `resume` continues it"
+            yield "its process was killed; `framework resume` continues the run"
         if self.problem:
             yield self.problem
         updated = self.updated

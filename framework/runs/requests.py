@@ -274,6 +274,21 @@ def take(run: Path) -> Request | None:
     return parse_request(content, run / REQUEST)
 
 
+def drop_older(run: Path, began: float) -> None:
+    """Remove a request that was written before a process began, for an earlier process of the run.
+
+    Args:
+        run: the folder of the run.
+        began: when the process began, in seconds since 1970.
+    """
+    try:
+        written = os.lstat(run / REQUEST).st_mtime
+    except OSError:
+        return
+    if written < began:
+        withdraw(run)
+
+
 def refusal(run: Path, owner: int) -> str | None:
     """Return the reason to refuse a request of a user; None if it is allowed.
 

@@ -17,6 +17,7 @@ def braille(
     rows: int,
     low: float = 0.0,
     high: float | None = None,
+    joined: bool = False,
 ) -> list[str]:
     """Draw values as lines of braille characters, from the top down.
 
@@ -26,18 +27,26 @@ def braille(
         rows: the number of lines.
         low: the value at the bottom.
         high: the value at the top; by default the largest absolute value.
+        joined: whether to fill the gap to the previous value in steep parts.
     """
     dots = 4 * rows
     if high is None:
         high = max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0
     scale = (high - low) or 1.0
     cells = [[BLANK] * columns for _ in range(rows)]
+    last: int | None = None
     for x in range(2 * columns if values else 0):
         value = values[round(x * (len(values) - 1) / max(2 * columns - 1, 1))]
         if not math.isfinite(value):
+            last = None
             continue
         y = min(dots - 1, max(0, round((value - low) / scale * (dots - 1))))
-        cells[rows - 1 - y // 4][x // 2] |= DOTS[x % 2][y % 4]
+        gap = range(y, y + 1)
+        if joined and last is not None and last != y:
+            gap = range(last + 1, y + 1) if last < y else range(y, last)
+        for dot in gap:
+            cells[rows - 1 - dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
+        last = y
     return ["".join(map(chr, line)) for line in cells]
 
 

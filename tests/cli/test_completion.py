@@ -189,3 +189,12 @@ def test_tab_runs_no_program_in_the_working_folder(bash, tmp_path, monkeypatch, 
     assert bash("./framework pl", path)[:1] == ([] if path else ["plan"])
     assert bash("framework pl", path)[:1] == ([] if path else ["plan"])
     assert not (tmp_path / "proof").exists()
+
+
+def test_commands_of_tell_are_completed(index):
+    def complete(*words):
+        return completions(list(words), index, COMMANDS)
+
+    assert complete("tell", "runs/a", "p") == ["pause"]
+    assert complete("tell", "runs/a", "set", "op") == ["optimizer."]
+    assert "optimizer.lr=" in complete("tell", "runs/a", "set", "optimizer.l")
