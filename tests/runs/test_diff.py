@@ -84,10 +84,8 @@ def test_defaults_of_parts_that_only_some_runs_have_are_left_out(tmp_path):
 
 def test_code_versions_and_data(tmp_path):
     change = "diff --git a/m.py b/m.py\n--- a/m.py\n+++ b/m.py\n+x = 1\n-x = 2\n"
-    one = make_run(tmp_path, "one", git_commit="a" * 40, git_diff="", packages={"torch": "2.10"})
-    two = make_run(
-        tmp_path, "two", git_commit="a" * 40, git_diff=change, packages={"torch": "2.13"}
-    )
+    one = make_run(tmp_path, "one", git_commit="abc", git_diff="", packages={"torch": "2.10"})
+    two = make_run(tmp_path, "two", git_commit="abc", git_diff=change, packages={"torch": "2.13"})
     diff = compare([one, two])
     assert row(diff.code, "uncommitted changes").values == ["none", "2 lines in m.py"]
     assert row(diff.versions, "torch").values == ["2.10", "2.13"]

@@ -67,10 +67,8 @@ def test_advice_on_steps_and_start(tmp_path):
 
 def test_the_slowest_process(tmp_path):
     values = {"train/communication": 0.05, "train/waiting": 0.4}
-    rows = [
-        {"step": step, **values, "train/slowest_process": rank}
-        for step, rank in enumerate([1, 1, 0])
-    ]
+    ranks = enumerate([1, 1, 0])
+    rows = [{"step": step, **values, "train/slowest_process": rank} for step, rank in ranks]
     speed = explain_speed(run_with(tmp_path, RunTime(training=5.0, steps=3), rows))
     assert speed.slowest == 1
     assert any("rank 1 is the slowest in 67% of the logs" in line for line in speed.advice)
