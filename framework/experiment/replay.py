@@ -37,7 +37,7 @@ from framework.runs.run_files import RunFiles
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
 from framework.runtime.threads import intra_op_threads
-from framework.system.files import make_folder, read_bytes, read_json, write_file
+from framework.system.files import make_folder, open_file, read_bytes, read_json, write_file
 from framework.training.trainer import Trainer
 
 from .build import build_model
@@ -618,7 +618,8 @@ def load_step(file: Path) -> SavedStep:
         RunError: the file cannot be read.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with open_file(file.parent, file.name) as opened:
+            content = torch.load(opened, map_location="cpu", weights_only=True)
         discover(content["plugins"])
         spec = read_spec(content["tree"])
         facts = content["facts"]
