@@ -94,6 +94,28 @@ loss falls. `batch_size` doubles the batch size until memory is full or
 training is no longer faster. Both run the plugins that conf/config.yaml and
 the experiment file name."""
 
+DIFF = """\
+examples:
+  framework diff runs/default/first runs/default/second
+  framework diff runs/digits/sweep/000* runs/digits/sweep/001* --curves val/loss
+  framework diff A B C --json
+Prints the settings that differ, with the file and line or the override that
+gave each value; differences of the code, of versions and of the data; the
+metrics, the time, and the curves. What a run does not record is left out."""
+
+EXPLAIN = """\
+examples:
+  framework explain optimizer.lr experiment=digits_cnn optimizer.lr=0.1
+  framework explain trainer                         all settings of a section
+  framework explain optimizer.lr --run runs/default/first
+  framework explain speed runs/default/first
+  framework explain nan runs/default/first
+Of a setting: the value, the file and line or the override that gives it, and
+the values that this one replaces, down to the default in the signature.
+`speed` prints where the time of a run went, and what to change. `nan` repeats
+the step at which a run was stopped by callbacks.non_finite, from its last
+checkpoint, and names the first layer and parameter that are not finite."""
+
 EVAL = """\
 examples:
   framework eval runs/default/first

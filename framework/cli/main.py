@@ -41,6 +41,7 @@ from framework.system.signals import interruptible
 from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
+from .explain import explain
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -670,6 +671,13 @@ def best(arguments: list[str]) -> int:
     return best_run(arguments)
 
 
+def diff(arguments: list[str]) -> None:
+    """Run `framework diff`."""
+    from .diff import diff as diff_runs  # not at the top: rich takes 0.1 s
+
+    diff_runs(arguments)
+
+
 # other commands
 
 
@@ -744,6 +752,13 @@ COMMANDS = {
         runs_parts=True,
     ),
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
+    "diff": Command(diff, "print the differences between runs"),
+    "explain": Command(
+        explain,
+        "explain a setting, the speed of a run, or a loss that is NaN",
+        composes=True,
+        runs_parts=True,
+    ),
     "eval": Command(evaluate, "evaluate a trained run on a split of its data", runs_parts=True),
     "predict": Command(predict, "apply a trained model to a file or a prompt", runs_parts=True),
     "runs": Command(runs, "list, label and remove runs"),

@@ -27,6 +27,7 @@ from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
 from framework.runtime.clock import slow_data
 from framework.runtime.threads import intra_op_threads, suitable_threads
+from framework.system.files import read_json
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -47,7 +48,7 @@ from .build import (
     check_smallest_batch,
     image_advice,
 )
-from .config_changes import fingerprint
+from .config_changes import fingerprint, setting_leaves
 from .distributed import (
     agreed_signals,
     be_silent,
@@ -251,6 +252,7 @@ class Prepared:
         """
         spec = self.built.spec
         strategy = self.trainer.strategy
+        self.built.status.started = self.started
         if strategy.is_main:
             self.folder = self._claimed_folder()  # its lock is released with the object
         path: Path = strategy.from_main(None if self.folder is None else self.folder.path)
@@ -269,6 +271,7 @@ class Prepared:
         folder = self.resumed.folder
         self.resumed.rewind()
         if self.resumed.changed:
+            record_changes(self.resumed, self.built.spec)
             folder.write("config.yaml", self.built.spec.tree)
         return folder
 
@@ -616,8 +619,28 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     folder.write("facts.json", data_facts(built.data, built.task, built.out_shape))
     folder.write("overrides.yaml", overrides)
     directions = {"directions": metric_directions(built.metrics)}
-    folder.write("provenance.json", provenance(sources) | plugins | directions)
+    settings = {"settings": built.spec.origins}
+    folder.write("provenance.json", provenance(sources) | plugins | directions | settings)
     folder.write("config.yaml", built.spec.tree)  # last: with it the run can be resumed
+
+
+def record_changes(resumed: Resumed, spec: Spec) -> None:
+    """Add the settings that a resume changes to those in provenance.json, if that is readable."""
+    run = resumed.folder.path
+    try:
+        content = read_json(run, "provenance.json")
+    except (OSError, RunError):
+        return
+    if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
+        return
+    settings = dict(content.get("settings", {}))
+    after = dict(setting_leaves(spec.tree))
+    for path in resumed.changed:
+        place = f"resumed after step {resumed.step}"
+        before = settings.get(path)
+        origins = list(before) if isinstance(before, list) else []
+        settings[path] = [*origins, {"place": place, "value": after.get(path), "by": ""}]
+    resumed.folder.write("provenance.json", content | {"settings": settings})
 
 
 def discard_run(folder: RunFolder) -> None:

@@ -20,13 +20,15 @@ from framework.contracts.callback import Callback
 from framework.contracts.context import Context
 from framework.errors import FrameworkError, RunError, short
 from framework.errors.user_code import describe
-from framework.runtime.clock import PAUSED
+from framework.runtime.clock import PAUSED, Clock, Profiler
 from framework.system.files import open_file, unwritable, write_file
 
 from . import checkpoint
-from .run_files import STATUS_FILE
+from .run_files import STATUS_FILE, read_status
+from .run_time import RunTime, read_time
 
-SIZE = 2048  # bytes of the file, at least
+SIZE = 3072  # bytes of the file, at least
+LEAST_SECONDS = 1.0  # between two writes
 MOST_WARNINGS = 3  # the last ones, in the file
 WARNING_CHARACTERS = 160
 
@@ -41,20 +43,33 @@ class Status(Callback):
 
     changes_training = False
     only_main = True
-    seconds = 1.0
-    written = -math.inf
 
     def __init__(self) -> None:
+        self.seconds = LEAST_SECONDS
+        self.written = -math.inf
         self.warnings: list[str] = []
+        self.started: float | None = None  # of the process, in seconds of `time.monotonic`
+        self.trials = 1  # that train together
+        self.before = RunTime()  # of the run before this process
+        self.now = RunTime()  # of this process
+        self.has_begun = False  # the training in this process
+        self.fit_seconds: float | None = None  # of the training, when it has ended
 
     def among(self, trials: int) -> None:
-        self.seconds = trials * Status.seconds
+        self.trials = trials
+        self.seconds = trials * LEAST_SECONDS
 
     def claim(self, trainer: Context) -> None:
         """Write the first state of a new run, so that a later failure can overwrite it."""
         self._write(trainer, "running")
 
     def on_fit_start(self, trainer: Context) -> None:
+        if trainer.folder is not None:  # of a resumed run, it has the time until now
+            self.before = read_time(read_status(trainer.folder)) or RunTime()
+        self.has_begun = True
+        self.fit_seconds = None
+        if self.started is not None:
+            self.now.start = time.monotonic() - self.started - trainer.clock.elapsed
         self._write(trainer, "running")
 
     def on_log(self, trainer: Context) -> None:
@@ -62,6 +77,8 @@ class Status(Callback):
             self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Context) -> None:
+        self._update_time(trainer)
+        self.fit_seconds = self.now.training
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
 
     def paused(self, trainer: Context) -> None:
@@ -106,7 +123,9 @@ class Status(Callback):
         if trainer.folder is None:
             return
         self.written = time.monotonic()
+        self._update_time(trainer)
         content = status_content(trainer, status, reason)
+        content["time"] = self.before.added(self.now).as_dict()
         content |= last_checkpoint(trainer.folder)
         content["warnings"] = self.warnings
         try:
@@ -115,6 +134,22 @@ class Status(Callback):
             if status != "failed":
                 raise
             overwrite(trainer.folder, content)
+
+    def _update_time(self, trainer: Context) -> None:
+        """Read the clock; after the training, what it counts is the test."""
+        if not self.has_begun:
+            return
+        state = trainer.state
+        now = time_of_clock(trainer.clock, state.step - (trainer.resumed_from or 0))
+        now.start = self.now.start
+        now.stacked = self.trials
+        now.device = trainer.device.type
+        now.reading = state.reading
+        if self.fit_seconds is not None:
+            now.test = now.training - self.fit_seconds
+            now.training = self.fit_seconds
+            now.parts = self.now.parts
+        self.now = now
 
 
 def status_content(trainer: Context, status: str, reason: str | None) -> dict[str, Any]:
@@ -149,6 +184,23 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     if "config" in trainer.manifest:  # `resume=auto` compares it without reading the config
         content["config"] = trainer.manifest["config"]
     return content
+
+
+def time_of_clock(clock: Clock, steps: int) -> RunTime:
+    """Return the time that the clock of a fit has counted so far.
+
+    Args:
+        steps: the number of steps of the fit.
+    """
+    parts = dict(clock.seconds)
+    of_a_step = {}
+    if isinstance(clock, Profiler):
+        of_a_step = clock.recorded
+        for name in clock.details:  # counted in the recorded steps only
+            parts.pop(name, None)
+    return RunTime(
+        training=clock.elapsed, parts=parts, steps=steps, sessions=1, of_a_step=of_a_step
+    )
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
