@@ -50,6 +50,7 @@ from .registry.kinds import (  # noqa: E402  # after guard_start
     callbacks,
     datasets,
     dropouts,
+    exporters,
     heads,
     initializers,
     loggers,
@@ -68,6 +69,7 @@ from .registry.registry import Kind, Maker, Registry  # noqa: E402  # after guar
 if TYPE_CHECKING:
     from .contracts.callback import Callback, SavingCallback
     from .contracts.context import Context
+    from .contracts.exporter import ExportedModel, Exporter
     from .contracts.logger import Logger
     from .contracts.metric import Metric
     from .contracts.pure_optimizer import PureOptimizer
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
         TensorSplit,
         WindowSplit,
     )
+    from .data.preparation import Axis, Preparation, RawInput
     from .experiment.load import open_run
     from .training.trainer import Trainer
 
@@ -132,6 +135,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
 __all__ = [
     "Activation",
     "Augmentation",
+    "Axis",
     "Batch",
     "Block",
     "BuildError",
@@ -144,6 +148,8 @@ __all__ = [
     "DataError",
     "Dropout",
     "Every",
+    "ExportedModel",
+    "Exporter",
     "Fraction",
     "FrameworkError",
     "GatheredSplit",
@@ -163,10 +169,12 @@ __all__ = [
     "Pattern",
     "PositiveFloat",
     "PositiveInt",
+    "Preparation",
     "PureOptimizer",
     "RaggedSplit",
     "Range",
     "Rate",
+    "RawInput",
     "Registry",
     "RunError",
     "SavingCallback",
@@ -190,6 +198,7 @@ __all__ = [
     "did_you_mean",
     "discover",
     "dropouts",
+    "exporters",
     "heads",
     "initializers",
     "loggers",
@@ -213,6 +222,11 @@ _NAMES = {
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
+    "ExportedModel": "contracts.exporter",
+    "Exporter": "contracts.exporter",
+    "Preparation": "data.preparation",
+    "RawInput": "data.preparation",
+    "Axis": "data.preparation",
     "Strategy": "contracts.strategy",
     "GatheredSplit": "data.dataset",
     "LabelledSplit": "data.dataset",
