@@ -14,6 +14,7 @@ import torch
 
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
+from framework.contracts.direction import metric_directions
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
@@ -599,7 +600,8 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     plugins = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
     folder.write("facts.json", data_facts(built.data, built.task, built.out_shape))
     folder.write("overrides.yaml", overrides)
-    folder.write("provenance.json", provenance(sources) | plugins)
+    directions = {"directions": metric_directions(built.metrics)}
+    folder.write("provenance.json", provenance(sources) | plugins | directions)
     folder.write("config.yaml", built.spec.tree)  # last: with it the run can be resumed
 
 

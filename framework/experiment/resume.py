@@ -14,7 +14,7 @@ from framework.errors import RunError, short
 from framework.errors.paths import override
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, read_config
-from framework.runs.status_file import status_of
+from framework.runs.run_files import status_of
 from framework.training.optimizer_state import (
     check_state,
     group_settings,

@@ -20,9 +20,9 @@ from framework.errors import FrameworkError, RunError
 from framework.errors.user_code import describe
 from framework.system.files import open_file, unwritable, write_file
 
-STATUS_FILE = "status.json"
+from .run_files import STATUS_FILE
+
 SIZE = 1024  # bytes of the file, at least
-MOST_STATUS = 2**20  # bytes of a file that is read
 
 
 class Status(Callback):
@@ -103,6 +103,7 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
         "wall_seconds": round(state.wall_seconds, 3),
         "eta_seconds": eta_seconds,
         "samples_per_second": state.metrics.get("train/samples_per_second"),
+        "processes": trainer.strategy.world_size,
         "pid": os.getpid(),
         "updated": time.time(),
     }
@@ -135,27 +136,3 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
             file.truncate()
     except OSError as error:
         raise unwritable(folder / STATUS_FILE, error, SIZE) from error
-
-
-def status_of(run: Path) -> str | None:
-    """Return the status of a run, such as "done"; None if it is unknown."""
-    status = read_status(run).get("status")
-    return status if isinstance(status, str) else None
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """Return the content of status.json; empty if the file is missing or damaged.
-
-    The fingerprint of the config is left out if the config is newer than status.json.
-    """
-    try:
-        with open_file(run, STATUS_FILE, most=MOST_STATUS) as file:
-            updated = os.fstat(file.fileno()).st_mtime_ns
-            status = json.loads(file.read(MOST_STATUS))
-    except (OSError, RunError, ValueError, RecursionError):
-        return {}
-    if not isinstance(status, dict):
-        return {}
-    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
-        del status["config"]
-    return status

@@ -16,12 +16,13 @@ from framework.errors import ConfigError, DiskFull, FrameworkError
 from framework.errors.terminal import print_line, print_traceback
 from framework.experiment.config_changes import fingerprint
 from framework.experiment.result import Result
+from framework.runs.sweep_files import Trial
 from framework.system.locks import lock_holder
 from framework.system.signals import received
 from framework.system.streams import prepare_streams
 
 from .display import Display, LineDisplay, OutputCapture, make_display
-from .folder import SweepFolder, Trial, run_name
+from .folder import SweepFolder, run_name
 from .isolation import isolated
 from .settings import Sweep
 from .table import Objectives, best_trial

@@ -18,12 +18,12 @@ from framework.experiment.experiment import Experiment, Prepared, prepare_run
 from framework.experiment.log_start import first_batch
 from framework.experiment.result import Result
 from framework.registry.annotations import PositiveInt
+from framework.runs.sweep_files import Trial
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
 from framework.system.signals import received, stopping
 from framework.training.layer_table import read_layers
 from framework.tuning.sweep.display import ForwardingDisplay, OutputCapture
-from framework.tuning.sweep.folder import Trial
 from framework.tuning.sweep.isolation import isolated
 from framework.tuning.sweep.launcher import OneByOne
 from framework.tuning.sweep.trial_runner import outcome
