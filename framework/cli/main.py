@@ -41,6 +41,7 @@ from framework.system.signals import interruptible
 from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
+from .export import export
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -699,6 +700,9 @@ COMMANDS = {
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
     "eval": Command(evaluate, "evaluate a trained run on a split of its data", runs_parts=True),
     "predict": Command(predict, "apply a trained model to a file or a prompt", runs_parts=True),
+    "export": Command(
+        export, "write a trained model as files without the framework", runs_parts=True
+    ),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
