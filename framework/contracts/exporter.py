@@ -13,6 +13,7 @@ class TorchScript(Exporter):
         return ["import torch"], f"outputs = {call}"
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -73,12 +74,17 @@ class ExportedModel:
         """
         shapes = (self.dynamic_shapes(),)  # of the one parameter *raw
         try:
-            with torch.no_grad():
-                return torch.export.export(self.module, self.samples, dynamic_shapes=shapes)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch about its own code
+                program = torch.export.export(self.module, self.samples, dynamic_shapes=shapes)
         except Exception as error:
             raise BuildError(
                 f"torch.export cannot trace {self.name}: {text_of(error).splitlines()[0]}"
             ) from error
+        for module in program.graph_module.modules():
+            for node in getattr(module, "graph", program.graph).nodes:
+                node.meta.pop("stack_trace", None)  # has paths of this machine
+        return program
 
 
 class Exporter:

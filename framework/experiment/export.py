@@ -102,8 +102,8 @@ class Noise(Preparation):
         self.example = "\n".join(
             [
                 "count = int(file)  # the number of samples to generate",
-                f"noise = np.random.default_rng().standard_normal((count, {sizes}), dtype='float32')",
-                'raw = {"noise": noise}',
+                f"noise = np.random.default_rng().standard_normal((count, {sizes}))",
+                'raw = {"noise": noise.astype("float32")}',
             ]
         )
 
@@ -251,9 +251,7 @@ def exported_model(trained: Trained, pipeline: Pipeline, inputs: Tensor) -> Expo
         outputs = pipeline.named_outputs(inputs)
     for key, value in outputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
-            raise BuildError(
-                f"{name}: expected tensors of samples as outputs, got {key}={short(value)}"
-            )
+            raise BuildError(f"{name}: expected a row for each sample, got {key}={short(value)}")
     raw = pipeline.preparation.recover(inputs)
     return ExportedModel(pipeline, pipeline.preparation.raw, list(outputs), raw, name)
 

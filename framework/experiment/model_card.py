@@ -30,13 +30,14 @@ def model_card(files: RunFiles, trained: Trained, about: Mapping[str, Any], spli
     """
     parameters = sum(each.numel() for each in trained.model.parameters())
     step = about["step"]
+    run = code(f"{files.path.absolute().parent.name}/{files.name}")
+    today = time.strftime("%Y-%m-%d")
     at = f"checkpoint {about['checkpoint']}" + ("" if step is None else f", step {step:,}")
     lines = [
         f"# {about['model']} on {about['data']}",
         "",
-        f"Task {about['task']}, {parameters:,} parameters, {at}. Trained by the run "
-        f"{code(files.path.parent.name + '/' + files.name)}; exported as {about['format']} on "
-        f"{time.strftime('%Y-%m-%d')}.",
+        f"Task {about['task']}, {parameters:,} parameters, {at}.",
+        f"Trained by the run {run}; exported as {about['format']} on {today}.",
         "",
         "    python example.py FILE",
         "",
@@ -129,14 +130,8 @@ def limits(about: Mapping[str, Any], split: str) -> Iterator[str]:
         "output of the batch, if that is above 1)."
     )
     if split != "test":
-        yield (
-            f"There is no test split: the metrics are those of the {split} split, which "
-            + (
-                "the model was trained on."
-                if split == "train"
-                else "may have chosen the checkpoint."
-            )
-        )
+        role = "the model was trained on" if split == "train" else "may have chosen the checkpoint"
+        yield f"There is no test split: the metrics are those of the {split} split, which {role}."
     yield "The metrics hold for data of the same source; nothing is known about other data."
 
 

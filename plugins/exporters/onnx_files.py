@@ -51,9 +51,7 @@ class Onnx(Exporter):
                 converted.save(folder / "model.onnx", external_data=large)
         except Exception as error:
             reason = user_code.text_of(error)
-            raise BuildError(
-                f"--to onnx: torch.onnx cannot convert {model.name}: {reason}"
-            ) from error
+            raise BuildError(f"--to onnx: torch cannot convert {model.name}: {reason}") from error
 
     def load(self, model: ExportedModel, folder: Path) -> Any:
         import onnxruntime

@@ -1,6 +1,7 @@
 """Exports to PyTorch: a program of torch.export, and weights with plain PyTorch code."""
 
 import importlib.util
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -29,11 +30,13 @@ class TorchExport(Exporter):
             torch.export.save(model.program(), folder / "model.pt2")
 
     def load(self, model: ExportedModel, folder: Path) -> Any:
-        return torch.export.load(folder / "model.pt2").module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(folder / "model.pt2").module()
 
     def example(self, model: ExportedModel) -> tuple[list[str], str]:
         lines = ['program = torch.export.load(here / "model.pt2").module()']
-        lines.append("outputs = program(*[torch.from_numpy(each) for each in raw.values()])")
+        lines.append("outputs = program(*map(torch.from_numpy, raw.values()))")
         return ["import torch"], "\n".join(lines)
 
 
@@ -75,9 +78,7 @@ class Safetensors(Exporter):
         imports = ["import torch", "from safetensors.torch import load_file"]
         imports.append("from model import forward  # model.py, next to this file")
         lines = ['weights = load_file(here / "model.safetensors")']
-        lines.append(
-            "outputs = forward(weights, *[torch.from_numpy(each) for each in raw.values()])"
-        )
+        lines.append("outputs = forward(weights, *map(torch.from_numpy, raw.values()))")
         return imports, "\n".join(lines)
 
 
@@ -116,7 +117,8 @@ def source_of(
     code = graph.python_code("self")
     lines = [HEADER.format(inputs=", ".join(model.raw), outputs=", ".join(model.outputs))]
     for name, value in sorted(code.globals.items()):
-        lines.append(import_of(name, value))
+        if re.search(rf"\b{name}\b", code.src):
+            lines.append(import_of(name, value))
     arguments = [node.name for node in graph.nodes if node.op == "placeholder"]
     lines.append("\nWEIGHTS = [")
     lines += [f"    {name_of[name]!r}," for name in arguments if name in name_of]
