@@ -390,7 +390,7 @@ class Tokens(Preparation):
         else:
             lines.append('ids = [encode(open(file, encoding="utf-8").read())]')
             lines.append(f"ids = [each[-{length}:] for each in ids]  # a language model")
-        lines.append(f"longest = max({shortest}, *map(len, ids))")
+        lines.append("longest = max(about['inputs']['tokens']['smallest'][0], *map(len, ids))")
         lines.append("tokens = [each + [0] * (longest - len(each)) for each in ids]")
         lines.append('raw = {"tokens": np.array(tokens)}')
         self.example = "\n".join(lines)
