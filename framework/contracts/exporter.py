@@ -13,7 +13,6 @@ class TorchScript(Exporter):
         return ["import torch"], f"outputs = {call}"
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -74,8 +73,7 @@ class ExportedModel:
         """
         shapes = (self.dynamic_shapes(),)  # of the one parameter *raw
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch about its own code
+            with torch.no_grad():
                 program = torch.export.export(self.module, self.samples, dynamic_shapes=shapes)
         except Exception as error:
             raise BuildError(

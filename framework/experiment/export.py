@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -149,7 +150,9 @@ def export_run(
     batches = real_batches(pipeline, rows)
     model = exported_model(trained, pipeline, batches[-1])
     with temporary_folder(folder) as temporary:
-        with user_errors(f"the exporter {maker.entry.name}", BuildError):
+        doing = f"exporting to {maker.entry.name}"
+        with user_errors(doing, BuildError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch and onnx about their own code
             model = write(exporter, model, temporary)
             run = exporter.load(model, temporary)
             difference = verify(pipeline, run, model, batches, maker.entry.name)
@@ -167,7 +170,8 @@ def export_run(
         files[EXAMPLE] = example_script(exporter, model, pipeline.preparation)
         files[CARD] = model_card(RunFiles(trained.run), trained, about, split)
         for name, content in files.items():
-            (temporary / name).write_text(content, encoding="utf-8")
+            (temporary / name).write_text(content, encoding="utf-8", errors="backslashreplace")
+        shutil.rmtree(temporary / "__pycache__", ignore_errors=True)  # of code that was imported
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         publish(temporary, folder)
     seconds = time.monotonic() - started
@@ -194,8 +198,11 @@ def choose_split(data: Data) -> tuple[str, Split]:
 
 
 def build_pipeline(trained: Trained, rows: Split) -> Pipeline:
-    """Return preprocessing, model and postprocessing, in evaluation mode on the CPU."""
-    model = trained.model.eval().float().cpu()
+    """Return preprocessing, model and postprocessing, in evaluation mode on the CPU.
+
+    The model of the run is brought into this form, too, with weights that need no gradient.
+    """
+    model = trained.model.eval().float().cpu().requires_grad_(False)
     if isinstance(trained.task, GeneratorTask):
         generator, shape = trained.task.generator(model)
         return Pipeline(Noise(shape), generator, None, None).eval()
@@ -473,8 +480,9 @@ def publish(temporary: Path, folder: Path) -> None:
     """
     try:
         for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         check_new(folder)
         temporary.rename(folder)
     except OSError as error:

@@ -6,6 +6,7 @@ knows them. What it cannot know, such as the intended use, is for the user to ad
 
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from framework.runs.run_files import RunFiles
@@ -78,7 +79,7 @@ def class_lines(classes: list[Any]) -> list[str]:
     """Return the names of the classes, in the order of the outputs."""
     if not classes:
         return []
-    names = ", ".join(code(str(name)) for name in classes[:MOST_CLASSES])
+    names = ", ".join(cell(code(str(name))) for name in classes[:MOST_CLASSES])
     others = len(classes) - MOST_CLASSES
     more = f" and {others} more (metadata.json)" if others > 0 else ""
     return ["", f"Classes, counted from 0: {names}{more}."]
@@ -103,7 +104,13 @@ def settings(files: RunFiles) -> Iterator[tuple[str, ...]]:
         if shown > MOST_SETTINGS:
             yield "...", "see config.yaml of the run"
             return
-        yield code(key), code(str(value))
+        yield code(key), code(without_folder(value))
+
+
+def without_folder(value: Any) -> str:
+    """Return a value as text; of a path only the name, since a card may be published."""
+    text = str(value)
+    return Path(text).name if text.startswith(("/", "~")) else text
 
 
 def software(files: RunFiles) -> Iterator[tuple[str, ...]]:

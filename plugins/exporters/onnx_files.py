@@ -1,7 +1,6 @@
 """Export to ONNX, by torch's exporter that uses torch.export (`dynamo=True`)."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,15 +73,13 @@ class Onnx(Exporter):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of the exporter about its own implementation."""
+    """Silence the log lines of the exporter about its own implementation."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +24,10 @@ class TorchExport(Exporter):
     """A program of torch.export: model.pt2, for `torch.export.load` in PyTorch, also in C++."""
 
     def write(self, model: ExportedModel, folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.export.save(model.program(), folder / "model.pt2")
+        torch.export.save(model.program(), folder / "model.pt2")
 
     def load(self, model: ExportedModel, folder: Path) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.load(folder / "model.pt2").module()
+        return torch.export.load(folder / "model.pt2").module()
 
     def example(self, model: ExportedModel) -> tuple[list[str], str]:
         lines = ['program = torch.export.load(here / "model.pt2").module()']

@@ -50,7 +50,7 @@ def table(folder, **settings):
         writer.writerow(["size", "ties", "cut", "far", "y"])
         for row in range(200):
             size = "" if row % 9 == 0 else f"{generator.normal(3, 2):.4f}"
-            cut = "" if row % 11 == 0 else "good bad ugly".split()[row % 3]
+            cut = "" if row % 11 == 0 else ["good", "bad", "ugly"][row % 3]
             far = f"{1e9 + generator.normal():.6f}"
             writer.writerow([size, row % 4, cut, far, f"{generator.normal():.4f}"])
     new = folder / "new.csv"
