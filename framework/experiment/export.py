@@ -182,7 +182,7 @@ def export_run(
 def check_new(folder: Path) -> None:
     """Raise RunError if an export cannot be written to a folder."""
     if os.path.lexists(folder):
-        raise RunError(f"--output {folder}: it exists already; choose another folder, or remove it")
+        raise RunError(f"{folder} exists already; choose another --output, or remove it")
     parent = folder.parent
     if parent.name == EXPORTS and parent.is_symlink():
         raise RunError(f"{parent} is a symbolic link; give another folder by --output")

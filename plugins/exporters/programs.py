@@ -47,7 +47,9 @@ class Safetensors(Exporter):
     def write(self, model: ExportedModel, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        program = model.program().run_decompositions({})
+        program = model.program()
+        if has_subgraphs(program):  # of torch.autocast; this inlines them, and unrolls an LSTM
+            program = program.run_decompositions({})
         name_of: dict[str, str] = {}  # in the file, by the argument of the graph
         weights: dict[str, Tensor] = {}
         first: dict[tuple[Any, ...], str] = {}
@@ -95,6 +97,11 @@ def lifted(program: torch.export.ExportedProgram) -> list[tuple[str, str, Tensor
     return found
 
 
+def has_subgraphs(program: torch.export.ExportedProgram) -> bool:
+    """Return whether the graph of a program contains other graphs."""
+    return any(node.op == "get_attr" for node in program.graph.nodes)
+
+
 def source_of(
     program: torch.export.ExportedProgram, name_of: dict[str, str], model: ExportedModel
 ) -> str:
@@ -104,7 +111,7 @@ def source_of(
         BuildError: the graph contains other graphs, which have no code.
     """
     graph = program.graph
-    if any(node.op == "get_attr" for node in graph.nodes):
+    if has_subgraphs(program):
         raise BuildError(
             f"--to safetensors: the graph of {model.name} has branches, which cannot be written as "
             "code; choose --to torch_export"

@@ -77,7 +77,9 @@ def isolated(tmp_path_factory):
 
     def run(*folders):
         command = [sys.executable, "-W", "ignore", "-c", ALONE, *map(str, folders)]
-        output = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=folder
+        )
         assert output.returncode == 0, output.stderr
         return json.loads(output.stdout)
 
