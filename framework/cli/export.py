@@ -27,13 +27,10 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", **CHECKPOINT)
     args = parser.parse_intermixed_args(arguments)
     typed = parse_settings(args.settings)
-    from framework.registry.discovery import output_for_programs
+    trained = opened(args, typed)
+    from framework.experiment.export import export_run
 
-    with output_for_programs(False):
-        trained = opened(args)
-        from framework.experiment.export import export_run
-
-        exported = export_run(trained, args.to, args.output, typed)
+    exported = export_run(trained, args.to, args.output, typed)
     for name, size in exported.files.items():
         print_line(f"{size:>12,}  {shorter(exported.folder)}/{name}")
     print_line(
@@ -42,7 +39,7 @@ def export(arguments: list[str]) -> None:
     )
 
 
-def opened(args: argparse.Namespace) -> Any:
+def opened(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """Load the plugins, check the exporter before the run is read, and open the run."""
     from framework.errors.terminal import note
     from framework.experiment.load import open_run
@@ -51,7 +48,7 @@ def opened(args: argparse.Namespace) -> Any:
 
     for problem in discover(args.plugins, args.without_plugin, tolerant=True):
         note(f"{problem}; its parts are left out")
-    maker = exporters.maker(args.to, **parse_settings(args.settings))
+    maker = exporters.maker(args.to, **settings)
     maker().check(maker.entry.name)
     return open_run(args.run, args.checkpoint)
 

@@ -40,6 +40,14 @@ class RawInput(NamedTuple):
     text: str
 
 
+RESULT = """\
+for name, values in zip(about["outputs"], outputs):
+    rows = np.asarray(values).tolist()
+    if name == "class" and about["classes"]:
+        rows = [about["classes"][index] for index in rows]
+    print(json.dumps({name: rows}))"""
+
+
 class Preparation(nn.Module):
     """Turns raw inputs into inputs of the model; `forward` must be exportable by torch.export.
 
@@ -51,6 +59,7 @@ class Preparation(nn.Module):
         example: Python statements without the framework: they read `file`, the path of a file of
             the user, and set `raw`, a dict of NumPy arrays. They may use `np`, `json`, `here` (the
             folder of the export) and `about` (its metadata.json, with `metadata` in it).
+        result: Python statements of the example that print `outputs`.
     """
 
     raw: Mapping[str, RawInput]
@@ -58,6 +67,7 @@ class Preparation(nn.Module):
     metadata: Mapping[str, Any] = MappingProxyType({})
     imports: Sequence[str] = ()
     example: str = ""
+    result: str = RESULT
 
     def recover(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Return raw inputs that become these inputs, up to rounding; to verify an export.

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,7 +119,10 @@ class Noise(Preparation):
 
 
 def export_run(
-    trained: Trained, to: str, output: Path | None = None, settings: Mapping[str, Any] = {}
+    trained: Trained,
+    to: str,
+    output: Path | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Export:
     """Write a trained model in a format, verified on real samples, to a new folder.
 
@@ -431,38 +435,28 @@ def example_script(exporter: Exporter, model: ExportedModel, preparation: Prepar
         f'about = json.loads((here / "{METADATA}").read_text("utf-8"))',
         preparation.example,
         statements,
-        'for name, values in zip(about["outputs"], outputs):',
-        "    rows = np.asarray(values).tolist()",
-        '    if name == "class" and about["classes"]:',
-        '        rows = [about["classes"][index] for index in rows]',
-        "    print(json.dumps({name: rows}))",
+        preparation.result,
     ]
     return "\n".join(lines) + "\n"
 
 
-class temporary_folder:  # noqa: N801  # used like a function
-    """A new folder next to another one, removed at the end unless it was renamed."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path = folder
-
-    def __enter__(self) -> Path:
-        make_folder(self.folder.parent)
-        try:
-            prefix = f".{self.folder.name}."
-            name = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=self.folder.parent)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
-        self.path = Path(name)
-        self.path.chmod(0o777 & ~current_umask())
-        return self.path
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self.folder.parent.name == EXPORTS:
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Make a new folder next to another one; remove it at the end unless it was renamed."""
+    make_folder(folder.parent)
+    try:
+        prefix = f".{folder.name}."
+        path = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
+        path.chmod(0o777 & ~current_umask())
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if folder.parent.name == EXPORTS:
             with suppress(OSError):
-                self.folder.parent.rmdir()  # if it is empty
+                folder.parent.rmdir()  # if it is empty
 
 
 def current_umask() -> int:

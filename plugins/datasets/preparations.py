@@ -356,6 +356,12 @@ def ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Tensor) 
     return values[0] / values[1]
 
 
+NEXT_TOKEN = """\
+logits = np.asarray(outputs[0])[0, len(ids[0]) - 1]  # of the token after the text
+most_likely = logits.argsort()[::-1][:5].tolist()
+print(json.dumps({"most_likely": most_likely}))"""
+
+
 class Tokens(Preparation):
     """Token ids of texts. The tokenizer is not part of the graph, but a file next to it.
 
@@ -370,6 +376,7 @@ class Tokens(Preparation):
 
     def __init__(self, facts: Mapping[str, Any], length: int, classifies: bool):
         super().__init__()
+        length = int(length)
         shortest = min(SHORTEST, length)
         axis = length if shortest == length else Axis("length", shortest, length)
         text = f"token ids, {shortest} to {length}, 0 for padding at the end"
@@ -389,7 +396,8 @@ class Tokens(Preparation):
             lines.append(f"ids = [encode(text)[:{length}] or [1] for text in texts]")
         else:
             lines.append('ids = [encode(open(file, encoding="utf-8").read())]')
-            lines.append(f"ids = [each[-{length}:] for each in ids]  # a language model")
+            lines.append(f"ids = [each[-{length}:] for each in ids]  # the end of a long text")
+            self.result = NEXT_TOKEN
         lines.append("longest = max(about['inputs']['tokens']['smallest'][0], *map(len, ids))")
         lines.append("tokens = [each + [0] * (longest - len(each)) for each in ids]")
         lines.append('raw = {"tokens": np.array(tokens)}')
@@ -416,7 +424,7 @@ class Waveforms(Preparation):
     def __init__(self, facts: Mapping[str, Any], in_shape: Sequence[int]):
         super().__init__()
         samples = in_shape[1]
-        rate = facts["sample_rate"]
+        rate = int(facts["sample_rate"])
         self.raw = {
             "waveform": RawInput(
                 torch.float32,
@@ -460,7 +468,7 @@ class Frames(Preparation):
 
     def __init__(self, facts: Mapping[str, Any]):
         super().__init__()
-        self.length = facts["length"]
+        self.length = int(facts["length"])
         mean = torch.tensor(facts["mean"], dtype=torch.float64)[:, None]
         self.register_buffer("mean", mean)
         std = torch.tensor(facts["std"], dtype=torch.float64)[:, None]
@@ -512,7 +520,7 @@ class Windows(Preparation):
         self.register_buffer("mean", torch.tensor(facts["mean"], dtype=torch.float64))
         self.register_buffer("std", torch.tensor(facts["std"], dtype=torch.float64))
         self.calendar = facts["calendar"] if facts["time"] is not None else []
-        lookback = facts["lookback"]
+        lookback = int(facts["lookback"])  # becomes code: the facts may come from a stranger
         names = [facts["target"], *facts["features"]]
         text = f"the last {lookback} rows of the columns {', '.join(names)}"
         self.raw = {"amounts": RawInput(torch.float64, (lookback, len(names)), text)}
