@@ -274,6 +274,9 @@ def write(exporter: Exporter, model: ExportedModel, folder: Path) -> ExportedMod
         The model, with the raw inputs as they were exported.
     """
     axes = any(isinstance(size, Axis) for each in model.raw.values() for size in each.shape)
+    if axes and any(isinstance(module, nn.RNNBase) for module in model.module.modules()):
+        model = with_fixed_axes(model)  # torch.export would unroll the steps, for minutes, and fail
+        axes = False
     try:
         exporter.write(model, folder)
     except BuildError:
@@ -281,7 +284,7 @@ def write(exporter: Exporter, model: ExportedModel, folder: Path) -> ExportedMod
             raise
         for path in folder.iterdir():
             path.unlink()
-        model = with_fixed_axes(model)  # such as recurrent layers, whose steps are unrolled
+        model = with_fixed_axes(model)
         exporter.write(model, folder)
     return model
 
