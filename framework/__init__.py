@@ -50,6 +50,7 @@ from .registry.kinds import (  # noqa: E402  # after guard_start
     callbacks,
     datasets,
     dropouts,
+    exporters,
     heads,
     initializers,
     loggers,
@@ -68,6 +69,7 @@ from .registry.registry import Kind, Maker, Registry  # noqa: E402  # after guar
 if TYPE_CHECKING:
     from .contracts.callback import Callback, SavingCallback
     from .contracts.context import Context
+    from .contracts.exporter import ExportedModel, Exporter
     from .contracts.logger import Logger
     from .contracts.metric import Metric
     from .contracts.pure_optimizer import PureOptimizer
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
         TensorSplit,
         WindowSplit,
     )
+    from .data.preparation import Axis, Preparation, RawInput
     from .experiment.load import open_run as open_run  # the former name of `load`
     from .experiment.trained_model import load
     from .training.trainer import Trainer
@@ -135,6 +138,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
 __all__ = [
     "Activation",
     "Augmentation",
+    "Axis",
     "Batch",
     "Block",
     "BuildError",
@@ -147,6 +151,8 @@ __all__ = [
     "DataError",
     "Dropout",
     "Every",
+    "ExportedModel",
+    "Exporter",
     "Fraction",
     "FrameworkError",
     "GatheredSplit",
@@ -166,10 +172,12 @@ __all__ = [
     "Pattern",
     "PositiveFloat",
     "PositiveInt",
+    "Preparation",
     "PureOptimizer",
     "RaggedSplit",
     "Range",
     "Rate",
+    "RawInput",
     "Registry",
     "RunError",
     "SavingCallback",
@@ -193,6 +201,7 @@ __all__ = [
     "did_you_mean",
     "discover",
     "dropouts",
+    "exporters",
     "heads",
     "initializers",
     "load",
@@ -211,18 +220,23 @@ __all__ = [
 
 # Imported at first use: most of these modules import torch, which `framework list` does not need.
 _NAMES = {
+    "Axis": "data.preparation",
     "Batch": "data.dataset",
     "Callback": "contracts.callback",
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
+    "ExportedModel": "contracts.exporter",
+    "Exporter": "contracts.exporter",
     "GatheredSplit": "data.dataset",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
+    "Preparation": "data.preparation",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
+    "RawInput": "data.preparation",
     "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",

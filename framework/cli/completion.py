@@ -53,7 +53,18 @@ _framework() {
 compdef _framework framework
 """
 
-FILE_COMMANDS = ("resume", "eval", "predict", "runs", "best", "rerun", "trust", "watch", "tell", "board")
+FILE_COMMANDS = (
+    "resume",
+    "eval",
+    "predict",
+    "runs",
+    "best",
+    "rerun",
+    "trust",
+    "watch",
+    "tell",
+    "board",
+)
 """Commands whose words fish completes with the names of files."""
 
 FISH = r"""# TAB completion of framework. To keep it:

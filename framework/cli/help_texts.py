@@ -128,6 +128,17 @@ examples:
   framework predict runs/lm_bpe/first --prompt "def " --length 300
 The input file has the format of the files of the run's data set."""
 
+EXPORT = """\
+examples:
+  framework export runs/default/first --to onnx
+  framework export runs/default/first --to torch_export --output model
+  framework export runs/default/first --to safetensors --checkpoint last
+The folder gets the model with its preprocessing, metadata.json, a model card
+(README.md) and example.py, which applies it to a file without the framework.
+The data of the run is needed: the files must give the outputs of the run for
+samples of its test split, otherwise nothing is written. `framework list
+exporter` prints the formats."""
+
 LIST = """\
 examples:
   framework list               the kinds, and the number of parts of each

@@ -42,6 +42,7 @@ from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
 from .explain import explain
+from .export import export
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -764,6 +765,9 @@ COMMANDS = {
     "runs": Command(runs, "list, label and remove runs"),
     "best": Command(best, "print the folder of the best run"),
     "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),
+    "export": Command(
+        export, "write a trained model as files without the framework", runs_parts=True
+    ),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),

@@ -124,6 +124,16 @@ class Task:
         """
         return {"output": outputs}
 
+    def exported(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of an exported model; by default the tensors of `predict`.
+
+        Args:
+            outputs: of the model, shape (samples, ...), in the unit of the targets.
+        """
+        columns = self.predict(outputs)
+        tensors = {name: each for name, each in columns.items() if isinstance(each, Tensor)}
+        return tensors or {"output": outputs}
+
     def check(self, data: Data) -> None:
         """Check that the data has the targets that this task needs.
 
@@ -182,6 +192,17 @@ class TextTask(Protocol):
             tokens: the text to continue, shape (length,).
             context: the maximum number of tokens that the model takes.
             sampling: settings of the sampling, such as `length` and `temperature`.
+        """
+
+
+@runtime_checkable
+class GeneratorTask(Protocol):
+    """A task whose model makes samples of noise, which `framework export` writes."""
+
+    def generator(self, model: nn.Module) -> tuple[nn.Module, Shape]:
+        """Return the module that makes samples, and the shape of the noise of one sample.
+
+        The noise is drawn from a standard normal distribution.
         """
 
 

@@ -34,6 +34,7 @@ from .foreign_loader import (
     known_length as known_length,
     set_epoch,
 )
+from .preparation import Preparation
 from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
 from .token_splits import (
     GatheredSplit as GatheredSplit,
@@ -207,6 +208,19 @@ class Data:
         raise DataError(
             f"{path}: {cls.__name__} does not support files of inputs (it has no `read_inputs`)"
         )
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        """Return how raw inputs become inputs, for `framework export`.
+
+        Args:
+            facts: the result of `facts` in training.
+            in_shape: shape of one input of the model.
+
+        Returns:
+            None if the exported model takes the inputs as the data set prepares them.
+        """
+        return None
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:

@@ -14,7 +14,9 @@ from framework import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Preparation,
     Rate,
+    Shape,
     datasets,
     memory,
     paths,
@@ -30,6 +32,7 @@ from .arrow_splits import (
 )
 from .audio import SoundData
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
+from .preparations import Standardize, Tokens, Waveforms
 from .readers.arrays import read_batch
 from .readers.arrow_files import (
     Layout,
@@ -413,6 +416,15 @@ class Arrow(Data):
         if kind == "text":
             return TextData.read_inputs(path, facts)
         raise DataError(f"{path}: expected a file with the suffix {', '.join(SUFFIXES)}")
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        kind = facts["kind"]
+        if kind == "audio":
+            return Waveforms(facts, in_shape)
+        if kind in ("text", "sequences"):
+            return Tokens(facts, in_shape[0], classifies=True)
+        return Standardize(facts, in_shape, pixels=kind == "image")
 
 
 @datasets.register("hf_dataset")

@@ -22,13 +22,16 @@ from framework import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Preparation,
     Rate,
+    Shape,
     TensorSplit,
     datasets,
     memory,
     seeds,
 )
 
+from .preparations import Waveforms
 from .readers.class_folders import (
     LabelledFiles,
     find_classes,
@@ -114,6 +117,10 @@ class SoundData(Data):
             raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
         files = find_sounds(path) if path.is_dir() else [path]
         return torch.stack([read_sound(file, facts) for file in files])
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Waveforms(facts, in_shape)
 
 
 @datasets.register("audio_folder")

@@ -10,8 +10,9 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, datasets
+from framework import Data, DataError, PositiveInt, Preparation, Rate, Shape, datasets
 
+from .preparations import Standardize
 from .readers.arrays import read_batch
 from .readers.class_folders import (
     LabelledFiles,
@@ -111,6 +112,10 @@ class ImageFolder(Data):
         check_pillow()
         files = find_images(path) if path.is_dir() else [path]
         return torch.stack([standardize(read_image(file, facts), facts) for file in files])
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Standardize(facts, in_shape, pixels=True)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -10,8 +10,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, TensorSplit, datasets, paths
+from framework import (
+    Data,
+    DataError,
+    PositiveInt,
+    Preparation,
+    Rate,
+    Shape,
+    TensorSplit,
+    datasets,
+    paths,
+)
 
+from .preparations import Columns
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column
 from .readers.fetched import data_folder
@@ -102,6 +113,10 @@ class TableData(Data):
             cells = require_column(table, label, path)
             columns[label] = as_column(cells, label, path, text="texts" in column)
         return encode(columns, facts["columns"])
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Columns(facts["columns"])
 
 
 @datasets.register("table", aliases=["csv", "parquet"])

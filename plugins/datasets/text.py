@@ -22,8 +22,10 @@ from framework import (
     DataError,
     NonNegativeInt,
     PositiveInt,
+    Preparation,
     RaggedSplit,
     Rate,
+    Shape,
     datasets,
     did_you_mean,
     memory,
@@ -31,6 +33,7 @@ from framework import (
     short,
 )
 
+from .preparations import Tokens
 from .readers.data_files import one_line, read_bytes, read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.tokenizers import UNKNOWN, TokenizerPart, load_tokenizer
@@ -118,6 +121,10 @@ class TextData(Data):
             ids = encode(text, tokenizer, max_length)
             inputs[row, : len(ids)] = ids
         return inputs
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Tokens(facts, facts["max_length"], classifies=True)
 
 
 def encode(text: str, tokenizer: Any, max_length: int) -> Tensor:
