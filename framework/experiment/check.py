@@ -24,6 +24,7 @@ from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import DataError, RunError, SettingError
 from framework.runs import checkpoint
 from framework.runtime import seeds
+from framework.runtime.batch import is_flat
 from framework.runtime.threads import intra_op_threads
 from framework.system.files import open_file, write_file
 from framework.training.trainer import Trainer
@@ -180,7 +181,9 @@ def overfit_one_batch(built: Experiment, folder: Path) -> Sequence[float]:
     """Return the losses of training on the first batch only."""
     stop = StopAfter(OVERFIT_STEPS, OVERFIT_SECONDS)
     batch = first_batch(built.train_batches)
-    batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
+    batches: Any = [batch]
+    if is_flat(batch):
+        batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
     fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses
 

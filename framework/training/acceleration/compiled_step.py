@@ -148,6 +148,7 @@ class CompiledStep:
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
         """Run the step with its update if possible, else forward and backward only."""
+        batch = self.task.fields.used(batch)
         if share is None and self.single_call is not None and self.single_call.is_ready():
             with self.clock.detail("forward, backward and update"):
                 return self.single_call(batch)
