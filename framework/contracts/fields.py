@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import DataError, SettingError, suggestion
-from framework.runtime.batch import Batch, describe_fields, is_flat, named_parts
+from framework.runtime.batch import Batch, describe_fields, is_flat, named_parts, tensors_of
 from framework.runtime.torch_internals.pytree import tree_leaves, with_branches
 
 Field = str | int
@@ -270,17 +270,16 @@ def pair(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def unnamed_error(batch: Batch) -> DataError:
     """Return the error of a batch that is not a pair of tensors, for a task without fields."""
-    if is_flat(batch):
-        return DataError(
-            f"a batch has {len(batch)} tensors, but this task takes (inputs, targets): name the "
-            "fields, such as task.inputs=[0,1] task.target=2, or write a Task"
-        )
-    names = list(named_parts(batch) or {})
-    target = names[-1] if names else "labels"
-    inputs = ",".join(map(str, names[:-1])) or "..."
+    parts = named_parts(batch) or {}
+    names = [str(name) for name, part in parts.items() if tensors_of(part)]
+    advice = "task.inputs=... task.target=..."
+    if len(names) > 1:
+        inputs = names[0] if len(names) == 2 else f"[{','.join(names[:-1])}]"
+        advice = f"task.inputs={inputs} task.target={names[-1]}"
+    has = f"{len(batch)} tensors" if is_flat(batch) else f"the fields {describe_fields(batch)}"
     return DataError(
-        f"a batch has the fields {describe_fields(batch)}, but this task takes (inputs, targets): "
-        f"name the fields, such as task.inputs=[{inputs}] task.target={target}, or write a Task"
+        f"a batch has {has}, but this task takes (inputs, targets): name its fields, such as "
+        f"{advice} (in Python fw.tasks.build(..., inputs=..., target=...)), or write a Task"
     )
 
 

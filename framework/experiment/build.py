@@ -16,7 +16,7 @@ from framework.composition.spec import Spec
 from framework.contracts.fields import unnamed_error
 from framework.contracts.metric import InUnits, Metric
 from framework.contracts.optimizer import Parameters
-from framework.contracts.task import Task
+from framework.contracts.task import Task, check_tensor_output
 from framework.data.dataset import Data, Loader, Scale, check_data, splits_of
 from framework.data.folds import take_fold
 from framework.data.workers import stack_samples
@@ -205,7 +205,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int], t
     outputs_of: Callable[[Any], Any] = model
     if task.fields.named:
         sample = first_batch_of_one(data)
-        outputs_of = partial(task.model_outputs, model)
+        outputs_of = partial(tensor_of, task, model)
     else:
         sample = first_input(data, task)
     try:
@@ -221,7 +221,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int], t
             ) from error
         raise BuildError(
             f"{describe(error)}, "
-            f"while running {name} on one training sample of shape {described(sample)}"
+            f"while running {name} on one training sample of {described(sample)}"
         ) from error
     if shape != tuple(out_shape):
         raise BuildError(
@@ -253,8 +253,22 @@ def first_batch_of_one(data: Data) -> Batch:
 
 
 def described(sample: Batch) -> str:
-    """Return the shape of a tensor, or those of the fields of a batch."""
-    return str(tuple(sample.shape)) if isinstance(sample, Tensor) else describe_fields(sample)
+    """Return the shape of a tensor, or the fields of a batch with their shapes."""
+    if isinstance(sample, Tensor):
+        return f"shape {tuple(sample.shape)}"
+    return f"the fields {describe_fields(sample)}"
+
+
+def tensor_of(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the output that a task uses of a model.
+
+    Raises:
+        DataError: it is not a tensor.
+    """
+    outputs = task.model_outputs(model, batch)
+    check_tensor_output(model, outputs)
+    tensor: Tensor = outputs
+    return tensor
 
 
 def first_input(data: Data, task: Task) -> Tensor:

@@ -55,14 +55,14 @@ class Compiled:
         self.compilations = 0
         self.split = False  # whether a graph break was reported
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the result of the function.
 
         Raises:
             FrameworkError: torch cannot compile the function.
         """
         try:
-            result = self.function(*inputs)
+            result = self.function(*inputs, **named)
         except CompilationError as error:
             raise self._compilation_error(error) from error
         if self.function.compile_seconds:
