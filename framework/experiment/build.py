@@ -205,6 +205,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int], t
     outputs_of: Callable[[Any], Any] = model
     if task.fields.named:
         sample = first_batch_of_one(data)
+        task.count(sample)  # it reads the targets
         outputs_of = partial(tensor_of, task, model)
     else:
         sample = first_input(data, task)
