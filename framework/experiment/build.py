@@ -221,8 +221,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int], t
                 f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
             ) from error
         raise BuildError(
-            f"{describe(error)}, "
-            f"while running {name} on one training sample of {described(sample)}"
+            f"{describe(error)}, while running {name} on one training sample of {described(sample)}"
         ) from error
     if shape != tuple(out_shape):
         raise BuildError(
