@@ -19,6 +19,7 @@ from framework.data.dataset import Batch
 from framework.data.foreign_loader import Checksum, ForeignLoader
 from framework.errors import DataError
 from framework.runtime import seeds
+from framework.runtime.batch import count_rows
 from framework.runtime.shared_time import SHARED_TIME
 
 
@@ -53,7 +54,7 @@ def step_totals(
     Raises:
         DataError: in all processes, if one has no row of a batch that it needs.
     """
-    samples = sum(len(batch[0]) for batch in batches)
+    samples = sum([count_rows(batch) for batch in batches])
     main_time = time.monotonic() if strategy.is_main else 0.0
     items = torch.as_tensor(sum(counts), dtype=torch.float64)
     missing = max(needed - len(batches), 0)

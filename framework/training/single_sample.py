@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from framework.contracts.task import Task
@@ -11,6 +11,7 @@ from framework.data.batch_slice import BatchSlice
 from framework.data.dataset import Batch, Loader
 from framework.errors import DataError
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
+from framework.runtime.batch import select_rows, tensors_of
 from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.norms import has_statistics
 
@@ -106,14 +107,14 @@ def check_single_sample(
         reason: why there is a batch of one sample, for the message.
     """
     normalizes = any(map(has_statistics, model.modules()))
-    if not normalizes or task.phases or not all(isinstance(part, Tensor) for part in batch):
+    if not normalizes or task.phases or not tensors_of(batch):
         return
     # Not imported at the top, since it imports torch's counter of operations.
     from .layer_table import model_undisturbed
 
     try:
         with model_undisturbed(model, train=None), torch.no_grad(), precision.autocast():
-            task.step(model, tuple(part[:1] for part in batch))
+            task.step(model, select_rows(batch, 0, 1))
     except Exception as error:  # other errors are those of this batch, or of this trial
         if is_batch_norm(error):
             raise DataError(f"{reason}: {batch_norm_reason(error)}") from error

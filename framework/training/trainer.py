@@ -47,7 +47,7 @@ from framework.errors.user_code import describe
 from framework.registry.annotations import PositiveInt
 from framework.registry.schema import check_arguments
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import count_rows, move_batch
 from framework.runtime.clock import CURRENT_CLOCK, WAITING_FOR_DATA, Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.dtensors import has_dtensors
@@ -451,7 +451,10 @@ class Trainer(Evaluator):
         loaders = [self.train_batches]
         if self.val_batches is not None:
             loaders.append(self.val_batches)
-        self.task.know_targets(None if self.transforms else known_targets(*loaders))
+        targets = None
+        if not self.transforms:
+            targets = known_targets(self.task.fields.known_targets, *loaders)
+        self.task.know_targets(targets)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Create what the first step needs: counters, scaler, sums, the training step."""
@@ -729,7 +732,7 @@ class Trainer(Evaluator):
         state.batch += len(window)
         totals = self._training_step.totals
         if totals is None:
-            state.samples += sum([len(batch[0]) for batch in window])
+            state.samples += sum([count_rows(batch) for batch in window])
         else:
             state.samples += totals.samples
         if last:

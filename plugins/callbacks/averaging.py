@@ -21,6 +21,7 @@ from framework import (
     check_read_again,
     dtensors,
     foreach,
+    move_batch,
     seeds,
 )
 from framework.contracts.state import Cadence
@@ -362,7 +363,7 @@ class Swa(Averaging):
         self._swap()
 
     def _run_model(self, trainer: Context, batch: Batch) -> None:
-        on_device = tuple(tensor.to(trainer.device) for tensor in batch)
+        on_device = move_batch(batch, trainer.device)
         with trainer.precision.autocast():
             trainer.task.step(trainer.model, on_device)
 
