@@ -22,7 +22,7 @@ class SingleSample(NamedTuple):
     Attributes:
         setting: the name of the setting.
         value: its value.
-        which_batch: " (the last of ...)" if it is not each one.
+        which_batch: " in a process" if it is a part of one; " (the last of ...)" if it is not each.
     """
 
     setting: str
@@ -34,7 +34,7 @@ class SingleSample(NamedTuple):
 
 
 def single_sample(
-    batches: Any, micro_batch: int | None, shards: int | None = None
+    batches: Any, micro_batch: int | None, shards: int | None = None, processes: int = 1
 ) -> SingleSample | None:
     """Return why a training batch, or a part of one, will have one sample; None if none will.
 
@@ -44,30 +44,27 @@ def single_sample(
         batches: the loader of the training data.
         micro_batch: the samples that the model processes at once; None for the batch.
         shards: the number of shards of a batch; None for whole batches.
+        processes: the number of processes, each of which has a part of a batch without shards.
     """
     samples, size, drop_last = batch_sizes(batches)
     if size is None:
         return None
     last = samples % size if samples is not None and not drop_last else 0
-    counts = [size, last]
-    if shards is not None:
-        parts = BatchSlice(0, shards, shards)
-        counts = [*parts.sizes(size), *parts.sizes(last)]
+    number = shards or processes
+    parts = BatchSlice(0, number, number)
+    counts = [*parts.sizes(size), *parts.sizes(last)]
     if micro_batch is not None:
         rests = [count % micro_batch for count in counts if count]
         if micro_batch == 1 or 1 in rests:
             return SingleSample("micro_batch", micro_batch)
-    if shards is not None and 1 in counts:
-        which_batch = ""
-        if 1 not in parts.sizes(size):
-            which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
+    if 1 not in counts:
+        return None
+    which_batch = " in a process" if shards is None and processes > 1 else ""
+    if 1 not in parts.sizes(size):
+        which_batch += f" (the last of {samples:,}; drop_last=true leaves it out)"
+    if shards is not None:
         return SingleSample("shards", shards, which_batch)
-    if size == 1:
-        return SingleSample("batch_size", size)
-    if last == 1:
-        which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
-        return SingleSample("batch_size", size, which_batch)
-    return None
+    return SingleSample("batch_size", size, which_batch)
 
 
 def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:

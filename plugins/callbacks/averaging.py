@@ -355,6 +355,7 @@ class Swa(Averaging):
                     for norm in norms:
                         norm.momentum = 1 / number  # the mean over batches
                     self._run_model(trainer, batch)
+            trainer.strategy.share_buffers()
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
