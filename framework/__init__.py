@@ -88,6 +88,7 @@ if TYPE_CHECKING:
         TensorSplit,
         WindowSplit,
     )
+    from .data.input_rows import InputFile, InputRows
     from .experiment.load import open_run
     from .training.trainer import Trainer
 
@@ -149,6 +150,8 @@ __all__ = [
     "GatheredSplit",
     "Head",
     "Initializer",
+    "InputFile",
+    "InputRows",
     "Kind",
     "LabelledSplit",
     "Loader",
@@ -214,6 +217,8 @@ _NAMES = {
     "Data": "data.dataset",
     "Every": "contracts.state",
     "GatheredSplit": "data.dataset",
+    "InputFile": "data.input_rows",
+    "InputRows": "data.input_rows",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",

@@ -97,14 +97,26 @@ the experiment file name."""
 EVAL = """\
 examples:
   framework eval runs/default/first
-  framework eval runs/default/first --split val --checkpoint last --json"""
+  framework eval runs/default/first --split val --checkpoint last --json
+  framework eval runs/table/first --data new.csv
+--data takes a file or folder with inputs and targets, in the format of the
+run's data: a table, a folder with a folder for each class, an Arrow file."""
 
 PREDICT = """\
 examples:
   framework predict runs/default/first --input new.npz --output labels.csv
-  framework predict runs/table/first --input new.csv --output -
+  framework predict runs/table/first --input new.csv --id customer --output -
+  framework predict runs/table/first --input "days/*.csv" --output all.parquet
+  framework predict runs/pets/first --input pictures/ --output labels.jsonl
+  cat new.csv | framework predict runs/table/first --input - --output -
   framework predict runs/lm_bpe/first --prompt "def " --length 300
-The input file has the format of the files of the run's data set."""
+The input has the format of the files of the run's data set. On stdin a table
+is CSV; texts are lines, CSV or JSON lines. Each prediction has the number of
+its row (from 1) or the columns of --id, and the file if there are several.
+`class` is the name of the most likely class, `class_index` its number.
+Files are read and written in chunks: tables, texts, images, sounds and Arrow
+files of any size need little memory (.npz output is collected in memory).
+.npy has the probabilities or values as one array. Images are PNG files."""
 
 LIST = """\
 examples:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from framework.errors import FrameworkError, did_you_mean, nearest, short, suggestion
 from framework.errors.paths import expanded
+from framework.errors.terminal import note
 
 TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "folder of a run"}
@@ -254,3 +255,13 @@ def sweep_over(
         parser.error(f"{flag} {count} sets {key}; remove {key}=")
     args.overrides.append(f"{key}={','.join(map(str, values))}")
     args.multirun = True
+
+
+def opened_run(args: argparse.Namespace) -> Any:
+    """Load the plugins and the run that the arguments name."""
+    with importing_torch():
+        from framework.experiment.load import open_run
+        from framework.registry.discovery import discover
+    for problem in discover(args.plugins, args.without_plugin, tolerant=True):
+        note(f"{problem}; its parts are left out")
+    return open_run(args.run, args.checkpoint)

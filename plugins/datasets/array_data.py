@@ -41,6 +41,7 @@ class ArrayData(Data):
     mean: Any
     std: Any
     float64: bool
+    input_suffixes = (".npy", ".npz")
 
     def __init__(
         self,

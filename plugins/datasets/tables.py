@@ -1,7 +1,7 @@
 """Tables with named columns: CSV and Parquet files, diamonds, flights, and scikit-learn's."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,33 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, TensorSplit, datasets, paths
+from framework import (
+    Data,
+    DataError,
+    InputFile,
+    InputRows,
+    PositiveInt,
+    Rate,
+    Scale,
+    TensorSplit,
+    datasets,
+    paths,
+)
 
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column
 from .readers.fetched import data_folder
-from .readers.scaling import Scaling, check_digits, fit_scale, scaled
+from .readers.scaling import Scaling, check_digits, fit_scale, scaled, scaled_as_before
 from .readers.splits import split_parts, split_rows
-from .readers.tables import Cells, Table, read_table, require_column
-from .readers.targets import Targets, as_targets
+from .readers.tables import (
+    TABLE_SUFFIXES,
+    Cells,
+    Table,
+    read_table,
+    read_table_chunks,
+    require_column,
+)
+from .readers.targets import Targets, as_targets, known_classes
 
 TargetCells = Any
 """The targets of a file: a NumPy array of booleans or numbers, or Texts."""
@@ -40,6 +58,8 @@ class TableData(Data):
     """
 
     column_facts: Sequence[dict[str, Any]]
+    input_suffixes = TABLE_SUFFIXES
+    label: ClassVar[str | None] = None  # the column of targets, if no setting names it
 
     def fit(
         self,
@@ -96,12 +116,46 @@ class TableData(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the feature columns of a CSV or Parquet file, and ignore its other columns."""
         table = read_table(path, facts.get("delimiter"))
-        columns = {}
-        for column in facts["columns"]:
-            label = column["name"]
-            cells = require_column(table, label, path)
-            columns[label] = as_column(cells, label, path, text="texts" in column)
-        return encode(columns, facts["columns"])
+        return encode_table(table, facts["columns"], path)
+
+    @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        """Yield the feature columns of a CSV or Parquet file, or of CSV on standard input."""
+        columns = facts["columns"]
+        needed = dict.fromkeys([*(column["name"] for column in columns), *file.ids])
+        first = 1
+        for table in read_table_chunks(
+            file.path, file.rows, list(needed), facts.get("delimiter"), file.stream
+        ):
+            ids = {}
+            for label in file.ids:
+                ids[label] = require_column(table, label, file.path).to_pylist()
+            inputs = encode_table(table, columns, file.path, first - 1)
+            yield InputRows(inputs, ids, first)
+            first += len(inputs)
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> TensorSplit:
+        """Read the feature columns and the target of a CSV or Parquet file."""
+        label = settings.get("target", cls.label)
+        if label is None:
+            raise DataError(f"--data {path}: {cls.__name__} does not read files with targets")
+        table = read_table(path, facts.get("delimiter"))
+        inputs = encode_table(table, facts["columns"], path)
+        kind = facts["target"]
+        cells = require_column(table, label, path)
+        answers = target_cells(cells, label, kind, path)
+        name = f"{path}, column {label!r}"
+        if kind == "class":
+            return TensorSplit(inputs, known_classes(answers, facts["classes"], name))
+        amounts = as_targets(answers, kind, name=name).tensor
+        return TensorSplit(inputs, scaled_as_before(amounts, scale, name))
 
 
 @datasets.register("table", aliases=["csv", "parquet"])
@@ -279,6 +333,8 @@ class Diamonds(TableFile):
             metrics are in dollars.
     """
 
+    label = "price"
+
     def __init__(
         self,
         path: Path | None = None,
@@ -347,6 +403,8 @@ class Flights(TableFile):
         categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
             embed categories.
     """
+
+    label = "late"
 
     def __init__(
         self,
@@ -430,6 +488,25 @@ def weekdays(table: Table, path: Path) -> Any:
             ) from error
     names.append(None)  # of the code -1
     return pyarrow.array(names).take(pyarrow.array((codes % len(names)).numpy()))
+
+
+def encode_table(
+    table: Table, fitted: Sequence[dict[str, Any]], path: Path, skipped: int = 0
+) -> Tensor:
+    """Return the inputs of a table, shape (rows, inputs).
+
+    Args:
+        table: the columns; others than the fitted ones are ignored.
+        fitted: how each column becomes inputs, from the training.
+        path: the file, for errors.
+        skipped: rows of the file before those of the table, for errors.
+    """
+    columns = {}
+    for column in fitted:
+        label = column["name"]
+        cells = require_column(table, label, path)
+        columns[label] = as_column(cells, label, path, text="texts" in column, skipped=skipped)
+    return encode(columns, fitted)
 
 
 def check_column(label: str, column: Column, name: str) -> None:
