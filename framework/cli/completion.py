@@ -7,7 +7,7 @@ from typing import Any
 
 from framework.composition.catalogue import Index, find_index
 
-from .parsers import Command
+from .parsers import DESCRIBE, Command, OptionsRequest
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
@@ -112,6 +112,15 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     if not before:
         return starting(current, commands)
     name = before[0]
+    if name in commands:
+        options = options_of(commands[name])
+        values_of_option = options.get(before[-1]) if len(before) > 1 else None
+        if before[-1] == "--checkpoint":
+            return starting(current, ("best", "last"))
+        if values_of_option is not None:
+            return starting(current, values_of_option)
+        if current.startswith("-"):
+            return starting(current, sorted(options))
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
     if before == ["data"]:
@@ -119,12 +128,21 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     if name in commands and commands[name].composes:
         return override_words(current, before[1:], index)
     if name == "list":
-        return starting(current, index.keys)
+        return starting(current, [*index.keys, "experiment"])
     if name == "show":
         return part_words(current, index)
     if name == "completion":
         return starting(current, SCRIPTS)
     return []
+
+
+def options_of(command: Command) -> dict[str, list[str] | None]:
+    """Return the options of a command with their choices; None for one that takes no value."""
+    try:
+        command.function([DESCRIBE])
+    except OptionsRequest as request:
+        return request.options
+    return {}
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:

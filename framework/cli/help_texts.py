@@ -122,6 +122,7 @@ LIST = """\
 examples:
   framework list               the kinds, and the number of parts of each
   framework list optimizer     the parts of a kind
+  framework list experiment    the experiments in the config folders
   framework list --json        all parts with their settings
 Plugins that conf/config.yaml names are loaded only in a trusted folder (see
 `framework trust --help`), plugins from --plugins always."""

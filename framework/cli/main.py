@@ -471,12 +471,21 @@ def predict(arguments: list[str]) -> None:
 def list_parts(arguments: list[str]) -> None:
     """Run `framework list`."""
     parser = Parser("list", "List the kinds of parts, or the parts of one kind.", help_texts.LIST)
-    parser.add_argument("kind", nargs="?", help="such as optimizer")
+    parser.add_argument("kind", nargs="?", help="such as optimizer; or experiment")
+    folder = "further folder with config files (experiment/NAME.yaml)"
+    parser.add_repeated("--config-dir", type=expanded, metavar="DIR", help=folder)
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
     from . import part_tables
 
+    if args.kind in ("experiment", "experiments"):
+        from framework.composition.compose import config_folders
+        from framework.composition.config_files import describe_experiments
+
+        found = list(describe_experiments(config_folders(args.config_dir)))
+        print_json_or_table(args.json, found, lambda: part_tables.experiments_table(found))
+        return
     index = read_catalogue(args)
     if args.kind:
         kind = part_tables.kind_of(index, args.kind)

@@ -27,6 +27,18 @@ NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 ARGPARSE_MISSING = "the following arguments are required: "
 
 
+DESCRIBE = "--describe-options"
+"""The only argument that makes a parser raise OptionsRequest, for completion with TAB."""
+
+
+class OptionsRequest(Exception):
+    """Carries the options of a command, with the values that each may have."""
+
+    def __init__(self, options: dict[str, list[str] | None]):
+        super().__init__()
+        self.options = options
+
+
 @dataclass(frozen=True)
 class Command:
     """A command, such as `train`.
@@ -50,6 +62,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, examples: str):
         self.command = command
         self.names: list[str] = []  # of all arguments
+        self.options: dict[str, list[str] | None] = {"--help": None}  # with their choices
         super().__init__(
             f"framework {command}",
             description=description,
@@ -72,6 +85,9 @@ class Parser(argparse.ArgumentParser):
         """Add an argument; a wrong choice or number raises FrameworkError."""
         self.names += names
         shown = names[-1] if names[-1].startswith("-") else self.command
+        if names[-1].startswith("--") and names[-1] != "--help":
+            takes_value = options.get("action") not in ("store_true", "store_false")
+            self.options[names[-1]] = list(options.get("choices", ())) if takes_value else None
         if "choices" in options:
             options["type"] = self.one_of(shown, options["choices"])
         elif options.get("type") in NUMBERS:
@@ -135,6 +151,8 @@ class Parser(argparse.ArgumentParser):
         arguments: list[str],
     ) -> argparse.Namespace:
         """Parse arguments with a method of argparse, and report its errors and unknown options."""
+        if arguments == [DESCRIBE]:
+            raise OptionsRequest(self.options)
         try:
             args, unknown = parse(arguments)
         except argparse.ArgumentError as error:

@@ -416,9 +416,21 @@ def write_images(chunks: Iterable[Chunk], form: Form, folder: Path) -> None:
             content = io.BytesIO()
             picture.save(content, "PNG")
             if number == 1:
-                folder.mkdir(exist_ok=True)
+                make_image_folder(folder)
             stem = f"-{Path(names['file'][row]).stem}" if "file" in names else ""
             write_file(folder, f"{number:06}{stem}.png", content.getvalue())
+
+
+def make_image_folder(folder: Path) -> None:
+    """Create a folder unless it exists.
+
+    Raises:
+        RunError: it cannot be created.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def stretched(images: Any) -> Any:

@@ -24,6 +24,7 @@ from framework import (
 )
 
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
+from .readers.dates import DATE_PARTS, TIME_PARTS, date_columns, date_part_column
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column
 from .readers.fetched import data_folder
 from .readers.scaling import Scaling, check_digits, fit_scale, scaled, scaled_as_before
@@ -55,9 +56,11 @@ class TableData(Data):
 
     Attributes:
         column_facts: how each column becomes inputs, see `readers/encoding.py`.
+        dates: the columns of dates, whose parts are inputs.
     """
 
     column_facts: Sequence[dict[str, Any]]
+    dates: Sequence[str] = ()
     input_suffixes = TABLE_SUFFIXES
     label: ClassVar[str | None] = None  # the column of targets, if no setting names it
 
@@ -85,7 +88,14 @@ class TableData(Data):
         self.column_facts = []
         for label, column in table.items():
             training = column[rows["train"]]
-            self.column_facts.append(fit_column(label, training, encoding, name))
+            source, part = date_source(label, self.dates)
+            # The other parts of an empty date do not repeat that it is empty.
+            is_repeated = part not in (None, "elapsed")
+            own = encoding._replace(mark_missing=False) if is_repeated else encoding
+            fitted = fit_column(label, training, own, name)
+            if part is not None:
+                fitted |= {"source": source, "part": part}
+            self.column_facts.append(fitted)
             if not (encoding.normalize or encoding.quantile):
                 check_column(label, training, name)
         inputs = encode(table, self.column_facts)
@@ -122,7 +132,8 @@ class TableData(Data):
     def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
         """Yield the feature columns of a CSV or Parquet file, or of CSV on standard input."""
         columns = facts["columns"]
-        needed = dict.fromkeys([*(column["name"] for column in columns), *file.ids])
+        sources = [column.get("source", column["name"]) for column in columns]
+        needed = dict.fromkeys([*sources, *file.ids])
         first = 1
         for table in read_table_chunks(
             file.path, file.rows, list(needed), facts.get("delimiter"), file.stream
@@ -171,6 +182,9 @@ class TableFile(TableData):
         features: the columns to predict from; null: all others.
         ignore: columns to leave out, such as names and row numbers.
         categorical: columns whose numbers are codes, to be encoded like texts.
+        dates: columns of dates or times in ISO 8601 form, such as 2024-01-31: their inputs are
+            year, month, week, day, weekday, day of the year, whether a month, quarter or year
+            begins or ends, the elapsed days, and the time of day if there is one.
         target_kind: null infers it: texts and at most 20 different integers are classes.
         test_path: a file with the official test set; test_fraction is not used then.
         delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
@@ -197,6 +211,7 @@ class TableFile(TableData):
         features: list[str] | None = None,
         ignore: list[str] | None = None,
         categorical: list[str] | None = None,
+        dates: list[str] | None = None,
         target_kind: Literal["class", "value"] | None = None,
         test_path: Path | None = None,
         delimiter: str | None = None,
@@ -212,9 +227,10 @@ class TableFile(TableData):
     ):
         path = path.expanduser()
         self.delimiter = delimiter
+        self.dates = dates or []
         table = self.read(path)
         labels = choose_features(table, target, features, ignore or [], path)
-        columns = feature_columns(table, labels, categorical or [], path)
+        columns = feature_columns(table, labels, categorical or [], path, self.dates)
         answers = target_cells(require_column(table, target, path), target, target_kind, path)
         del table  # its texts, so that the columns are in memory once
         sizes = {"train": len(answers)}
@@ -239,7 +255,12 @@ class TableFile(TableData):
         """Append the rows of the official test set to the columns, and return their targets."""
         table = read_table(path, self.delimiter)
         for label, column in columns.items():
-            cells = require_column(table, label, path)
+            source, part = date_source(label, self.dates)
+            cells = require_column(table, source, path)
+            if part is not None:
+                test_dates = date_part_column(cells, source, part, path)
+                columns[label] = concatenate(column, test_dates)
+                continue
             test_column = as_column(cells, label, path, text=isinstance(column, Texts))
             columns[label] = concatenate(column, test_column)
         return target_cells(require_column(table, target, path), target, kind, path)
@@ -501,10 +522,14 @@ def encode_table(
         path: the file, for errors.
         skipped: rows of the file before those of the table, for errors.
     """
-    columns = {}
+    columns: dict[str, Column] = {}
     for column in fitted:
         label = column["name"]
-        cells = require_column(table, label, path)
+        source = column.get("source", label)
+        cells = require_column(table, source, path)
+        if "part" in column:
+            columns[label] = date_part_column(cells, source, column["part"], path, skipped)
+            continue
         columns[label] = as_column(cells, label, path, text="texts" in column, skipped=skipped)
     return encode(columns, fitted)
 
@@ -516,14 +541,39 @@ def check_column(label: str, column: Column, name: str) -> None:
         check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
+def date_source(label: str, dates: Sequence[str]) -> tuple[str, str | None]:
+    """Return the column of the file that an input column is made of, and the part of its dates."""
+    for source in dates:
+        part = label.removeprefix(f"{source}:")
+        if part in (*DATE_PARTS, *TIME_PARTS):
+            return source, part
+    return label, None
+
+
 def feature_columns(
-    table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path
+    table: Table,
+    labels: Sequence[str],
+    categorical: Sequence[str],
+    path: Path,
+    dates: Sequence[str] = (),
 ) -> dict[str, Column]:
-    """Return the columns as numbers or texts; those in `categorical` as texts."""
-    for label in categorical:
+    """Return the columns as numbers or texts; those in `categorical` as texts.
+
+    A column in `dates` is replaced by the parts of its dates.
+    """
+    for label in (*categorical, *dates):
         require_column(table, label, path)
-    columns = {}
+    for label in dates:
+        if label not in labels:
+            raise DataError(
+                f"{paths.override('dates', [label])}: {label!r} is the target or left out, and no "
+                "feature"
+            )
+    columns: dict[str, Column] = {}
     for label in labels:
+        if label in dates:
+            columns.update(date_columns(table[label], label, path))
+            continue
         text = True if label in categorical else None
         advice = f", or {paths.override('categorical', [label])}"
         columns[label] = as_column(table[label], label, path, text, advice)

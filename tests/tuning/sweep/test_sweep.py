@@ -198,12 +198,17 @@ def test_tensorboard_compares_the_trials(command):
             "003_model.activation-elu_activation-null",
         ),
         ({"model.blocks": ["flatten", {"name": "linear"}]}, "003_blocks-flatten-name-linear"),
-        ({"model.width": [64] * 100}, f"003_width-{'64-' * 23}6"),
+        ({"optimizer.lr": 0.00123456}, "003_lr-0.00123"),
+        ({"model.width": [64] * 100}, f"003_width-{'64-' * 12}64"),
+        (
+            {f"model.width_{name}": 100 for name in "abcd"},
+            "003_width_a-100_width_b-100_width_c-100",
+        ),
     ],
 )
 def test_a_run_folder_is_named_after_number_and_settings(settings, name):
     assert run_name(3, settings) == name
-    assert len(name) <= 80
+    assert len(name) <= 48
 
 
 def trial(number, loss, state="done", **settings):
