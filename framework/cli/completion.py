@@ -171,7 +171,8 @@ def override_words(current: str, before: list[str], index: Index) -> list[str]:
     typed = dict(word.lstrip("+").split("=", 1) for word in before if "=" in word)
     path, equals, value = bare.partition("=")
     if equals:
-        return [f"{mark}{path}={option}" for option in values(path, value, typed, index)]
+        options = values(path, value, typed, index, is_single=bool(mark))
+        return [f"{mark}{path}={option}" for option in options]
     return [mark + option for option in path_words(bare, typed, index)]
 
 
@@ -235,7 +236,9 @@ def listed_parts(key: str, typed: Mapping[str, str], index: Index) -> list[str]:
     return list(index.chosen.get(key, ())) or index.parts(index.keys[key])
 
 
-def values(path: str, value: str, typed: Mapping[str, str], index: Index) -> list[str]:
+def values(
+    path: str, value: str, typed: Mapping[str, str], index: Index, is_single: bool = False
+) -> list[str]:
     """Return the values that complete a value; of a list or sweep a,b,c, the last item.
 
     Args:
@@ -243,9 +246,10 @@ def values(path: str, value: str, typed: Mapping[str, str], index: Index) -> lis
         value: the beginning of the value.
         typed: the values in earlier words, by key.
         index: all parts.
+        is_single: whether one part needs no brackets, as in +callbacks=ema.
     """
     options, many = options_at(path, typed, index)
-    opening = "[" if many or value.startswith("[") else ""
+    opening = "[" if (many and not is_single) or value.startswith("[") else ""
     *done, last = value.lstrip("[").split(",")
     kept = opening + "".join(f"{item}," for item in done)
     return [kept + option for option in starting(last, options) if option not in done]
