@@ -11,6 +11,7 @@ import framework as fw
 from framework.data.input_rows import find_input_files, regrouped
 from framework.errors import DataError
 from framework.experiment.load import chunk_reader
+from framework_plugins.datasets.array_data import ArrayData
 from framework_plugins.datasets.readers import tables
 
 TRAIN = "trainer.max_steps=30 loggers=[json_lines] run.name=r"
@@ -166,3 +167,17 @@ def test_a_folder_is_searched_for_the_suffixes_of_the_data(tmp_path):
     assert find_input_files([str(tmp_path)], []) == [tmp_path]
     with pytest.raises(DataError, match="expected files with a suffix of"):
         find_input_files([str(tmp_path)], [".png"])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_rows_of_an_array_are_the_same_in_chunks(tmp_path, order):
+    array = np.arange(70, dtype="<i4").reshape(10, 7, order=order)
+    np.save(tmp_path / "x.npy", array)
+    np.savez(tmp_path / "x.npz", x=array)
+    facts = {"in_shape": [7], "mean": 3.0, "std": 2.0}
+    expected = torch.from_numpy((array - 3.0) / 2.0).float()
+    for name, count in (("x.npy", 4 if order == "C" else 1), ("x.npz", 1)):
+        chunks = list(ArrayData.read_chunks(fw.InputFile(tmp_path / name, rows=3), facts))
+        assert len(chunks) == count
+        assert [chunk.first for chunk in chunks] == [1, 4, 7, 10][:count]
+        assert torch.equal(torch.cat([chunk.inputs for chunk in chunks]), expected)
