@@ -188,7 +188,7 @@ class Trained:
         files = find_input_files(names, part.input_suffixes)
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         rows = chunk_rows(self.facts["in_shape"], batch_size)
-        with_file = len(files) > 1 or [str(file) for file in files] != list(names)
+        with_file = len(files) > 1 or files != [expanded(name) for name in names]
         single = tuple(part.single_input_suffixes)
         with_row = not ids and not all(
             file.name.lower().endswith(single or ("/",)) for file in files
@@ -207,19 +207,25 @@ class Trained:
             mean = torch.as_tensor(scale.mean, dtype=torch.float64)
             std = torch.as_tensor(scale.std, dtype=torch.float64)
             is_float32 = bool((mean.abs() <= MAX_FLOAT32_OFFSET * std).all())
-        part = self.spec.parts["data"].entry.part
-        largest = part.max_pixel
+        largest = self.spec.parts["data"].entry.part.max_pixel
         facts = self.facts["data"]
         to_pixels = None
         if largest is not None and "mean" in facts:
-
-            def to_pixels(images: Any) -> Any:
-                scaled = torch.as_tensor(images).double()
-                mean = torch.as_tensor(facts["mean"], dtype=torch.float64)
-                std = torch.as_tensor(facts["std"], dtype=torch.float64)
-                return ((scaled * std + mean) / largest).numpy()
-
+            to_pixels = partial(self.as_pixels, largest=largest)
         return Form(self.facts["classes"], is_float32, to_pixels)
+
+    def as_pixels(self, images: Any, largest: float) -> Any:
+        """Return images of the model as pixels, 0 for black and 1 for white.
+
+        Args:
+            images: an array in the scale of the inputs.
+            largest: the value of a white pixel before the inputs were scaled.
+        """
+        facts = self.facts["data"]
+        with facts_that_fit(self.run):
+            mean = torch.as_tensor(facts["mean"], dtype=torch.float64)
+            std = torch.as_tensor(facts["std"], dtype=torch.float64)
+            return ((torch.as_tensor(images).double() * std + mean) / largest).numpy()
 
     def read_chunks(
         self, files: Sequence[Path], ids: Sequence[str], rows: int

@@ -56,6 +56,8 @@ def test_rows_have_numbers_ids_and_files(command, trained, tmp_path):
         assert rows[0][:2] == ["file", "row"]
         assert [row[:2] for row in rows[1:]] == several
         assert [row[2:4] for row in rows[1:]] == expected
+    rows = predicted(command, f"predict {trained} --input ./days/1.csv --output -")
+    assert rows[0][:2] == ["row", "class"]
     rows = predicted(command, f"predict {trained} --input days/2.csv --id id --output -")
     assert [row[0] for row in rows] == ["id", "k3", "k4"]
 
