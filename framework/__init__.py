@@ -50,6 +50,7 @@ from .registry.kinds import (  # noqa: E402  # after guard_start
     callbacks,
     datasets,
     dropouts,
+    exporters,
     heads,
     initializers,
     loggers,
@@ -68,6 +69,7 @@ from .registry.registry import Kind, Maker, Registry  # noqa: E402  # after guar
 if TYPE_CHECKING:
     from .contracts.callback import Callback, SavingCallback
     from .contracts.context import Context
+    from .contracts.exporter import ExportedModel, Exporter
     from .contracts.logger import Logger
     from .contracts.metric import Metric
     from .contracts.pure_optimizer import PureOptimizer
@@ -89,7 +91,9 @@ if TYPE_CHECKING:
         WindowSplit,
     )
     from .data.input_rows import InputFile, InputRows
-    from .experiment.load import open_run
+    from .data.preparation import Axis, Preparation, RawInput
+    from .experiment.load import open_run as open_run  # the former name of `load`
+    from .experiment.trained_model import load
     from .training.trainer import Trainer
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
@@ -106,12 +110,19 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         snapshot as snapshot,
     )
     from .runs.background_writer import Writer as Writer
+    from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
+        distributed_checkpoint as distributed_checkpoint,
         dtensors as dtensors,
         memory as memory,
         processes as processes,
         seeds as seeds,
         shapes as shapes,
+    )
+    from .runtime.batch import (
+        count_rows as count_rows,
+        move_batch as move_batch,
+        select_rows as select_rows,
     )
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
@@ -133,6 +144,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
 __all__ = [
     "Activation",
     "Augmentation",
+    "Axis",
     "Batch",
     "Block",
     "BuildError",
@@ -145,6 +157,8 @@ __all__ = [
     "DataError",
     "Dropout",
     "Every",
+    "ExportedModel",
+    "Exporter",
     "Fraction",
     "FrameworkError",
     "GatheredSplit",
@@ -166,10 +180,12 @@ __all__ = [
     "Pattern",
     "PositiveFloat",
     "PositiveInt",
+    "Preparation",
     "PureOptimizer",
     "RaggedSplit",
     "Range",
     "Rate",
+    "RawInput",
     "Registry",
     "RunError",
     "SavingCallback",
@@ -193,14 +209,15 @@ __all__ = [
     "did_you_mean",
     "discover",
     "dropouts",
+    "exporters",
     "heads",
     "initializers",
+    "load",
     "loggers",
     "losses",
     "metrics",
     "models",
     "norms",
-    "open_run",
     "optimizers",
     "schedulers",
     "short",
@@ -211,11 +228,14 @@ __all__ = [
 
 # Imported at first use: most of these modules import torch, which `framework list` does not need.
 _NAMES = {
+    "Axis": "data.preparation",
     "Batch": "data.dataset",
     "Callback": "contracts.callback",
     "Context": "contracts.context",
     "Data": "data.dataset",
     "Every": "contracts.state",
+    "ExportedModel": "contracts.exporter",
+    "Exporter": "contracts.exporter",
     "GatheredSplit": "data.dataset",
     "InputFile": "data.input_rows",
     "InputRows": "data.input_rows",
@@ -223,8 +243,10 @@ _NAMES = {
     "Loader": "data.dataset",
     "Logger": "contracts.logger",
     "Metric": "contracts.metric",
+    "Preparation": "data.preparation",
     "PureOptimizer": "contracts.pure_optimizer",
     "RaggedSplit": "data.dataset",
+    "RawInput": "data.preparation",
     "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
@@ -237,23 +259,28 @@ _NAMES = {
     "Trainer": "training.trainer",
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
+    "load": "experiment.trained_model",
     "open_run": "experiment.load",
     # Not public: for the built-in plugins only.
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
+    "ShardedWriter": "runs.sharded_writer",
     "Writer": "runs.background_writer",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",
+    "count_rows": "runtime.batch",
     "count_steps": "data.accumulation",
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
     "make_pruner": "tuning.search.study",
+    "move_batch": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
     "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
+    "select_rows": "runtime.batch",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
     "version_of": "runtime.torch_internals.tensor_version",
@@ -263,6 +290,7 @@ _NAMES = {
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
+    "distributed_checkpoint": "runtime.distributed_checkpoint",
     "dtensors": "runtime.dtensors",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",

@@ -20,7 +20,7 @@ import framework as fw
 from framework.composition.spec import Spec
 from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
-from framework.runs.checkpoint import listed, load, step_of, writing
+from framework.runs.checkpoint import listed, load, sharded, step_of, writing
 from framework.training.trainer import Trainer
 
 STEPS = 60
@@ -345,9 +345,14 @@ def train_or_resume(spec: Spec, forget: bool = False) -> None:
 
 
 def note_saves() -> None:
-    """Record the time between the first file of a checkpoint and its final name."""
+    """Record the time between the beginning of a checkpoint and its final name."""
     write = writing.write
     publish = writing.publish
+    make_hidden = sharded.make_hidden
+
+    def noted_folder(*arguments: Any) -> None:
+        make_hidden(*arguments)
+        Witness.note(saving=1)
 
     def noted_write(*arguments: Any) -> None:
         Witness.note(saving=1)
@@ -365,6 +370,7 @@ def note_saves() -> None:
         return final
 
     vars(writing).update(write=noted_write, publish=noted_publish)
+    vars(sharded).update(make_hidden=noted_folder, publish=noted_publish)
 
 
 def campaign_run(

@@ -934,7 +934,7 @@ def signed_manifest(world: World) -> None:
         "torch": [ESCAPES, None],
         "step": [-1, 10**400, None, "x", 1e308, 10**9],
         "run": [None, [], {"threads": 10**6}, {"threads": -1}, {"threads": "x"}],
-        "schema": [None, 2, -1, "1", 10**400],
+        "schema": [None, 3, -1, "1", 10**400],
     }
     changes: list[dict[str, Any]] = [{"files": files | {name: entry}} for name in names]
     for key, wrong_values in values.items():

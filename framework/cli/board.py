@@ -11,6 +11,7 @@ from pathlib import Path
 from framework.errors import FrameworkError, RunError
 from framework.errors.paths import real_path
 from framework.errors.terminal import note, print_line
+from framework.runs.run_bin import BIN
 from framework.system.signals import ending_signals
 
 MOST_SELECTED = 40  # TensorBoard selects no run at first if there are more
@@ -20,8 +21,8 @@ def serve_board(root: Path, port: int) -> int:
     """Start TensorBoard, print its address, and wait for SIGINT, SIGTERM or SIGHUP.
 
     Event files that are links, FIFOs or devices are not shown, and neither are folders behind links
-    out of `root`. If there are any at the start, TensorBoard's slower loader is used and skips
-    them, also those that appear later. The fast loader follows links.
+    out of `root`, nor removed runs. If there are any at the start, TensorBoard's slower loader is
+    used and skips them, also those that appear later. The fast loader follows links.
 
     Returns:
         The exit status 0.
@@ -42,6 +43,7 @@ def serve_board(root: Path, port: int) -> int:
     if odd:
         reason = f"{odd[0]} is outside of {root} or not a regular file"
         note(f"{len(odd)} entries are not shown: {reason}")
+    if odd or (root / BIN).is_dir():
         options.append("--load_fast=false")
         use_plain_files()
     server.configure(argv=["", *options])
@@ -68,6 +70,8 @@ def look_through(root: Path) -> tuple[int, list[Path]]:
     odd: list[Path] = []
     inside = real_path(root)
     for folder, below, files in os.walk(root):
+        if BIN in below:
+            below.remove(BIN)
         for name in [*below, *files]:
             path = Path(folder, name)
             if path.is_symlink():
@@ -93,10 +97,13 @@ def use_plain_files() -> None:
     from tensorboard.backend.event_processing import io_wrapper
 
     def is_event_file(path: str) -> bool:
-        return "tfevents" in os.path.basename(path) and is_plain_file(path)
+        removed = BIN in Path(path).parts
+        return "tfevents" in os.path.basename(path) and is_plain_file(path) and not removed
 
     def walk(top: str) -> Iterator[tuple[str, list[str]]]:
-        for folder, _, names in os.walk(top):
+        for folder, below, names in os.walk(top):
+            if BIN in below:
+                below.remove(BIN)
             yield folder, [os.path.join(folder, name) for name in names]
 
     io_wrapper.IsTensorFlowEventsFile = is_event_file

@@ -1,11 +1,12 @@
 """Completion with TAB: the possible next words, and scripts for bash, zsh and fish."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from framework.composition.catalogue import Index, find_index
+from framework.runs.requests import ACTIONS, SET
 
 from .parsers import DESCRIBE, Command, OptionsRequest
 
@@ -52,6 +53,22 @@ _framework() {
 compdef _framework framework
 """
 
+FILE_COMMANDS = (
+    "resume",
+    "diff",
+    "eval",
+    "predict",
+    "runs",
+    "best",
+    "rerun",
+    "export",
+    "trust",
+    "watch",
+    "tell",
+    "board",
+)
+"""Commands whose words fish completes with the names of files."""
+
 FISH = r"""# TAB completion of framework. To keep it:
 # framework completion fish > ~/.config/fish/completions/framework.fish
 function __framework_complete
@@ -63,9 +80,9 @@ function __framework_complete
     $program complete -- $words[2..-1] "$current" 2>/dev/null
 end
 complete -c framework -f -a '(__framework_complete)'
-complete -c framework -F -n '__fish_seen_subcommand_from resume eval predict trust board'
 complete -c framework -F -n '__fish_seen_subcommand_from convert'
-"""
+complete -c framework -F -n '__fish_seen_subcommand_from FILE_COMMANDS'
+""".replace("FILE_COMMANDS", " ".join(FILE_COMMANDS))
 
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
@@ -113,14 +130,9 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return starting(current, commands)
     name = before[0]
     if name in commands:
-        options = options_of(commands[name])
-        values_of_option = options.get(before[-1]) if len(before) > 1 else None
-        if before[-1] == "--checkpoint":
-            return starting(current, ("best", "last"))
-        if values_of_option is not None:
-            return starting(current, values_of_option)
-        if current.startswith("-"):
-            return starting(current, sorted(options))
+        found = option_words(current, before[1:], commands[name])
+        if found is not None:
+            return found
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
     if before == ["data"]:
@@ -133,7 +145,29 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return part_words(current, index)
     if name == "completion":
         return starting(current, SCRIPTS)
+    if name == "tell" and len(before) > 1:
+        return tell_words(current, before, index)
     return []
+
+
+def option_words(current: str, before: Sequence[str], command: Command) -> list[str] | None:
+    """Complete an option of a command, or its value; None if the word is neither.
+
+    Args:
+        current: the beginning of the word.
+        before: the words between the command and this one.
+        command: the command.
+    """
+    last = before[-1] if before else ""
+    if last == "--checkpoint":
+        return starting(current, ("best", "last"))
+    if not (last.startswith("--") or current.startswith("-")):
+        return None
+    options = options_of(command)
+    choices = options.get(last)
+    if choices is not None:
+        return starting(current, choices)
+    return starting(current, sorted(options)) if current.startswith("-") else None
 
 
 def options_of(command: Command) -> dict[str, list[str] | None]:
@@ -143,6 +177,16 @@ def options_of(command: Command) -> dict[str, list[str] | None]:
     except OptionsRequest as request:
         return request.options
     return {}
+
+
+def tell_words(current: str, before: Sequence[str], index: Index) -> list[str]:
+    """Complete a command of `framework tell`; after `set`, a setting of the default optimizer."""
+    actions = starting(current, (*ACTIONS, SET))
+    if SET not in before:
+        return actions
+    if current.startswith("optimizer."):
+        return path_words(current, {}, index)
+    return [*actions, *starting(current, ["optimizer."])]
 
 
 def starting(current: str, options: Iterable[str]) -> list[str]:

@@ -94,6 +94,28 @@ loss falls. `batch_size` doubles the batch size until memory is full or
 training is no longer faster. Both run the plugins that conf/config.yaml and
 the experiment file name."""
 
+DIFF = """\
+examples:
+  framework diff runs/default/first runs/default/second
+  framework diff runs/digits/sweep/000* runs/digits/sweep/001* --curves val/loss
+  framework diff A B C --json
+Prints the settings that differ, with the file and line or the override that
+gave each value; differences of the code, of versions and of the data; the
+metrics, the time, and the curves. What a run does not record is left out."""
+
+EXPLAIN = """\
+examples:
+  framework explain optimizer.lr experiment=digits_cnn optimizer.lr=0.1
+  framework explain trainer                         all settings of a section
+  framework explain optimizer.lr --run runs/default/first
+  framework explain speed runs/default/first
+  framework explain nan runs/default/first
+Of a setting: the value, the file and line or the override that gives it, and
+the values that this one replaces, down to the default in the signature.
+`speed` prints where the time of a run went, and what to change. `nan` repeats
+the step at which a run was stopped by callbacks.non_finite, from its last
+checkpoint, and names the first layer and parameter that are not finite."""
+
 EVAL = """\
 examples:
   framework eval runs/default/first
@@ -117,6 +139,17 @@ its row (from 1) or the columns of --id, and the file if there are several.
 Files are read and written in chunks: tables, texts, images, sounds, Arrow and
 .npy files of any size need little memory (.npz files are held in memory).
 .npy has the probabilities or values as one array. Images are PNG files."""
+
+EXPORT = """\
+examples:
+  framework export runs/default/first --to onnx
+  framework export runs/default/first --to torch_export --output model
+  framework export runs/default/first --to safetensors --checkpoint last
+The folder gets the model with its preprocessing, metadata.json, a model card
+(README.md) and example.py, which applies it to a file without the framework.
+The data of the run is needed: the files must give the outputs of the run for
+samples of its test split, otherwise nothing is written. `framework list
+exporter` prints the formats."""
 
 LIST = """\
 examples:
@@ -160,6 +193,29 @@ OUT appears when it is complete. `framework show data/arrow` prints how to
 train on it: framework train data=arrow data.path=flights.arrow
 data.target=late"""
 
+WATCH = """\
+examples:
+  framework watch                         the runs that are running, or the latest
+  framework watch runs/default/first runs/default/second
+  framework watch runs/default/my_sweep   the trials of a sweep as a table
+  framework watch | cat                   print the present state once
+Keys: up and down (or tab) select a run, left and right the curves, q quits.
+It reads status.json and metrics.jsonl (loggers=json_lines) only; the runs do
+not notice it."""
+
+TELL = """\
+examples:
+  framework tell runs/default/first checkpoint
+  framework tell runs/default/first set optimizer.lr=1e-4
+  framework tell runs/default/first set optimizer.lr=1e-4 optimizer.weight_decay=0
+  framework tell runs/default/first pause         continue lets it go on
+  framework tell runs/default/first stop          saves; `resume` continues it
+The run carries out the commands at the end of a step, all of them or none, and
+records them in events.jsonl. `framework resume` repeats the changed settings
+at the same steps. With a schedule, optimizer.lr is the rate that the schedule
+multiplies. Only the user of the run can `tell` it. In a sweep, stop ends one
+trial; the sweep continues."""
+
 BOARD = """\
 examples:
   framework board
@@ -169,3 +225,63 @@ COMPLETION = """\
 examples:
   source <(framework completion bash)            for this shell only
   framework completion bash >> ~/.bashrc         for all later shells"""
+
+RUNS = """\
+examples:
+  framework runs                                    the newest first
+  framework runs runs/default --expand              one experiment, all trials
+  framework runs --where 'optimizer=adamw and val/accuracy>0.9' --sort val/loss
+  framework runs --where 'state=failed or tags=baseline' --columns name,reason
+  framework runs --columns +started,val/loss:step   two more columns
+  framework runs --json                             for programs
+  framework runs tag default/first baseline         a tag; --remove removes it
+  framework runs note default/first 'labels were shuffled'
+  framework runs remove runs/default/grid           moves it to runs/.bin
+  framework runs restore default/first
+  framework runs empty                              deletes the removed runs
+  framework runs --bin                              lists the removed runs
+Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
+is the best value; also val/loss:last, :min, :max, and :step of the best) and
+name, experiment, state, reason, step, total_steps, started, updated, time,
+processes, sweep, tags, note, problems.
+States: running; stale (its process has ended without a word); failed; stopped;
+done; unknown (status.json is missing or damaged).
+A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
+
+RUNS_TAG = """\
+examples:
+  framework runs tag runs/default/first baseline good
+  framework runs tag runs/default/first good --remove
+  framework runs --where tags=baseline"""
+
+RUNS_NOTE = """\
+examples:
+  framework runs note runs/default/first 'labels were shuffled'
+  framework runs note runs/default/first ''         removes the note
+  framework runs --where 'note~shuffled'"""
+
+RUNS_REMOVE = """\
+examples:
+  framework runs remove runs/default/first          moves it to runs/.bin
+  framework runs --bin                              lists the removed runs
+  framework runs restore default/first
+  framework runs empty                              deletes the removed runs
+A running run is not removed."""
+
+BEST = """\
+examples:
+  framework best
+  framework best runs/default --metric val/accuracy
+  framework best --where 'model=cnn and time<600'
+  framework eval $(framework best)
+Prints only the folder of the run on standard output. A run counts with the
+best value of its metric, for which it has a checkpoint by default."""
+
+RERUN = """\
+examples:
+  framework rerun runs/default/first
+  framework rerun runs/default/first seed=1 trainer.max_epochs=60
+  framework rerun $(framework best) run.name=again
+A new run with the config of another one, in the folder of the same experiment.
+Before it starts, differences are printed: code (git commit and uncommitted
+changes), versions, and data."""

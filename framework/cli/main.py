@@ -40,6 +40,8 @@ from framework.system.signals import interruptible
 from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
+from .explain import explain
+from .export import export
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -48,6 +50,7 @@ from .parsers import (
     TRUST,
     Command,
     Parser,
+    ask,
     command_line,
     composing,
     importing_torch,
@@ -579,13 +582,52 @@ def trust_folder(folder: Path, agreed: bool) -> int:
     return 0
 
 
-def ask(question: str) -> bool:
-    """Ask a question on the terminal; return whether the answer is yes."""
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
+def rerun(arguments: list[str]) -> int:
+    """Run `framework rerun`."""
+    parser = Parser("rerun", "Train a new run with the config of another.", help_texts.RERUN)
+    parser.add_argument("run", **RUN)
+    overrides = "settings to change"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
+    args = parser.parse_intermixed_args(arguments)
+    with importing_torch():
+        from framework.experiment.rerun import prepare_rerun
+    from framework.composition.compose import Job
+    from framework.experiment.experiment import train as train_experiment
+    from framework.experiment.launch import is_launcher
+
+    plan = prepare_rerun(args.run, args.overrides, args.plugins, args.without_plugin)
+    for line in plan.differences:
+        print_message(line)
+    if is_launcher(plan.spec):
+        job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
+        return print_end(launch_processes(job, STARTED))
+    return print_end(
+        train_experiment(plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data)
+    )
+
+
+# commands on folders of runs
+
+
+def runs(arguments: list[str]) -> int:
+    """Run `framework runs`."""
+    from .runs import runs as list_runs
+
+    return list_runs(arguments)
+
+
+def best(arguments: list[str]) -> int:
+    """Run `framework best`."""
+    from .runs import best as best_run
+
+    return best_run(arguments)
+
+
+def diff(arguments: list[str]) -> None:
+    """Run `framework diff`."""
+    from .diff import diff as diff_runs  # not at the top: rich takes 0.1 s
+
+    diff_runs(arguments)
 
 
 # other commands
@@ -603,6 +645,20 @@ def board(arguments: list[str]) -> int:
     from .board import serve_board
 
     return serve_board(args.root, args.port)
+
+
+def watch(arguments: list[str]) -> None:
+    """Run `framework watch`."""
+    from .watch import watch as watch_runs
+
+    watch_runs(arguments)
+
+
+def tell(arguments: list[str]) -> None:
+    """Run `framework tell`."""
+    from .tell import tell as tell_run
+
+    tell_run(arguments)
 
 
 def data(arguments: list[str]) -> None:
@@ -648,14 +704,29 @@ COMMANDS = {
         runs_parts=True,
     ),
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
+    "diff": Command(diff, "print the differences between runs"),
+    "explain": Command(
+        explain,
+        "explain a setting, the speed of a run, or a loss that is NaN",
+        composes=True,
+        runs_parts=True,
+    ),
     "eval": Command(
         evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
     ),
     "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
+    "runs": Command(runs, "list, label and remove runs"),
+    "best": Command(best, "print the folder of the best run"),
+    "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),
+    "export": Command(
+        export, "write a trained model as files without the framework", runs_parts=True
+    ),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
+    "watch": Command(watch, "show runs and sweeps live in the terminal"),
+    "tell": Command(tell, "stop, pause, save or change a running run"),
     "board": Command(board, "start TensorBoard on the runs"),
     "completion": Command(completion, "print a script for completion with TAB"),
 }

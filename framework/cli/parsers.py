@@ -187,7 +187,13 @@ class Parser(argparse.ArgumentParser):
         raise FrameworkError(f"{message} (see `{self.prog} --help`)")
 
 
-def composing(command: str, description: str, examples: str, targets: Sequence[str] = ()) -> Parser:
+def composing(
+    command: str,
+    description: str,
+    examples: str,
+    targets: Sequence[str] = (),
+    argument: tuple[str, str] | None = None,
+) -> Parser:
     """Return the parser of a command that composes an experiment.
 
     Args:
@@ -195,8 +201,12 @@ def composing(command: str, description: str, examples: str, targets: Sequence[s
         description: one sentence.
         examples: the text at the end of the help.
         targets: the values of the argument `target`, before the overrides; it may be missing.
+        argument: the name and the help of another argument before the overrides.
     """
     parser = Parser(command, description, examples)
+    if argument is not None:
+        name, text = argument
+        parser.add_argument(name.lower(), metavar=name, help=text)
     if targets:
         parser.add_argument("target", nargs="?", choices=targets, help="the setting to find")
     overrides = "changes to the default experiment: parts and settings"
@@ -283,3 +293,12 @@ def opened_run(args: argparse.Namespace) -> Any:
     for problem in discover(args.plugins, args.without_plugin, tolerant=True):
         note(f"{problem}; its parts are left out")
     return open_run(args.run, args.checkpoint)
+
+
+def ask(question: str) -> bool:
+    """Ask a question on the terminal; return whether the answer is yes."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False

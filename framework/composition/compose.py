@@ -25,6 +25,7 @@ from framework.registry.registry import Registry
 from . import hydra_internals
 from .config_files import checked_files
 from .hydra_groups import filled_store
+from .origins import Origins
 from .override_checks import PLUGIN_GROUPS, not_available
 from .override_syntax import dotted, groups, override_key
 from .overrides import Overrides, as_typed, own_settings, rewrite
@@ -166,6 +167,8 @@ class Composing:
         if typed is not None:
             job.overrides = list(dict.fromkeys(as_typed(override) for override in typed))
             job.settings = own_settings(typed, self.overrides)
+        origins = Origins(spec, self.files, job.overrides, job.settings)
+        spec.origins = origins.all_written()
         return job
 
     def unused(self, spec: Spec) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Sources:
                 above.append(text)
         if any("{" in text for text in above):  # they give settings, not only the part's name
             return COMMAND_LINE
-        for file, package in reversed(self.files):
+        for file, package in reversed(in_merge_order(self.files)):
             if package and not f"{path}.".startswith(f"{package}."):
                 continue
             keys = path.removeprefix(package).strip(".").split(".")
@@ -126,6 +127,87 @@ def parts_not_chosen(
         if "name" in (settings or ()):  # the content of the chosen config group option
             chosen.add(name)
     return listed - chosen
+
+
+def in_merge_order(files: Sequence[File]) -> list[File]:
+    """Return config files in the order in which Hydra merges them; the last one counts.
+
+    Hydra reads an experiment before the experiments that its defaults list names, and merges it
+    after them, unless `_self_` stands before them.
+    """
+    return merge_order(tuple((file, package, changed_at(file)) for file, package in files))
+
+
+def changed_at(file: Path) -> int:
+    """Return the time of the last change of a file in nanoseconds; 0 if there is no file."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=16)
+def merge_order(files: tuple[tuple[Path, str, int], ...]) -> list[File]:
+    """Return `in_merge_order` of files with the time of their last change."""
+    ordered: list[File] = []
+    main: list[File] = []
+    experiments: dict[str, File] = {}
+    for file, package, _ in files:
+        each = (file, package)
+        if not package and file.parent.name == "experiment":
+            experiments[file.stem] = each
+        elif not package and file.name == "config.yaml":
+            main.append(each)
+        else:
+            ordered.append(each)
+    merged: list[File] = []
+    placed: set[str] = set()
+    for name in experiments:
+        place_file(name, experiments, placed, merged)
+    if main and builds_on_framework(main[0][0]):
+        merged = [(framework_config_file(), ""), *merged]  # its last entry is the experiment
+        first = is_merged_first(main[0][0], "framework")
+    else:
+        first = bool(main) and is_merged_first(main[0][0], "experiment")
+    return [*ordered, *main, *merged] if first else [*ordered, *merged, *main]
+
+
+def builds_on_framework(file: Path) -> bool:
+    """Return whether the defaults list of a project's config.yaml names that of the framework."""
+    return "framework" in (read_config_file(file).get("defaults") or ())
+
+
+def framework_config_file() -> Path:
+    """Return the config.yaml of the framework."""
+    import framework_conf  # not at the top: it holds data only
+
+    return Path(framework_conf.__path__[0]) / "config.yaml"
+
+
+def place_file(name: str, files: Mapping[str, File], placed: set[str], ordered: list[File]) -> None:
+    """Append an experiment and those that it builds on in the order in which they are merged."""
+    if name in placed or name not in files:
+        return
+    placed.add(name)
+    file = files[name][0]
+    defaults = read_config_file(file).get("defaults") or ()
+    bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    before = [base for base in bases if not is_merged_first(file, base)]
+    for base in before:
+        place_file(base, files, placed, ordered)
+    ordered.append(files[name])
+    for base in bases:
+        place_file(base, files, placed, ordered)
+
+
+def is_merged_first(file: Path, key: str) -> bool:
+    """Return whether `_self_` stands before an entry of the defaults list of a file."""
+    for entry in read_config_file(file).get("defaults") or ():
+        if entry == "_self_":
+            return True
+        if entry == key or (isinstance(entry, Mapping) and key in entry):
+            return False
+    return False
 
 
 def line_of(file: Path, keys: Iterable[str]) -> int | None:

@@ -80,6 +80,7 @@ class Spec:
         plugins: the plugins to load.
         without: installed plugins that are not loaded.
         tree: the complete experiment in plain values, as `config.yaml` in the run folder holds it.
+        origins: by path, where a setting was written other than in a signature, see `origins.py`.
     """
 
     parts: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Spec:
     init_from: str | None = None
     fold: str | None = None
     tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def read_spec(tree: Mapping[str, Any], sources: Sources | None = None) -> Spec:

@@ -46,6 +46,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from framework.errors import SettingError
+
 from .state import Stateful
 
 if TYPE_CHECKING:
@@ -188,6 +190,16 @@ class SavingCallback(Callback):
     """Base of callbacks that save checkpoints; a run without one prints a note."""
 
     changes_training = False
+
+    def save_now(self, trainer: Context) -> None:
+        """Save a checkpoint after this step, unless it is saved, and wait until it is on the disk.
+
+        It is called in `on_step_done` of another callback, in all processes.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        raise SettingError(f"checkpoint: {type(self).__name__} does not save on request")
 
     def hurry_saving(self) -> None:
         """Start all pending writes without waiting for them; `finish_saving` follows."""

@@ -93,6 +93,10 @@ class Context(Protocol):
     optimizer_settings: list[dict[str, Any]]
 
     @property
+    def stopping(self) -> bool:
+        """Whether this process has a reason to end the run; the others may not know it yet."""
+
+    @property
     def compile(self) -> str:
         """The part that `torch.compile` compiles: "off", "model", "step" or "auto"."""
 

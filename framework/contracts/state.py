@@ -10,6 +10,8 @@ from framework.errors import SettingError, short
 from framework.registry.annotations import Pattern
 from framework.runtime.shared_time import SHARED_TIME as SHARED_TIME
 
+from .history import History
+
 COUNTERS = ("step", "epoch", "batch", "samples")
 EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
 Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
@@ -56,6 +58,7 @@ class State:
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of an epoch.
         metrics: the last value of every logged scalar, e.g. {"val/accuracy": 0.97}.
+        history: all values that this fit has logged; after a resume, those since then.
         started: the time when the run began, on the monotonic clock.
         reading: how the training batches are read, such as "in memory, 32 batches per read".
         stop: the reason to end before the last step, or None; set by `trainer.stop`.
@@ -69,6 +72,7 @@ class State:
     steps_per_epoch: int = 0
     reading: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    history: History = field(default_factory=History, repr=False)
     started: float = field(default_factory=SHARED_TIME.now)
     _stop: Stop | None = field(default=None, init=False)
 

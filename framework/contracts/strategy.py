@@ -5,7 +5,7 @@
 
 All communication between processes goes through the strategy of a run. `Strategy` itself is that of
 a single process: nothing is sent. A strategy for several processes overrides all methods but
-`sum_pairwise` and `from_main`, which use `gather`.
+`sum_pairwise` and `from_main`, which use `gather`, and `state_saver` if it shards the state.
 
 The methods marked "collective" must be called by every process of the run, in the same order.
 Otherwise the processes wait for each other until the timeout. So they may depend only on values
@@ -15,12 +15,14 @@ a signal, or an error in one process.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from framework.runtime.dtensors import TensorPart
 from framework.runtime.pairwise import pairwise_sum
 
 
@@ -60,6 +62,35 @@ class Estimate:
 
     memory: Memory
     sent: int
+
+
+class StateSaver(Protocol):
+    """Writes the parts of sharded tensors from all processes.
+
+    Its methods are collective. A background thread of each process calls them while the processes
+    train, so they must not use the connections of the strategy.
+    """
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return a value of each process in plain types, in the order of their ranks."""
+
+    def write(self, folder: Path, parts: Sequence[TensorPart]) -> dict[str, list[str]]:
+        """Write the parts of all processes into safetensors files.
+
+        Each file has the offsets of its parts in its metadata, as a JSON text in
+        "DCP_SHARDING_INFO": {name: {"saved_offsets": [...]}}.
+
+        Args:
+            folder: an existing one, the same for all processes.
+            parts: those of this process, of the same tensors in all processes.
+
+        Returns:
+            The files that this process has written, with the names of their tensors. A file has
+            either tensors of the model or others.
+
+        Raises:
+            Exception: that of the first process that cannot write, in all processes.
+        """
 
 
 class Strategy:
@@ -177,6 +208,13 @@ class Strategy:
                 in all processes but the main one.
         """
         return value
+
+    def state_saver(self) -> StateSaver | None:
+        """Return the object that saves a sharded state from all processes (collective).
+
+        None: the main process saves the state, after `full` has gathered it.
+        """
+        return None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes (collective)."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
+from framework.contracts.direction import metric_directions
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.accumulation import count_steps, count_total
@@ -24,8 +23,10 @@ from framework.errors.terminal import print_message
 from framework.errors.user_code import describe, user_errors
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
+from framework.runtime.batch import count_rows
 from framework.runtime.clock import slow_data
 from framework.runtime.threads import intra_op_threads, suitable_threads
+from framework.system.files import read_json
 from framework.system.signals import stopping
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
@@ -44,9 +45,10 @@ from .build import (
     build_spec_optimizer,
     check_output_shape,
     check_smallest_batch,
+    first_input,
     image_advice,
 )
-from .config_changes import fingerprint
+from .config_changes import fingerprint, setting_leaves
 from .distributed import (
     agreed_signals,
     be_silent,
@@ -61,6 +63,7 @@ from .model_limits import model_limits
 from .result import Result, read_result, weights_label
 from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer
 from .run_facts import content_changes, data_facts, fact_changes
+from .steering import OptimizerSettings, Steering
 from .weights import initialize_from, load_weights, shapes
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ class Experiment:
             self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
-        check_output_shape(self.model, self.data, self.out_shape)
+        check_output_shape(self.model, self.data, self.out_shape, self.task)
         self.optimizer = build_spec_optimizer(spec, self.model)
         check_step_alone(self.optimizer)
         with image_advice(spec, self.data):
@@ -121,7 +124,7 @@ class Experiment:
         self.train_batches = self.batches("train")
         settings = spec.sections["trainer"]
         micro_batch = settings["micro_batch"] if isinstance(settings["micro_batch"], int) else None
-        check_smallest_batch(self.model, self.train_batches, micro_batch)
+        check_smallest_batch(self.model, self.train_batches, micro_batch, self.task)
         self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, settings["accumulate"])
         self.total_steps = count_total(
@@ -179,7 +182,7 @@ class Experiment:
             return 1  # on any machine: the rounding depends on it
         loader = self.spec.sections["loader"]
         shape = self.data.in_shape
-        if len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point():
+        if len(shape) == 1 and not first_input(self.data, self.task).is_floating_point():
             features = 1  # tokens
         elif len(shape) == 3:
             features = shape[0]  # the channels of images
@@ -205,7 +208,7 @@ class Experiment:
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
-            rows=math.ceil(len(batch[0]) / (settings["shards"] or processes)),
+            rows=math.ceil(count_rows(batch) / (settings["shards"] or processes)),
         )
         plan.threads = self.threads()
         plan.loader = self.train_batches.description
@@ -249,6 +252,7 @@ class Prepared:
         """
         spec = self.built.spec
         strategy = self.trainer.strategy
+        self.built.status.started = self.started
         if strategy.is_main:
             self.folder = self._claimed_folder()  # its lock is released with the object
         path: Path = strategy.from_main(None if self.folder is None else self.folder.path)
@@ -267,6 +271,7 @@ class Prepared:
         folder = self.resumed.folder
         self.resumed.rewind()
         if self.resumed.changed:
+            record_changes(self.resumed, self.built.spec)
             folder.write("config.yaml", self.built.spec.tree)
         return folder
 
@@ -344,6 +349,8 @@ class Prepared:
         result.fit_steps = state.step - (trainer.resumed_from or 0)
         result.advice = data_advice(self.built.train_batches, result.shares, result.fit_seconds)
         stopped = agreed_signals(trainer.strategy, stopped)
+        if not stopped and state.stop is not None and state.stop.signal is not None:
+            stopped = [state.stop.signal]  # by `framework tell`, which sends no signal
         if trainer.validated_step > 0:
             result.weights["val"] = weights_label(trainer.validated_step, state.step)
         if state.stop is None or not stopped:
@@ -377,7 +384,9 @@ def train_connected(*args: Any, **settings: Any) -> Result:
     try:
         prepared.claim()
         trainer = prepared.trainer
-        with trainer, stopping([trainer]) as stopped, intra_op_threads(prepared.threads):
+        noting = prepared.built.status.noting_warnings()
+        threads = intra_op_threads(prepared.threads)
+        with trainer, stopping([trainer]) as stopped, threads, noting:
             prepared.log_start()
             trainer.fit(**prepared.fit_arguments())
             return prepared.result(stopped)
@@ -449,7 +458,16 @@ def prepare_run(
         notes += process_notes(strategy, resumed, trainer.shards)
         for line in notes:
             say(line)
+    trainer.callbacks.append(steering(built, resumed))
     return Prepared(built, trainer, threads, resumed, experiment, list(overrides), started)
+
+
+def steering(built: Experiment, resumed: Resumed | None) -> Steering:
+    """Return the callback that carries out the requests of `framework tell`."""
+    spec = built.spec
+    decays_all = spec.sections["parameters"]["decay"] == "all"
+    settings = OptimizerSettings(spec.parts["optimizer"], decays_all)
+    return Steering(settings, built.status, () if resumed is None else resumed.changed)
 
 
 def check_resumed(
@@ -600,8 +618,29 @@ def describe_run(folder: RunFolder, built: Experiment, overrides: list[str]) -> 
     plugins = {"plugins": built.spec.plugins, "without_plugins": built.spec.without}
     folder.write("facts.json", data_facts(built.data, built.task, built.out_shape))
     folder.write("overrides.yaml", overrides)
-    folder.write("provenance.json", provenance(sources) | plugins)
+    directions = {"directions": metric_directions(built.metrics)}
+    settings = {"settings": built.spec.origins}
+    folder.write("provenance.json", provenance(sources) | plugins | directions | settings)
     folder.write("config.yaml", built.spec.tree)  # last: with it the run can be resumed
+
+
+def record_changes(resumed: Resumed, spec: Spec) -> None:
+    """Add the settings that a resume changes to those in provenance.json, if that is readable."""
+    run = resumed.folder.path
+    try:
+        content = read_json(run, "provenance.json")
+    except (OSError, RunError):
+        return
+    if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
+        return
+    settings = dict(content.get("settings", {}))
+    after = dict(setting_leaves(spec.tree))
+    for path in resumed.changed:
+        place = f"resumed after step {resumed.step}"
+        before = settings.get(path)
+        origins = list(before) if isinstance(before, list) else []
+        settings[path] = [*origins, {"place": place, "value": after.get(path), "by": ""}]
+    resumed.folder.write("provenance.json", content | {"settings": settings})
 
 
 def discard_run(folder: RunFolder) -> None:

@@ -16,13 +16,14 @@ from framework.contracts.context import Context
 from framework.errors import RunError
 from framework.registry.discovery import output_for_programs
 from framework.runtime.memory import OutOfMemory
+from framework.runtime.plot import braille
 from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
 
 from .experiment import Experiment
 from .plan import base_rate
-from .plan_text import braille
+from .plan_text import CURVE_COLUMNS, CURVE_ROWS
 
 LOWEST_RATE = 1e-7
 HIGHEST_RATE = 10.0
@@ -231,7 +232,8 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
         print(json.dumps(asdict(found)))
         return
     top = min(max(found.losses), 2 * found.losses[0])
-    lines = braille([min(loss, top) for loss in found.losses])
+    losses = [min(loss, top) for loss in found.losses]
+    lines = braille(losses, CURVE_COLUMNS, CURVE_ROWS)
     labels = [f"{top:.3g}", "", "loss", "0"]
     for label, line in zip(labels, lines, strict=True):
         print(f"{label:>9} {line}")

@@ -245,6 +245,7 @@ def write_request(folder: Path, request: Request) -> None:
     spec = request.spec
     content = {
         "tree": spec.tree,
+        "origins": spec.origins,
         "plugins": spec.plugins,
         "without": spec.without,
         "resume": spec.resume,
@@ -265,6 +266,7 @@ def read_request(folder: Path) -> Request:
     with warnings.catch_warnings(action="ignore"):  # the launcher has printed them
         discover(content["plugins"], content["without"])
     spec = read_spec(content["tree"], Sources(fallback="the experiment of the launcher"))
+    spec.origins = content["origins"]
     spec.plugins = content["plugins"]
     spec.without = content["without"]
     spec.resume = content["resume"]

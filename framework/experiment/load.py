@@ -84,14 +84,25 @@ class Trained:
             seed=self.spec.seed,
         )
 
-    def evaluate(self, split: str = "test") -> dict[str, float]:
-        """Return the loss and metrics on a split of the run's data."""
+    def read_data(self) -> Data:
+        """Read the data of the run, and check that it is that of the training."""
         data = build_data(self.spec, refit="fold" in self.facts)
         self.task.check(data)
         self.check_scale(data)
         now = json.loads(dump("facts.json", data.facts()))
         if now != self.facts.get("data", now):
-            warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=2)
+            warnings.warn(f"the data of {self.run} has changed since it was trained", stacklevel=3)
+        return data
+
+    def evaluate(self, split: str = "test", data: Data | None = None) -> dict[str, float]:
+        """Return the loss and metrics on a split.
+
+        Args:
+            split: its name.
+            data: the result of `read_data`; None reads it.
+        """
+        if data is None:
+            data = self.read_data()
         loader = build_loader(self.spec, self.model, data, split)
         metrics = build_metrics(self.spec, data, self.task)
         return self.trainer().evaluate(
@@ -250,9 +261,9 @@ class Trained:
         """
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
         trainer = trainer or self.trainer()
-        outputs = trainer.predict(inputs, model=self.model, batch_size=batch_size)
+        outputs = trainer.predict(inputs, model=self.model, task=self.task, batch_size=batch_size)
         scale = self.scale
-        if scale is not None:
+        if scale is not None and isinstance(outputs, Tensor):
             outputs = scale.inverse_transform(outputs)
         columns = self.task.predict(outputs)
         if not isinstance(columns, Mapping):

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.errors.terminal import printable, title
+from framework.runtime.plot import braille
 from framework.training.layer_table import Layer
 
 from .plan import Curve, ParameterGroup, Plan, SplitSize
@@ -17,8 +18,6 @@ MOST_GROUPS = 8
 MOST_UNUSED = 5
 CURVE_COLUMNS = 60
 CURVE_ROWS = 4
-DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))
-"""The bits of a braille character, which has 2 columns of 4 dots, by column from the bottom up."""
 
 
 def render(plan: Plan) -> RenderableType:
@@ -198,7 +197,7 @@ def group_text(group: ParameterGroup) -> str:
 
 def curve_text(curve: Curve, total_steps: int) -> Text:
     """Return the curve, with its maximum on the left and the steps below."""
-    lines = braille(curve.rates)
+    lines = braille(curve.rates, CURVE_COLUMNS, CURVE_ROWS)
     labels = [""] * len(lines)
     labels[0] = f"{curve.peak:.3g}"
     labels[-1] = "0"
@@ -211,20 +210,6 @@ def curve_text(curve: Curve, total_steps: int) -> Text:
     if curve.peak not in (curve.start, curve.end):
         rates += f", peak {curve.peak:.3g} at step {curve.peak_step + 1:,}"
     return text.append("learning rate", "bold").append(f"{rates}, end {curve.end:.3g}")
-
-
-def braille(
-    rates: Sequence[float], columns: int = CURVE_COLUMNS, rows: int = CURVE_ROWS
-) -> list[str]:
-    """Draw values from 0 to their maximum as lines of braille characters, from the top down."""
-    dots = 4 * rows
-    top = max((abs(rate) for rate in rates), default=0) or 1.0
-    cells = [[0x2800] * columns for _ in range(rows)]
-    for x in range(2 * columns):
-        rate = rates[round(x * (len(rates) - 1) / max(2 * columns - 1, 1))]
-        y = min(dots - 1, max(0, round(rate / top * (dots - 1))))
-        cells[rows - 1 - y // 4][x // 2] |= DOTS[x % 2][y % 4]
-    return ["".join(map(chr, line)) for line in cells]
 
 
 def count_text(number: float) -> str:

@@ -14,7 +14,7 @@ from framework.errors import RunError, short
 from framework.errors.paths import override
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, read_config
-from framework.runs.status_file import status_of
+from framework.runs.run_files import read_status, status_of
 from framework.training.optimizer_state import (
     check_state,
     group_settings,
@@ -69,7 +69,11 @@ class Resumed:
         if self.chosen is None:
             return
         reason = f"continues from step {self.step}"
-        self.folder.write("status.json", {"status": "stopped", "reason": reason, "step": self.step})
+        status = {"status": "stopped", "reason": reason, "step": self.step}
+        before = read_status(self.folder.path)
+        if "time" in before:
+            status["time"] = before["time"]
+        self.folder.write("status.json", status)
         checkpoint.set_aside(self.folder.path / "checkpoints", self.chosen)
 
 

@@ -135,6 +135,14 @@ strategies = Registry(
         doc="how the processes of a run share its work",
     )
 )
+exporters = Registry(
+    Kind(
+        "exporter",
+        base="framework.contracts.exporter.Exporter",
+        doc="writes a trained model as files, for `framework export`",
+        composed=False,
+    )
+)
 
 Activation = Annotated[Callable[..., Any], PartOf("activation")]
 Initializer = Annotated[Callable[..., Any], PartOf("initializer")]

@@ -62,6 +62,7 @@ class Kind:
         base: the class of a part, or of the object that it builds, as "module.Class".
         many: an experiment can have several of them (`callbacks=[...]`); the config key is plural.
         doc: a one-line description.
+        composed: whether an experiment's config may choose a part of this kind.
         builder: "module:function", called as function(entry, given, settings) in place of
             `entry.build(given, settings)`, for settings that depend on the given parameters. It is
             imported at the first call, since contracts import the registry.
@@ -74,6 +75,7 @@ class Kind:
     many: bool = False
     doc: str = ""
     builder: str | None = None
+    composed: bool = True
 
     @property
     def key(self) -> str:
@@ -178,8 +180,9 @@ class Registry:
 
     @classmethod
     def by_key(cls) -> dict[str, "Registry"]:
-        """Return every registry by its Hydra group and config key."""
-        return {registry.kind.key: registry for registry in cls.every.values()}
+        """Return every registry of parts for experiments, by its Hydra group and config key."""
+        composed = [registry for registry in cls.every.values() if registry.kind.composed]
+        return {registry.kind.key: registry for registry in composed}
 
     def unknown(self, name: str) -> str:
         """Return the message for an unknown name, with a suggestion."""

@@ -10,19 +10,27 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from framework.contracts.callback import Callback
 from framework.contracts.context import Context
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, short
 from framework.errors.user_code import describe
+from framework.runtime.clock import PAUSED, Clock, Profiler
 from framework.system.files import open_file, unwritable, write_file
 
-STATUS_FILE = "status.json"
-SIZE = 1024  # bytes of the file, at least
-MOST_STATUS = 2**20  # bytes of a file that is read
+from . import checkpoint
+from .run_files import STATUS_FILE, read_status
+from .run_time import RunTime, read_time
+
+SIZE = 3072  # bytes of the file, at least
+LEAST_SECONDS = 1.0  # between two writes
+MOST_WARNINGS = 3  # the last ones, in the file
+WARNING_CHARACTERS = 160
 
 
 class Status(Callback):
@@ -35,17 +43,33 @@ class Status(Callback):
 
     changes_training = False
     only_main = True
-    seconds = 1.0
-    written = -math.inf
+
+    def __init__(self) -> None:
+        self.seconds = LEAST_SECONDS
+        self.written = -math.inf
+        self.warnings: list[str] = []
+        self.started: float | None = None  # of the process, in seconds of `time.monotonic`
+        self.trials = 1  # that train together
+        self.before = RunTime()  # of the run before this process
+        self.now = RunTime()  # of this process
+        self.has_begun = False  # the training in this process
+        self.fit_seconds: float | None = None  # of the training, when it has ended
 
     def among(self, trials: int) -> None:
-        self.seconds = trials * Status.seconds
+        self.trials = trials
+        self.seconds = trials * LEAST_SECONDS
 
     def claim(self, trainer: Context) -> None:
         """Write the first state of a new run, so that a later failure can overwrite it."""
         self._write(trainer, "running")
 
     def on_fit_start(self, trainer: Context) -> None:
+        if trainer.folder is not None:  # of a resumed run, it has the time until now
+            self.before = read_time(read_status(trainer.folder)) or RunTime()
+        self.has_begun = True
+        self.fit_seconds = None
+        if self.started is not None:
+            self.now.start = time.monotonic() - self.started - trainer.clock.elapsed
         self._write(trainer, "running")
 
     def on_log(self, trainer: Context) -> None:
@@ -53,7 +77,34 @@ class Status(Callback):
             self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Context) -> None:
+        self._update_time(trainer)
+        self.fit_seconds = self.now.training
         self._write(trainer, "testing" if trainer.state.stop is None else "stopped")
+
+    def paused(self, trainer: Context) -> None:
+        """Write that the run waits between two steps."""
+        self._write(trainer, "paused")
+
+    def continued(self, trainer: Context) -> None:
+        """Write that the run no longer waits."""
+        self._write(trainer, "running")
+
+    @contextmanager
+    def noting_warnings(self) -> Iterator[None]:
+        """Keep the last warnings of a block for the file; they are printed as before."""
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *args: Any, **more: Any) -> None:
+            text = short(" ".join(str(message).split()), most=WARNING_CHARACTERS, quote=False)
+            others = [each for each in self.warnings if each != text]
+            self.warnings = [*others, text][-MOST_WARNINGS:]
+            show(message, *args, **more)
+
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
 
     def done(self, trainer: Context) -> None:
         """Write that the run is complete."""
@@ -72,13 +123,33 @@ class Status(Callback):
         if trainer.folder is None:
             return
         self.written = time.monotonic()
+        self._update_time(trainer)
         content = status_content(trainer, status, reason)
+        content["time"] = self.before.added(self.now).as_dict()
+        content |= last_checkpoint(trainer.folder)
+        content["warnings"] = self.warnings
         try:
             write_file(trainer.folder, STATUS_FILE, padded(content))
         except RunError:
             if status != "failed":
                 raise
             overwrite(trainer.folder, content)
+
+    def _update_time(self, trainer: Context) -> None:
+        """Read the clock; after the training, what it counts is the test."""
+        if not self.has_begun:
+            return
+        state = trainer.state
+        now = time_of_clock(trainer.clock, state.step - (trainer.resumed_from or 0))
+        now.start = self.now.start
+        now.stacked = self.trials
+        now.device = trainer.device.type
+        now.reading = state.reading
+        if self.fit_seconds is not None:
+            now.test = now.training - self.fit_seconds
+            now.training = self.fit_seconds
+            now.parts = self.now.parts
+        self.now = now
 
 
 def status_content(trainer: Context, status: str, reason: str | None) -> dict[str, Any]:
@@ -93,7 +164,8 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     eta_seconds = None
     if state.step and status == "running":
         remaining_steps = max(state.total_steps - state.step, 0)
-        eta_seconds = round(state.wall_seconds / state.step * remaining_steps, 1)
+        seconds = state.wall_seconds - trainer.clock.seconds.get(PAUSED, 0.0)
+        eta_seconds = round(seconds / state.step * remaining_steps, 1)
     content: dict[str, Any] = {
         "status": status,
         "reason": reason,
@@ -103,6 +175,7 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
         "wall_seconds": round(state.wall_seconds, 3),
         "eta_seconds": eta_seconds,
         "samples_per_second": state.metrics.get("train/samples_per_second"),
+        "processes": trainer.strategy.world_size,
         "pid": os.getpid(),
         "updated": time.time(),
     }
@@ -111,6 +184,35 @@ def status_content(trainer: Context, status: str, reason: str | None) -> dict[st
     if "config" in trainer.manifest:  # `resume=auto` compares it without reading the config
         content["config"] = trainer.manifest["config"]
     return content
+
+
+def time_of_clock(clock: Clock, steps: int) -> RunTime:
+    """Return the time that the clock of a fit has counted so far.
+
+    Args:
+        steps: the number of steps of the fit.
+    """
+    parts = dict(clock.seconds)
+    of_a_step = {}
+    if isinstance(clock, Profiler):
+        of_a_step = clock.recorded
+        for name in clock.details:  # counted in the recorded steps only
+            parts.pop(name, None)
+    return RunTime(
+        training=clock.elapsed, parts=parts, steps=steps, sessions=1, of_a_step=of_a_step
+    )
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the step of the newest checkpoint of a run, and the time when it was written."""
+    try:
+        newest = checkpoint.listed(run / "checkpoints")[-1:]
+        times = [os.lstat(path).st_mtime for path in newest]
+    except OSError:
+        return {}
+    for path, written in zip(newest, times, strict=True):
+        return {"checkpoint_step": checkpoint.step_of(path), "checkpoint_time": written}
+    return {}
 
 
 def padded(content: dict[str, Any]) -> bytes:
@@ -127,6 +229,8 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
     try:
         with open_file(folder, STATUS_FILE, "r+") as file:
             size = max(os.fstat(file.fileno()).st_size, SIZE)
+            if len(padded(content)) > size:
+                content["warnings"] = []
             reason = content["reason"] or ""
             while len(padded(content)) > size and reason:
                 reason = reason[: len(reason) // 2]
@@ -137,27 +241,3 @@ def overwrite(folder: Path, content: dict[str, Any]) -> None:
             file.truncate()
     except OSError as error:
         raise unwritable(folder / STATUS_FILE, error, SIZE) from error
-
-
-def status_of(run: Path) -> str | None:
-    """Return the status of a run, such as "done"; None if it is unknown."""
-    status = read_status(run).get("status")
-    return status if isinstance(status, str) else None
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """Return the content of status.json; empty if the file is missing or damaged.
-
-    The fingerprint of the config is left out if the config is newer than status.json.
-    """
-    try:
-        with open_file(run, STATUS_FILE, most=MOST_STATUS) as file:
-            updated = os.fstat(file.fileno()).st_mtime_ns
-            status = json.loads(file.read(MOST_STATUS))
-    except (OSError, RunError, ValueError, RecursionError):
-        return {}
-    if not isinstance(status, dict):
-        return {}
-    if "config" in status and updated < os.lstat(run / "config.yaml").st_mtime_ns:
-        del status["config"]
-    return status

@@ -21,6 +21,7 @@ NO_DETAIL = nullcontext()
 TRACE = "profile.pt.trace.json"
 COMMUNICATION = "communication and waiting"  # for the other processes of the run
 WAITING_FOR_DATA = "waiting for data"
+PAUSED = "paused"  # by `framework tell`
 SKIPPED = 5  # steps before the profiler starts
 RECORDED = 50  # steps that it records
 SLOW_SHARE = 0.3  # share of the time spent waiting for data that is worth advice
@@ -127,6 +128,10 @@ class Profiler(Clock):
     Args:
         device: the device of the model.
         folder: the folder of the trace, which Perfetto and TensorBoard can show; None for no trace.
+
+    Attributes:
+        recorded: seconds of the parts of a step, once they are recorded.
+        details: the names of the parts of a step, which are counted while it records only.
     """
 
     def __init__(self, device: torch.device, folder: Path | None):
@@ -137,12 +142,15 @@ class Profiler(Clock):
         self.recorder: torch.profiler.profile | None = None
         self.seconds_before: dict[str, float] = {}
         self.recording_began = 0.0
+        self.recorded: dict[str, float] = {}
+        self.details: set[str] = set()
 
     def detail(self, name: str) -> AbstractContextManager[Any]:
         return NO_DETAIL if self.recorder is None else self._recorded(name)
 
     @contextmanager
     def _recorded(self, name: str) -> Iterator[None]:
+        self.details.add(name)
         with self.part(name), torch.profiler.record_function(name):
             yield
             if self.device.type == "cuda":
@@ -175,7 +183,9 @@ class Profiler(Clock):
         for name, seconds in self.seconds.items():
             spent[name] = seconds - self.seconds_before.get(name, 0.0)
         spent["the rest"] = total - sum(spent.values())
-        table = times_table(spent, total, self.steps - SKIPPED)
+        steps = self.steps - SKIPPED
+        self.recorded = {name: seconds / max(steps, 1) for name, seconds in spent.items()}
+        table = times_table(spent, total, steps)
         print(printable_lines(table), file=sys.stderr)
         if self.folder is not None:
             write_trace(recorder, self.folder)

@@ -4,8 +4,9 @@ Texts call it a sharded tensor. The virtual shards of `trainer.shards` are somet
 `training/shards.py`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,79 @@ from torch import Tensor, nn
 ORDINARY = (Tensor, nn.Parameter)
 FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
 """The optimizers whose fused kernels take sharded parameters."""
+
+
+Path = tuple[Any, ...]  # the keys and indices that lead to a value in a state
+
+
+class TensorPart(NamedTuple):
+    """The part of a sharded tensor that this process has.
+
+    Attributes:
+        name: of the tensor, different from those of all others.
+        local: the part.
+        offsets: the position of its first element in the tensor.
+        shape: of the whole tensor.
+        of_model: whether the tensor is one of the model's state.
+    """
+
+    name: str
+    local: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    of_model: bool
+
+    @property
+    def full_bytes(self) -> int:
+        """The bytes of the whole tensor."""
+        return math.prod(self.shape) * self.local.element_size()
+
+
+def part_of(name: str, tensor: Any, copy: Callable[[Tensor], Tensor], of_model: bool) -> TensorPart:
+    """Return the part that this process has of a sharded tensor.
+
+    Args:
+        copy: returns a copy of a tensor on the CPU.
+    """
+    (chunk,) = tensor.__create_chunk_list__()
+    local = copy(tensor.detach().to_local())
+    return TensorPart(name, local, tuple(chunk.offsets), tuple(tensor.shape), of_model)
+
+
+def without_dtensors(value: Any, path: Path = ()) -> tuple[Any, dict[Path, Any]]:
+    """Return a value with None in place of sharded tensors, and these tensors by their paths.
+
+    One without elements becomes an ordinary tensor.
+
+    Args:
+        value: plain types and tensors; dicts, lists and tuples of them.
+        path: that of the value.
+    """
+    if is_dtensor(value):
+        if value.numel() == 0:
+            return torch.empty(value.shape, dtype=value.dtype), {}
+        return None, {path: value}
+    if not isinstance(value, Mapping) and type(value) not in (list, tuple):
+        return value, {}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found: dict[Path, Any] = {}
+    rest = {}
+    for key, item in items:
+        rest[key], inner = without_dtensors(item, (*path, key))
+        found.update(inner)
+    return rest if isinstance(value, Mapping) else type(value)(rest.values()), found
+
+
+def with_tensors(value: Any, tensors: Mapping[Path, Tensor], path: Path = ()) -> Any:
+    """Return a value with tensors at the paths that `without_dtensors` has returned."""
+    if path in tensors:
+        return tensors[path]
+    if isinstance(value, Mapping):
+        return {key: with_tensors(item, tensors, (*path, key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        items = [with_tensors(item, tensors, (*path, key)) for key, item in enumerate(value)]
+        return type(value)(items)
+    return value
 
 
 def is_dtensor(value: Any) -> bool:

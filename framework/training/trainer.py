@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from framework.contracts.callback import Callback, listeners
+from framework.contracts.direction import metric_directions
+from framework.contracts.history import History
 from framework.contracts.logger import Logger
 from framework.contracts.metric import Metric
 from framework.contracts.schedule import Schedule
@@ -45,7 +47,7 @@ from framework.errors.user_code import describe
 from framework.registry.annotations import PositiveInt
 from framework.registry.schema import check_arguments
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import count_rows, move_batch
 from framework.runtime.clock import CURRENT_CLOCK, WAITING_FOR_DATA, Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.dtensors import has_dtensors
@@ -53,6 +55,7 @@ from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
+from framework.runtime.processes import broken_connections
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -280,7 +283,7 @@ class Trainer(Evaluator):
                 StatefulDataLoader, continues from its saved state, and as exactly as that allows.
 
         Returns:
-            The final state.
+            The final state; `state.history` has all values that were logged.
 
         Raises:
             DataError: the data is empty or does not fit the task.
@@ -329,6 +332,11 @@ class Trainer(Evaluator):
                 self._stop_request = stop
         elif self.state.stop is None or signal is not None:
             self.state.stop = stop
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this process has a reason to end the run; the others may not know it yet."""
+        return self.state.stop is not None or self._stop_request is not None
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Add values to the record of the current step, which the loggers receive as one.
@@ -444,7 +452,10 @@ class Trainer(Evaluator):
         loaders = [self.train_batches]
         if self.val_batches is not None:
             loaders.append(self.val_batches)
-        self.task.know_targets(None if self.transforms else known_targets(*loaders))
+        targets = None
+        if not self.transforms:
+            targets = known_targets(self.task.fields.known_targets, *loaders)
+        self.task.know_targets(targets)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Create what the first step needs: counters, scaler, sums, the training step."""
@@ -453,6 +464,7 @@ class Trainer(Evaluator):
         self.state = State(
             steps_per_epoch=count_steps(self.train_batches, self.accumulate),
             reading=self.train_batches.description,
+            history=History(metric_directions(self.metrics)),
         )
         self.state.stop = stop
         self.state.total_steps = count_total(
@@ -473,7 +485,9 @@ class Trainer(Evaluator):
         self._was_prepared = True
         profiles = self.profile and self.strategy.is_main
         self.clock = Profiler(self.device, self.folder) if profiles else Clock()
-        self._single = single_sample(self.train_batches, self.micro_batches.size, self.shards)
+        self._single = single_sample(
+            self.train_batches, self.micro_batches.size, self.shards, self.strategy.world_size
+        )
         self.process_times = None
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
@@ -488,8 +502,9 @@ class Trainer(Evaluator):
 
     def _prepare_shared(self, resume: dict[str, Any] | None) -> None:
         """Do the rest of `_prepare`, after the processes have the same weights."""
-        if has_dtensors(self.model):
+        if self.strategy.forward_is_collective:
             self._single = None  # `check_rows` refuses a batch of one sample
+        if has_dtensors(self.model):
             check_dtensor_callbacks(self.callbacks)
         check_rows(self.strategy, self.train_batches, self.micro_batches, self.task, self.shards)
         if resume is not None:
@@ -699,7 +714,11 @@ class Trainer(Evaluator):
         """Run one optimizer step (see `step.py`)."""
         self._check_parts()
         self.at_boundary = False
-        self._training_step(self, window)
+        if self.strategy.world_size == 1:
+            self._training_step(self, window)
+            return
+        with broken_connections():
+            self._training_step(self, window)
 
     def _check_parts(self) -> None:
         """Raise SettingError if a callback has replaced a part that the fit was prepared for."""
@@ -721,7 +740,7 @@ class Trainer(Evaluator):
         state.batch += len(window)
         totals = self._training_step.totals
         if totals is None:
-            state.samples += sum([len(batch[0]) for batch in window])
+            state.samples += sum([count_rows(batch) for batch in window])
         else:
             state.samples += totals.samples
         if last:
@@ -838,6 +857,7 @@ class Trainer(Evaluator):
         values = {tag: float(value) for tag, value in self._record.items()}
         self._record = {}
         self.state.metrics.update(values)
+        self.state.history.add(self.state.step, values)
         if self._open_count == 0:
             return
         state = self.state

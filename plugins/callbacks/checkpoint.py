@@ -14,10 +14,12 @@ from framework import (
     SavingCallback,
     Schedule,
     SettingError,
+    ShardedWriter,
     Writer,
     callbacks,
     checkpoints,
     files,
+    processes,
     snapshot,
     state_after_a_step,
 )
@@ -44,8 +46,9 @@ class Checkpoint(SavingCallback):
             a resumed run also keeps the one that it resumed from.
         best: number of best checkpoints to keep.
         background: write during training, from a copy in memory, at most once a second; a
-            checkpoint that would be removed before its turn is not written. false: training
-            waits until the checkpoint is on the disk.
+            checkpoint that would be removed before its turn is not written. With strategy=fsdp
+            all are written, and training waits before a save for the end of the save before it.
+            false: training waits until the checkpoint is on the disk.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Checkpoint(SavingCallback):
         self.background = background
         self.best = None if monitor is None else Best(monitor, mode, count=best)
         self.writer = Writer()
+        self.sharded_writer: ShardedWriter | None = None  # for a sharded state
         self.recent: list[int] = []  # steps of the newest checkpoints
+        self.requested: list[int] = []  # steps of those that the user has requested
         self.folder: Path | None = None
         self.saved: int | None = None  # step of the last checkpoint
         self.found_better = False
@@ -71,6 +76,7 @@ class Checkpoint(SavingCallback):
     def reset(self) -> None:
         super().reset()
         self.recent = []
+        self.requested = []
         self.saved = None
         self.found_better = False
         self.checked = False
@@ -87,6 +93,7 @@ class Checkpoint(SavingCallback):
         if "run" not in trainer.manifest:
             files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
+        self._make_sharded_writer(trainer)
         step = trainer.state.step
         if trainer.strategy.is_main:
             self._prepare_folder(self.folder, trainer)
@@ -99,6 +106,24 @@ class Checkpoint(SavingCallback):
             self.best.start(trainer)
             if trainer.strategy.is_main:
                 self._repair_link(self.best, self.folder)
+
+    def _make_sharded_writer(self, trainer: Context) -> None:
+        """Make a writer if the strategy shards the state (collective).
+
+        Raises:
+            SettingError: there is another checkpoint callback. The saves of both would use the same
+                connections at the same time.
+        """
+        self.sharded_writer = None
+        saver = trainer.strategy.state_saver()
+        if saver is None:
+            return
+        count = sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)
+        if count > 1:
+            raise SettingError(
+                f"checkpoint: expected one such callback with a sharded state, got {count}"
+            )
+        self.sharded_writer = ShardedWriter(saver, trainer.strategy.rank)
 
     def _prepare_folder(self, folder: Path, trainer: Context) -> None:
         """Remove unfinished checkpoints from the folder.
@@ -124,6 +149,8 @@ class Checkpoint(SavingCallback):
 
     def on_step_done(self, trainer: Context) -> None:
         self.writer.check()
+        if self.sharded_writer is not None:
+            self.sharded_writer.check()
         if not self.checked:
             self._check_state(trainer)
         state = trainer.state
@@ -138,6 +165,8 @@ class Checkpoint(SavingCallback):
     def on_exception(self, trainer: Context) -> None:
         """Save if the run failed between two steps; never replace the error of the run."""
         cause = sys.exception()
+        if isinstance(cause, processes.LostProcess):
+            self.sharded_writer = None  # a save in progress waits for that process, too
         try:
             self.finish_saving()
             if self._can_save_after(cause, trainer):
@@ -149,6 +178,12 @@ class Checkpoint(SavingCallback):
             if folder_exists and not reported:
                 warnings.warn(str(error), stacklevel=2)
 
+    def save_now(self, trainer: Context) -> None:
+        self.requested.append(trainer.state.step)  # it is kept
+        if self.saved != trainer.state.step or self.found_better:
+            self._save(trainer)
+        self.finish_saving()
+
     def hurry_saving(self) -> None:
         self.writer.begin_at_once()
 
@@ -159,11 +194,15 @@ class Checkpoint(SavingCallback):
             CheckpointError: a checkpoint cannot be written.
         """
         self.writer.join()
+        if self.sharded_writer is not None:
+            self.sharded_writer.join()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.best is None else self.best.state_dict()
+        state = {} if self.best is None else self.best.state_dict()
+        return state | {"requested": list(self.requested)} if self.requested else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.requested = list(state.get("requested", []))
         if self.best is not None:
             self.best.load_state_dict(state)
 
@@ -211,20 +250,22 @@ class Checkpoint(SavingCallback):
         step = trainer.state.step
         for key, callback in keyed(trainer.callbacks).items():
             callback.on_save(model, training["callbacks"][key])
-        model, training = trainer.strategy.full((model, training))
-        if not trainer.strategy.is_main:
-            self.saved = step
-            self.found_better = False
-            return
         assert self.folder is not None
-        state = (self.folder, model, training, step, trainer.manifest)
         pinned = self._pinned_steps(trainer)
         finish = partial(self._link_and_prune, step, pinned, self._is_best(step))
-        if self.background:
-            self.recent = [*self.recent, step][-self.keep :]
-            self.writer.submit(*state, then=finish, stays={*pinned, *self.recent})
+        if self.sharded_writer is not None:
+            state = (self.folder, model, training, step, trainer.manifest)
+            self.sharded_writer.submit(*state, then=finish)
+            if not self.background:
+                self.sharded_writer.join()
         else:
-            finish(checkpoints.save(*state))
+            model, training = trainer.strategy.full((model, training))
+            state = (self.folder, model, training, step, trainer.manifest)
+            if trainer.strategy.is_main and self.background:
+                self.recent = [*self.recent, step][-self.keep :]
+                self.writer.submit(*state, then=finish, stays={*pinned, *self.recent})
+            elif trainer.strategy.is_main:
+                finish(checkpoints.save(*state))
         self.saved = step
         self.found_better = False
 
@@ -233,7 +274,7 @@ class Checkpoint(SavingCallback):
 
     def _pinned_steps(self, trainer: Context) -> set[int | None]:
         """Return the steps whose checkpoints are never removed."""
-        steps = {trainer.state.step, trainer.resumed_from}
+        steps = {trainer.state.step, trainer.resumed_from, *self.requested}
         if self.best is not None:
             steps |= {step for _, step in self.best.ranked}
         return steps

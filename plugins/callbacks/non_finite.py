@@ -1,6 +1,8 @@
 """Detection of losses and gradients that are not finite, before they reach the weights."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +13,13 @@ from framework import (
     FrameworkError,
     NonFiniteFlag,
     PositiveInt,
+    RunError,
     SavingCallback,
     SettingError,
     callbacks,
     checkpoints,
     dtensors,
+    files,
     numbers_of,
     restore_optimizer,
 )
@@ -23,6 +27,7 @@ from framework.contracts.callback import keyed
 
 from .gradients import gradients_of
 
+RECORD = "non_finite.json"
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
 
@@ -144,6 +149,7 @@ class NonFinite(Callback):
         assert self.flag is not None
         step = self.trainer.state.step
         if self.flag.value.item():
+            record(self.trainer, self.checked + 1, step)
             raise Diverged(
                 f"non_finite: the loss or a gradient is not finite in a step from "
                 f"{self.checked + 1} to {step}; the weights are those before it. {ADVICE}"
@@ -172,7 +178,8 @@ class NonFinite(Callback):
         trainer.optimizer.zero_grad(set_to_none=True)  # the optimizer then changes no weight
 
     def _report(self, trainer: Context) -> str:
-        """Return the description of the step (collective)."""
+        """Return the description of the step, and record the step (collective)."""
+        record(trainer, trainer.state.step + 1, trainer.state.step + 1)
         facts = [f"the loss is {float(trainer.loss):.6g} at step {trainer.state.step + 1}"]
         parameter = parameter_with_bad_gradient(trainer)
         if parameter is None:
@@ -205,6 +212,15 @@ class NonFinite(Callback):
                 f"{self._report(trainer)} There is no good checkpoint to rewind to yet{reason}."
             )
         return checkpoint
+
+
+def record(trainer: Context, first: int, last: int) -> None:
+    """Write the steps of which one is not finite, for `framework explain nan`."""
+    if trainer.folder is None or not trainer.strategy.is_main:
+        return
+    content = json.dumps({"first": first, "last": last})
+    with suppress(RunError):  # the error of the step is more important
+        files.write_file(trainer.folder, RECORD, content + "\n")
 
 
 def parameter_with_bad_gradient(trainer: Context) -> str | None:

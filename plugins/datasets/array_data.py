@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, InputFile, InputRows, Target, TensorSplit
+from framework import (
+    Data,
+    DataError,
+    InputFile,
+    InputRows,
+    Preparation,
+    Shape,
+    Target,
+    TensorSplit,
+)
 
+from .preparations import Standardize
 from .readers.arrays import batch_chunks, numbers, read_batch
 from .readers.scaling import (
     AutoScaling,
@@ -141,6 +151,10 @@ class ArrayData(Data):
             if scaling is not None:
                 y = scaled(y, self.scale)
             setattr(self, part, TensorSplit(standardize(x, self.facts()), y))
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Standardize(facts, in_shape)
 
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:

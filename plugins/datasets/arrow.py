@@ -16,8 +16,10 @@ from framework import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Preparation,
     Rate,
     Scale,
+    Shape,
     datasets,
     memory,
     paths,
@@ -33,6 +35,7 @@ from .arrow_splits import (
 )
 from .audio import SoundData
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
+from .preparations import Standardize, Tokens, Waveforms
 from .readers.arrays import read_batch
 from .readers.arrow_files import (
     Layout,
@@ -462,6 +465,15 @@ class Arrow(Data):
             lengths = column.lengths().clamp(max=facts["max_length"])
             return MappedSequences(table, rows, targets, lengths, 0)
         return mapped_split(table, rows, targets, facts)
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        kind = facts["kind"]
+        if kind == "audio":
+            return Waveforms(facts, in_shape)
+        if kind in ("text", "sequences"):
+            return Tokens(facts, in_shape[0], classifies=True)
+        return Standardize(facts, in_shape, pixels=kind == "image")
 
 
 @datasets.register("hf_dataset")

@@ -22,14 +22,17 @@ from framework import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Preparation,
     Rate,
     Scale,
+    Shape,
     TensorSplit,
     datasets,
     memory,
     seeds,
 )
 
+from .preparations import Waveforms
 from .readers.class_folders import (
     LabelledFiles,
     find_classes,
@@ -129,6 +132,10 @@ class SoundData(Data):
         """Return the sounds of PATH/CLASS/*.wav; they are read when needed."""
         files, labels = find_labelled_files(path, facts["classes"], "sounds", find_sounds)
         return SoundFiles(files, labels, facts)
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Waveforms(facts, in_shape)
 
 
 @datasets.register("audio_folder")

@@ -13,14 +13,17 @@ from framework import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Preparation,
     Range,
     Rate,
+    Shape,
     datasets,
     memory,
     seeds,
 )
 
 from .array_data import ArrayData
+from .preparations import Enlarge, Standardize
 from .readers.arrays import as_batch_of, read_array
 from .readers.scaling import standardize
 
@@ -77,6 +80,12 @@ class Digits(ArrayData):
         if math.prod(images.shape[1:]) == 64 and math.prod(in_shape) != 64:
             images = resize(images, in_shape[-1])
         return standardize(as_batch_of(images, in_shape, path), facts)
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        if math.prod(in_shape) == 64:
+            return Standardize(facts, in_shape)
+        return Enlarge(facts, in_shape)
 
 
 def resize(pixels: Any, size: int) -> Tensor:

@@ -10,8 +10,9 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, Scale, datasets
+from framework import Data, DataError, PositiveInt, Preparation, Rate, Scale, Shape, datasets
 
+from .preparations import Standardize
 from .readers.arrays import read_batch
 from .readers.class_folders import (
     LabelledFiles,
@@ -128,6 +129,10 @@ class ImageFolder(Data):
         check_pillow()
         files, labels = find_labelled_files(path, facts["classes"], "images", find_images)
         return ImageFiles(files, labels, facts)
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Standardize(facts, in_shape, pixels=True)
 
 
 def find_images(folder: Path) -> list[Path]:

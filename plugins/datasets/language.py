@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, WindowSplit, datasets
+from framework import Data, DataError, PositiveInt, Preparation, Rate, Shape, WindowSplit, datasets
 
+from .preparations import Tokens
 from .readers.data_files import read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.tokenizers import TokenizerPart, load_tokenizer
@@ -71,6 +72,10 @@ class LanguageData(Data):
     def facts(self) -> dict[str, Any]:
         """Return the fitted tokenizer."""
         return {"tokenizer": self.name, "learned": self.tokenizer.state()}
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Tokens(facts, in_shape[0], classifies=False)
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:

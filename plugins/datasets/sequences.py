@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Rate, TensorSplit, datasets, memory
+from framework import (
+    Data,
+    DataError,
+    PositiveInt,
+    Preparation,
+    Rate,
+    Shape,
+    TensorSplit,
+    datasets,
+    memory,
+)
 
+from .preparations import Frames
 from .readers.data_files import parse_number, read_bytes
 from .readers.fetched import data_folder
 from .readers.scaling import check_digits, mean_and_std, needs_float64
@@ -112,6 +123,10 @@ class TsFiles(Data):
         """Read the sequences of a .ts file."""
         sequences, _ = read_ts(path)
         return pad(sequences, facts, path)
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Frames(facts)
 
 
 def max_frames(parts: Sequence[tuple[Path, list[Tensor]]]) -> int:

@@ -16,13 +16,16 @@ from framework import (
     DataError,
     NonNegativeFloat,
     PositiveInt,
+    Preparation,
     Rate,
+    Shape,
     TensorSplit,
     datasets,
     memory,
     seeds,
 )
 
+from .preparations import Windows
 from .readers.columns import as_column
 from .readers.data_files import parse_number, read_text
 from .readers.fetched import data_folder
@@ -144,6 +147,10 @@ class SeriesData(Data):
         amounts = read_amounts(last, facts, skipped)
         times = read_times(last, facts, skipped)
         return as_channels(amounts, times, facts)[None]
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Windows(facts)
 
 
 def as_slice(rows: Tensor) -> Tensor | slice:

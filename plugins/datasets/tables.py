@@ -16,13 +16,16 @@ from framework import (
     InputFile,
     InputRows,
     PositiveInt,
+    Preparation,
     Rate,
     Scale,
+    Shape,
     TensorSplit,
     datasets,
     paths,
 )
 
+from .preparations import Columns
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
 from .readers.dates import DATE_PARTS, TIME_PARTS, date_columns, date_part_column
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column
@@ -167,6 +170,10 @@ class TableData(Data):
             return TensorSplit(inputs, known_classes(answers, facts["classes"], name))
         amounts = as_targets(answers, kind, name=name).tensor
         return TensorSplit(inputs, scaled_as_before(amounts, scale, name))
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Columns(facts["columns"])
 
 
 @datasets.register("table", aliases=["csv", "parquet"])

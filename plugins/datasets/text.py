@@ -26,9 +26,11 @@ from framework import (
     InputRows,
     NonNegativeInt,
     PositiveInt,
+    Preparation,
     RaggedSplit,
     Rate,
     Scale,
+    Shape,
     datasets,
     did_you_mean,
     memory,
@@ -36,6 +38,7 @@ from framework import (
     short,
 )
 
+from .preparations import Tokens
 from .readers.data_files import file_errors, one_line, open_unpacked, read_bytes, read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.targets import known_classes
@@ -165,6 +168,10 @@ class TextData(Data):
         inputs = [encode(text, tokenizer, facts["max_length"]) for text in texts]
         order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # for less padding
         return RaggedSplit([inputs[row] for row in order], classes[order])
+
+    @classmethod
+    def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
+        return Tokens(facts, facts["max_length"], classifies=True)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tensor:

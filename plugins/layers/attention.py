@@ -70,7 +70,7 @@ class ClassToken(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, features) * EMBEDDING_STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
 
 
 @blocks.register("position", aliases=["positional_encoding"])

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +37,7 @@ class JsonLines(Logger):
             )
             return
         files.make_folder(Path(folder))
-        keep_lines(Path(folder), step)
+        keep_lines(Path(folder), METRICS, lambda line: is_kept(line, step))
         self._file = files.AppendFile(Path(folder), METRICS)
 
     def scalars(
@@ -67,8 +67,8 @@ class JsonLines(Logger):
         self._file = None
 
 
-def keep_lines(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, the lines of the test, and lines that are no JSON objects.
+def keep_lines(folder: Path, name: str, is_kept: Callable[[bytes], bool]) -> None:
+    """Drop the lines of a file that a resumed run writes again.
 
     Lines at the end are truncated in place, which works on a full disk. Otherwise a new file is
     written, which replaces the old one when it is complete. The file is read line by line.
@@ -77,23 +77,23 @@ def keep_lines(folder: Path, step: int) -> None:
     end = 0
     truncates = True  # whether all dropped lines are at the end
     try:
-        with files.open_file(folder, METRICS, most=files.MOST_ROWS_BYTES) as file:
+        with files.open_file(folder, name, most=files.MOST_ROWS_BYTES) as file:
             for line in read_lines(file):
                 end += len(line)
-                if is_kept(line, step):
+                if is_kept(line):
                     truncates = truncates and end == kept + len(line)
                     kept += len(line)
             if not truncates:
                 file.seek(0)
-                kept_lines = (line for line in read_lines(file) if is_kept(line, step))
-                files.write_file(folder, METRICS, kept_lines)
+                kept_lines = (line for line in read_lines(file) if is_kept(line))
+                files.write_file(folder, name, kept_lines)
             elif kept < end:
-                with files.open_file(folder, METRICS, "r+") as changed:
+                with files.open_file(folder, name, "r+") as changed:
                     changed.truncate(kept)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise files.unwritable(folder / METRICS, error) from error
+        raise files.unwritable(folder / name, error) from error
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:

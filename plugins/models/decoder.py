@@ -297,7 +297,7 @@ class Decoder(nn.Module):
         if self.ngrams is None:
             return self.embedding(tokens)
         count = self.ngrams.longest - 1
-        before = cached[0] if cached else tokens.new_zeros(len(tokens), count)
+        before = cached[0] if cached else tokens.new_zeros(tokens.shape[0], count)
         cached[:] = [torch.cat([before, tokens], 1)[:, -count:]]
         return self.embedding(tokens) + self.ngrams(tokens, before)
 

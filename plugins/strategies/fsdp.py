@@ -23,11 +23,12 @@ from framework import (
     strategies,
     without_view,
 )
-from framework.contracts.strategy import Estimate, Memory
+from framework.contracts.strategy import Estimate, Memory, StateSaver
 
 from .ddp import DDP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WAIT_FACTOR = 10  # a process waits longer for the disks of the others than for their steps
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -38,8 +39,8 @@ class FSDP(DDP):
     It uses torch's `fully_shard` (FSDP2). The parameters of a unit of the model are gathered while
     it runs; their gradients are summed over all processes in the backward pass. Batch normalization
     uses the samples of all processes. Each process builds the whole model before its parameters are
-    sharded, and the main process needs memory for all of them and the state of the optimizer when
-    it saves a checkpoint. After the fit the parameters remain sharded: `Trainer.evaluate` and
+    sharded, and reads a whole checkpoint before it resumes; each one saves its own part of a
+    checkpoint. After the fit the parameters remain sharded: `Trainer.evaluate` and
     `predict` run the model, other code cannot; `Trainer.state_dict` has the full weights.
 
     Args:
@@ -58,7 +59,8 @@ class FSDP(DDP):
         reduce_dtype: number format in which gradients are summed; null: that of the gathered
             parameters.
         sync_batch_norm: as of `ddp`.
-        timeout_seconds: longest time to wait for the other processes.
+        timeout_seconds: longest time to wait for the other processes; ten times as long while a
+            checkpoint is saved in the background.
     """
 
     def __init__(
@@ -83,9 +85,9 @@ class FSDP(DDP):
         self.param_dtype = None if param_dtype is None else DTYPES[param_dtype]
         self.reduce_dtype = None if reduce_dtype is None else DTYPES[reduce_dtype]
         self.root: Root | None = None  # of the model of the last fit
+        self.saver: StateSaver | None = None
 
-    def check_mesh(self, count: int) -> None:
-        """Raise SettingError if the mesh is one of another number of processes."""
+    def check_processes(self, count: int) -> None:
         if self.mesh is not None and math.prod(self.mesh) != count:
             raise SettingError(
                 f"strategy.mesh={self.mesh}: expected numbers whose product is the number of "
@@ -101,7 +103,7 @@ class FSDP(DDP):
         passes: float = 1.0,
         pairwise: bool = False,
     ) -> Estimate:
-        self.check_mesh(processes)
+        self.check_processes(processes)
         check_model(model)
         replicas, shards = (1, processes) if self.mesh is None else (1, *self.mesh)[-2:]
         units = units_of(model, self.units)
@@ -143,10 +145,6 @@ class FSDP(DDP):
         if self.reduce_dtype is None:
             return self._gathered_bytes(parameters)
         return sum(each.numel() * self.reduce_dtype.itemsize for each in parameters)
-
-    def start(self, device: torch.device) -> torch.device:
-        self.check_mesh(processes.launched().world_size)
-        return super().start(device)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         if self.world_size == 1:
@@ -210,10 +208,22 @@ class FSDP(DDP):
     def forward(self, function: Callable[..., Any], model: Any, *args: Any) -> Any:
         if self.root is None or model is not self.root.model:
             return function(model, *args)
-        return self.root.run(function, args)
+        with processes.broken_connections():
+            return self.root.run(function, args)
 
     def full(self, value: Any, everywhere: bool = False) -> Any:
         return dtensors.full_values(value, keep=everywhere or self.is_main)
+
+    def close(self) -> None:
+        self.saver = None
+        super().close()
+
+    def state_saver(self) -> StateSaver | None:
+        if self.saver is None and self.world_size > 1:
+            from framework import distributed_checkpoint  # slow to import
+
+            self.saver = distributed_checkpoint.DistributedSaver(WAIT_FACTOR * self.timeout_seconds)
+        return self.saver
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         return self.sum(loss.detach())  # the backward pass has summed the gradients

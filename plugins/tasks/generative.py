@@ -418,6 +418,10 @@ class Adversarial(Task):
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         return {"real": outputs.float().sigmoid().flatten(1)[:, 0]}
 
+    def generator(self, model: nn.Module) -> tuple[nn.Module, Shape]:
+        """Return the generator, for an export; the discriminator is of no use after training."""
+        return model.generator, (model.latent,)  # type: ignore[return-value]
+
     def pictures(self, model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         """Return generated inputs."""
         return {"samples": model.sample(len(inputs))}  # type: ignore[operator]

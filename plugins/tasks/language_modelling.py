@@ -89,6 +89,10 @@ class LanguageModelling(Task):
         probability, token = last.float().softmax(1).max(1)
         return {"token": token, "probability": probability}
 
+    def exported(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return the logits of the next token at each position."""
+        return {"logits": outputs}
+
     def check(self, data: Data) -> None:
         characters = data.characters
         if characters is None and data.target != "class":

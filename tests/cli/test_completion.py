@@ -131,7 +131,8 @@ def test_an_unknown_shell_is_an_error():
 
 
 def test_fish_completes_files_for_the_commands_without_own_words(index):
-    files = re.search("-F -n '__fish_seen_subcommand_from (.*)'", SCRIPTS["fish"])[1].split()
+    lines = re.findall("-F -n '__fish_seen_subcommand_from (.*)'", SCRIPTS["fish"])
+    files = lines[-1].split()
     assert files == [name for name in COMMANDS if not completions([name, ""], index, COMMANDS)]
 
 
@@ -200,3 +201,12 @@ def test_tab_runs_no_program_in_the_working_folder(bash, tmp_path, monkeypatch, 
     assert bash("./framework pl", path)[:1] == ([] if path else ["plan"])
     assert bash("framework pl", path)[:1] == ([] if path else ["plan"])
     assert not (tmp_path / "proof").exists()
+
+
+def test_commands_of_tell_are_completed(index):
+    def complete(*words):
+        return completions(list(words), index, COMMANDS)
+
+    assert complete("tell", "runs/a", "p") == ["pause"]
+    assert complete("tell", "runs/a", "set", "op") == ["optimizer."]
+    assert "optimizer.lr=" in complete("tell", "runs/a", "set", "optimizer.l")

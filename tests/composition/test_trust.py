@@ -441,4 +441,5 @@ def test_a_folder_with_a_name_that_is_not_utf8_can_be_trusted(folder, command):
 
 def test_commands_that_only_print_do_not_run_parts():
     informing = {name for name, each in COMMANDS.items() if not each.runs_parts}
-    assert informing == {"list", "show", "data", "trust", "board", "completion"}
+    reading = {"diff", "watch", "tell"}
+    assert informing == {"list", "show", "data", "trust", "board", "completion"} | reading

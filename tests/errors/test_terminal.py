@@ -33,10 +33,10 @@ from framework.errors.terminal import (
 )
 from framework.experiment.plan import Memory, ParameterGroup, Plan
 from framework.experiment.plan_text import render
+from framework.runs.sweep_files import Trial
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
 from framework.tuning.sweep.display import LineDisplay
-from framework.tuning.sweep.folder import Trial
 from framework.tuning.sweep.table import results_table
 from shipped import shipped
 

@@ -289,6 +289,8 @@ def test_the_state_of_a_callback_is_json_and_can_be_loaded(entry):
 @pytest.mark.parametrize("entry", entries("logger"))
 @pytest.mark.parametrize("where", ["in a folder", "without one"])
 def test_a_logger_accepts_all_kinds_of_records(entry, where, tmp_path):
+    if hasattr(entry.part, "package"):
+        pytest.skip("it needs an optional package: tests/system/test_all_loggers.py")
     logger = build(entry)
     logger.open(tmp_path if where == "in a folder" else None, 0, ["loss", "accuracy"])
     logger.text("config", "# A title")

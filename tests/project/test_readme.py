@@ -23,6 +23,7 @@ PAGES = [
     "conf/README.md",
     "framework/README.md",
     "plugins/README.md",
+    "plugins/exporters/README.md",
     "plugins/strategies/README.md",
     "scripts/README.md",
 ]

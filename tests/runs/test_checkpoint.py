@@ -229,9 +229,9 @@ def test_steps_are_sorted_as_numbers(tmp_path):
 
 def test_the_error_of_a_later_format_names_the_version_that_wrote_it(tmp_path):
     written = save(tmp_path, MODEL_STATE, {}, 1)
-    manifest = json.loads((written / MANIFEST).read_text()) | {"schema": 2, "framework": "9.1"}
+    manifest = json.loads((written / MANIFEST).read_text()) | {"schema": 3, "framework": "9.1"}
     (written / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"written by framework 9\.1 \(format 2\)"):
+    with pytest.raises(CheckpointError, match=r"written by framework 9\.1 \(format 3\)"):
         load(written)
 
 

@@ -27,12 +27,14 @@ from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
 from framework.experiment.result import last_values
 from framework.runs.checkpoint import writing
-from framework.runs.status_file import Status, status_of
+from framework.runs.run_files import status_of
+from framework.runs.status_file import Status
+from framework.runs.sweep_files import Trial
 from framework.runtime.clock import write_trace
 from framework.system.files import AppendFile
 from framework.tuning.search.study import Journal, cached_storage
 from framework.tuning.sweep.display import LineDisplay, OutputCapture
-from framework.tuning.sweep.folder import SweepFolder, Trial
+from framework.tuning.sweep.folder import SweepFolder
 from framework_plugins.loggers.text import keep_lines
 from runs import logged
 

@@ -4,6 +4,9 @@
         model.safetensors    the tensors of the model by name; of tied tensors the first one, the
                              other names are in the metadata of the file
         training.pt          the rest of the state, in plain types
+        training-00001-1.safetensors ...
+                             the parts of sharded tensors of the training state, by the processes
+                             that have them (strategy=fsdp)
         MANIFEST.json        written last: step, versions, size and sha256 of each file
 
 A checkpoint is written into a hidden folder, each file is flushed to the disk (fsync), and a rename
@@ -27,6 +30,7 @@ from .layout import (
 )
 from .reading import load, load_model, newest, read_manifest, read_shapes, step_in, verify
 from .retention import clean, link_to, remove, set_aside
+from .sharded import ShardedSnapshot, commit_sharded, sharded_snapshot
 from .writing import commit, save
 
 __all__ = [
@@ -34,10 +38,12 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "TRAINING",
+    "ShardedSnapshot",
     "check_memory",
     "check_size",
     "clean",
     "commit",
+    "commit_sharded",
     "folder_name",
     "link_to",
     "listed",
@@ -51,6 +57,7 @@ __all__ = [
     "remove",
     "save",
     "set_aside",
+    "sharded_snapshot",
     "step_in",
     "step_of",
     "target_of",

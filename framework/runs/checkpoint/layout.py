@@ -15,6 +15,10 @@ TRAINING = "training.pt"
 MANIFEST = "MANIFEST.json"
 FILES = (MODEL, TRAINING, MANIFEST)
 SCHEMA = 1
+SCHEMA_WITH_PARTS = 2
+PARTS = re.compile(r"training-\d{5,}-\d+\.safetensors")
+TEMPORARY_PARTS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+"""Files that `StateSaver` has written; those of the model are deleted, the others renamed."""
 CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})")
 HIDDEN_FOLDER = re.compile(r"\.(step-\d{8,})-[0-9a-f]{8}(\.replaced|\.removed)?")
 TEMPORARY_LINK = ".best"  # the link `best` before its rename
@@ -36,6 +40,16 @@ def folder_name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.partition("-")[2])
+
+
+def parts_name(rank: int, number: int) -> str:
+    """Return the name of a file of a process, with its parts of sharded tensors."""
+    return f"training-{rank:05d}-{number}.safetensors"
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the names that the files of a checkpoint may have, and those of its parts."""
+    return [*FILES, *filter(PARTS.fullmatch, os.listdir(folder))]
 
 
 def target_of(checkpoint: Path) -> Path:

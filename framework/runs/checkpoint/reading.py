@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,17 @@ from framework.runtime.shapes import first_line
 from framework.system.files import MOST_BYTES, open_file, parse_json, read_bytes
 
 from .checks import check_memory, check_size, check_torch_file, check_training_size
-from .layout import MANIFEST, MODEL, SCHEMA, TRAINING, listed, own_sha256, target_of
+from .layout import (
+    MANIFEST,
+    MODEL,
+    PARTS,
+    SCHEMA_WITH_PARTS,
+    TRAINING,
+    listed,
+    own_sha256,
+    target_of,
+)
+from .parts import PartFiles, joined
 
 # Errors of a JSON document that has another form than the written one.
 JSON_FORM_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -34,6 +45,10 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             file.seek(0)
             training = dict(torch.load(path_of(file), map_location="cpu", weights_only=True))
         check_training_size(training)
+        names = filter(PARTS.fullmatch, read_manifest(checkpoint)["files"])
+        with ExitStack() as stack:
+            files = [stack.enter_context(open_checkpoint_file(checkpoint, name)) for name in names]
+            training = joined(training, stack.enter_context(PartFiles(map(path_of, files))))
     except Exception as error:  # torch.load raises errors of many classes for an untrusted file
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
     return model, training
@@ -135,6 +150,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (*JSON_FORM_ERRORS, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
     for name in files.keys() - {MODEL, TRAINING}:
+        if PARTS.fullmatch(name):
+            continue
         raise CheckpointError(f"{path} lists {short(name)}, which is not a file of a checkpoint")
     return manifest
 
@@ -142,10 +159,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def check_schema(manifest: dict[str, Any], checkpoint: Path) -> None:
     """Raise CheckpointError if a checkpoint has a later format than this version can read."""
     schema = manifest["schema"]
-    if schema > SCHEMA:
+    if schema > SCHEMA_WITH_PARTS:
         raise CheckpointError(
             f"{checkpoint} was written by framework {short(manifest['framework'], quote=False)} "
-            f"(format {short(schema)}); this version reads formats up to {SCHEMA}"
+            f"(format {short(schema)}); this version reads formats up to {SCHEMA_WITH_PARTS}"
         )
 
 

@@ -9,11 +9,12 @@ from framework.runtime.shapes import first_line
 from framework.system.files import TEMPORARY
 
 from .layout import (
-    FILES,
     HIDDEN_FOLDER,
     MANIFEST,
     TEMPORARY_LINK,
+    TEMPORARY_PARTS,
     discard,
+    files_in,
     folder_name,
     listed,
     refuse_links,
@@ -60,13 +61,18 @@ def clean(folder: Path) -> None:
         if match[2] == ".replaced" and not os.path.lexists(checkpoint):
             os.rename(path, checkpoint)
         else:
-            discard(path, [*FILES, *temporary_files(path)])
+            discard(path, [*files_in(path), *temporary_files(path)])
 
 
 def temporary_files(folder: Path) -> list[str]:
-    """Return the names of files that were being written: those of `write_file` and `save_file`."""
-    names = os.listdir(folder)
-    return [name for name in names if TEMPORARY.fullmatch(name) or name.startswith(".tmp")]
+    """Return the names of files that were being written, and of those of `StateSaver`."""
+    names = []
+    for name in os.listdir(folder):
+        of_saver = TEMPORARY_PARTS.fullmatch(name) is not None
+        of_writer = TEMPORARY.fullmatch(name) is not None  # `write_file`
+        if of_saver or of_writer or name.startswith(".tmp"):  # `save_file`
+            names.append(name)
+    return names
 
 
 def removed_name(checkpoint: Path) -> Path:
@@ -91,7 +97,7 @@ def link_to(saved: Path, name: str) -> None:
             copy = removed_name(saved)
             os.rename(link, copy)
             os.replace(temporary, link)
-            discard(copy, FILES)
+            discard(copy, files_in(copy))
         else:
             os.replace(temporary, link)
     except OSError as error:

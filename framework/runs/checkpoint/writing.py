@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from framework.runtime.shapes import first_line
 from framework.system.files import open_file, write_file
 
 from .layout import (
-    FILES,
     MANIFEST,
     MODEL,
     SCHEMA,
     TRAINING,
     discard,
+    files_in,
     folder_name,
     own_sha256,
     refuse_links,
@@ -66,14 +67,9 @@ def commit(folder: Path, state: Snapshot) -> Path:
         CheckpointError: as `save` does.
     """
     needed = state.nbytes
-    hidden = folder / f".{folder_name(state.step)}-{uuid4().hex[:8]}"
+    hidden = hidden_folder(folder, state.step)
     try:
-        if folder.name == "checkpoints":
-            refuse_links(folder)
-        make_parent(folder)
-        if needed > shutil.disk_usage(folder).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        hidden.mkdir()
+        make_hidden(hidden, needed)
         write(hidden, state)
         return publish(hidden, folder / folder_name(state.step))
     except UNWRITABLE as error:
@@ -82,6 +78,30 @@ def commit(folder: Path, state: Snapshot) -> Path:
         ) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)  # after a success it has been renamed
+
+
+def hidden_folder(folder: Path, step: int) -> Path:
+    """Return a new name for the folder in which a checkpoint is written."""
+    return folder / f".{folder_name(step)}-{uuid4().hex[:8]}"
+
+
+def make_hidden(hidden: Path, needed: int) -> None:
+    """Make the folder in which a checkpoint is written.
+
+    Args:
+        needed: bytes that are written into it.
+
+    Raises:
+        CheckpointError: the folder of the checkpoints is a link.
+        OSError: it cannot be made, or the disk has less space.
+    """
+    folder = hidden.parent
+    if folder.name == "checkpoints":
+        refuse_links(folder)
+    make_parent(folder)
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    hidden.mkdir()
 
 
 def make_parent(folder: Path) -> None:
@@ -96,11 +116,25 @@ def write(folder: Path, state: Snapshot) -> None:
     write_model(folder / MODEL, state)
     write_training(folder / TRAINING, state.training)
     files = {name: measured(folder / name) for name in (MODEL, TRAINING)}
+    nan = [name for name, tensor in state.tensors.items() if holds_nan(tensor)]
+    write_manifest(folder, state, files, nan, SCHEMA)
+
+
+def write_manifest(
+    folder: Path, state: Snapshot, files: Mapping[str, Any], nan: Sequence[str], schema: int
+) -> None:
+    """Write the manifest and flush the folder.
+
+    Args:
+        files: bytes and sha256 of each file.
+        nan: the names of the model's tensors with NaN.
+        schema: the number of the format.
+    """
     manifest = {
-        "schema": SCHEMA,
+        "schema": schema,
         "step": state.step,
-        "files": files,
-        "nan": [name for name, tensor in state.tensors.items() if holds_nan(tensor)],
+        "files": dict(files),
+        "nan": list(nan),
         "torch": torch.__version__,
         "framework": package_version("framework") or "unknown",
         "run": state.run,
@@ -158,7 +192,7 @@ def publish(hidden: Path, final: Path) -> Path:
     os.rename(hidden, final)
     sync(final.parent)
     if replaced.exists():
-        discard(replaced, FILES)
+        discard(replaced, files_in(replaced))
     return final
 
 

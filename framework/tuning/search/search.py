@@ -27,9 +27,10 @@ from framework.errors.terminal import print_line
 from framework.errors.user_code import describe
 from framework.registry.registry import Registry
 from framework.runs.folder import read_config
+from framework.runs.sweep_files import Trial
 from framework.runtime.seeds import derive
 from framework.system.signals import received
-from framework.tuning.sweep.folder import SweepFolder, Trial
+from framework.tuning.sweep.folder import SweepFolder
 from framework.tuning.sweep.sweeper import TrialSweeper, rewrite_params
 
 from .importance import charts, completed_trials, importance_table, objective_sign, ranked_trials

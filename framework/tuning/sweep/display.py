@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from framework.errors import RunError
 from framework.errors.terminal import message_line, print_line, printable
+from framework.runs.sweep_files import Trial
 from framework.system.files import AppendFile
 
-from .folder import Trial
 from .table import Objectives, results_table, table_text
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from framework.composition.overrides import as_typed, depth, expand_job, own_set
 from framework.errors import ConfigError
 from framework.errors.terminal import print_line
 from framework.registry.annotations import PositiveInt
+from framework.runs.sweep_files import Trial
 from framework.system.signals import received
 
-from .folder import Trial
 from .grid_rules import Rule, combinations
 from .sweeper import TrialSweeper, rewrite_params
 from .table import settings_key

@@ -9,9 +9,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from framework.composition.compose import Job
+from framework.runs.sweep_files import Trial
 from framework.system.signals import received
 
-from .folder import Trial
 from .trial_runner import TrialRunner, check_task_function
 
 

@@ -36,10 +36,11 @@ from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, di
 from framework.errors.terminal import print_line
 from framework.experiment.result import Result
 from framework.registry.registry import Registry
+from framework.runs.sweep_files import REQUEST
 from framework.runtime.console import console
 from framework.system.signals import Interrupt, interruptible
 
-from .folder import REQUEST, SweepFolder
+from .folder import SweepFolder
 from .hydra_plugins import build_plugin
 from .settings import ObjectiveMode, Sweep
 from .table import Objectives, results_table, summary

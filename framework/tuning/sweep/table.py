@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from framework.contracts.direction import Direction, direction_sign
 from framework.errors.paths import pasted, quoted, typed
 from framework.errors.terminal import message_line, printable, shortened
+from framework.runs.sweep_files import Trial
 
-from .folder import SweepFolder, Trial, short_keys
+from .folder import SweepFolder, short_keys
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,12 +16,14 @@ from framework.errors import ConfigError, DiskFull, FrameworkError
 from framework.errors.terminal import print_line, print_traceback
 from framework.experiment.config_changes import fingerprint
 from framework.experiment.result import Result
+from framework.experiment.steering import TELL
+from framework.runs.sweep_files import Trial
 from framework.system.locks import lock_holder
 from framework.system.signals import received
 from framework.system.streams import prepare_streams
 
 from .display import Display, LineDisplay, OutputCapture, make_display
-from .folder import SweepFolder, Trial, run_name
+from .folder import SweepFolder, run_name
 from .isolation import isolated
 from .settings import Sweep
 from .table import Objectives, best_trial
@@ -293,6 +295,8 @@ def outcome(trial: Trial, result: Result | None) -> Trial:
         steps=result.steps,
         seconds=total_seconds(trial, result.seconds),
     )
+    if result.stopped is not None and result.stopped.by == TELL:
+        return replace(measured, state="pruned")  # by the user, as PRUNE does: the sweep continues
     if result.signal is not None:
         return replace(measured, state="stopped", exit_status=128 + result.signal)
     if result.stopped is not None and result.stopped.by == PRUNE:

@@ -45,6 +45,14 @@ class Tokenizer:
         """Return the number of characters of each id; those of a text sum up to its length."""
         raise NotImplementedError
 
+    example = ""
+    """Python statements, without the framework, that define `encode` for an export; they may use
+    `json`, `re` and `here`, the folder with `files`."""
+
+    def files(self) -> dict[str, str]:
+        """Return the contents of the files of an export by their names."""
+        return {"tokenizer.json": json.dumps(self.state(), ensure_ascii=False)}
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -64,6 +72,9 @@ class Bytes(Tokenizer):
     """A token for each byte of UTF-8: encodes any text with 258 ids, without fitting."""
 
     size = 256 + SPECIAL
+    example = """\
+def encode(text):
+    return [byte + 2 for byte in text.encode("utf-8", "replace")]"""
 
     def encode(self, text: str) -> list[int]:
         return [byte + SPECIAL for byte in text.encode("utf-8", "replace")]
@@ -79,6 +90,13 @@ class Bytes(Tokenizer):
 
     def characters(self) -> list[int]:
         return [0, 1, *(begins_character(byte) for byte in range(256))]
+
+
+LIST_EXAMPLE = """\
+tokens = json.loads((here / "tokenizer.json").read_text("utf-8"))["tokens"]
+id_of = {{token: number for number, token in enumerate(tokens, 2)}}
+def encode(text):
+    return [id_of.get(token, 1) for token in {split}]"""
 
 
 class ListTokenizer(Tokenizer):
@@ -132,6 +150,8 @@ class Characters(ListTokenizer):
         vocabulary: maximum number of ids; rarer characters are unknown.
     """
 
+    example = LIST_EXAMPLE.format(split="text")
+
     def __init__(self, vocabulary: Vocabulary = 4096):
         super().__init__(vocabulary)
 
@@ -155,6 +175,7 @@ class Words(ListTokenizer):
     """
 
     separator = " "
+    example = LIST_EXAMPLE.format(split=r're.findall(r"\w+|[^\w\s]", text.lower())')
 
     def __init__(
         self, vocabulary: Vocabulary = 20_000, min_count: Annotated[int, Range("[1, inf)")] = 2
@@ -181,6 +202,12 @@ class BytePairs(Tokenizer):
     Args:
         vocabulary: number of ids; 258 are padding, the unknown token and the single bytes.
     """
+
+    example = """\
+import tokenizers
+tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
+def encode(text):
+    return tokenizer.encode(text).ids"""
 
     def __init__(self, vocabulary: Annotated[int, Range("[258, 1000000]")] = 1024):
         self.max_size = vocabulary
@@ -218,6 +245,9 @@ class BytePairs(Tokenizer):
             begins = [begins_character(byte_of[sign]) for sign in token_of[number]]
             counts.append(sum(begins))
         return counts
+
+    def files(self) -> dict[str, str]:
+        return {"tokenizer.json": self.model.to_str()}
 
     def state(self) -> dict[str, Any]:
         return {"bpe": self.model.to_str()}

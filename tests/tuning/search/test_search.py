@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from framework.errors import ConfigError, RunError
+from framework.runs.sweep_files import Trial
 from framework.tuning.search.importance import charts, importance_table, importances, value_range
 from framework.tuning.search.search import SearchLoop
 from framework.tuning.search.settings import read_search
@@ -20,7 +21,7 @@ from framework.tuning.search.study import (
     create_study,
     make_pruner,
 )
-from framework.tuning.sweep.folder import SweepFolder, Trial
+from framework.tuning.sweep.folder import SweepFolder
 
 SPACE = [
     "optimizer=sgd,adamw",

@@ -11,7 +11,7 @@ from framework.composition import cached_composer
 from framework.composition.compose import CommandLine, run_composed, to_tree
 from framework.composition.sources import Sources
 from framework.errors import ConfigError, FrameworkError
-from framework.tuning.sweep.folder import Trial
+from framework.runs.sweep_files import Trial
 from framework.tuning.sweep.grid import Grid, trial_numbers
 from framework.tuning.sweep.grid_rules import Rule, combinations
 from framework.tuning.sweep.launcher import OneByOne

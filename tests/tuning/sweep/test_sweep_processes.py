@@ -13,7 +13,8 @@ import pytest
 
 from framework.errors import RunError
 from framework.runs.checkpoint import newest, read_manifest
-from framework.tuning.sweep.folder import SweepFolder, Trial
+from framework.runs.sweep_files import Trial
+from framework.tuning.sweep.folder import SweepFolder
 from sweeps import rows, table_of
 
 QUICK = (

@@ -1,0 +1,181 @@
+"""The values that a run has logged, by tag: curves for a plot or a table."""
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from framework.errors import FrameworkError, did_you_mean
+
+from .direction import Direction
+
+MOST_POINTS = 100_000
+"""Points of a curve in memory. When there are more, every second one of them is dropped."""
+MOST_TAGS = 10_000
+
+
+class Point(NamedTuple):
+    """A logged value, and the step after which it was logged."""
+
+    step: int
+    value: float
+
+
+class Curve:
+    """The logged values of one tag, in the order of the steps.
+
+    Attributes:
+        direction: "min" or "max", whichever values are better; None if that is not known.
+    """
+
+    def __init__(self, direction: Direction | None = None):
+        self.direction = direction
+        self._steps = array("q")
+        self._values = array("d")
+        self._lowest = (math.inf, 0)  # the value and its step
+        self._highest = (-math.inf, 0)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Point]:
+        for step, value in zip(self._steps, self._values, strict=True):
+            yield Point(step, value)
+
+    def __repr__(self) -> str:
+        return f"Curve({len(self)} values, last={self.last.value:g} at step {self.last.step})"
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps after which the values were logged."""
+        return self._steps.tolist()
+
+    @property
+    def values(self) -> list[float]:
+        """The values; one that is not finite is included."""
+        return self._values.tolist()
+
+    @property
+    def last(self) -> Point:
+        """The last value."""
+        return Point(self._steps[-1], self._values[-1])
+
+    @property
+    def min(self) -> Point | None:
+        """The lowest finite value, the first of equal ones; None if there is none."""
+        return as_point(*self._lowest)
+
+    @property
+    def max(self) -> Point | None:
+        """The highest finite value, the first of equal ones; None if there is none."""
+        return as_point(*self._highest)
+
+    @property
+    def best(self) -> Point | None:
+        """`min` or `max`, by the direction; None if that is not known, or no value is finite."""
+        if self.direction is None:
+            return None
+        return self.min if self.direction == "min" else self.max
+
+    def add(self, step: int, value: float) -> None:
+        """Append a value; it replaces the last one if the step is the same."""
+        steps = self._steps
+        if steps and steps[-1] == step:
+            self._values[-1] = value
+        else:
+            if len(steps) == MOST_POINTS:
+                del steps[1::2]
+                del self._values[1::2]
+            steps.append(step)
+            self._values.append(value)
+        if -math.inf < value < self._lowest[0]:
+            self._lowest = (value, step)
+        if self._highest[0] < value < math.inf:
+            self._highest = (value, step)
+
+
+def as_point(value: float, step: int) -> Point | None:
+    """Return a value with its step; None for an infinite value, which stands for none."""
+    return Point(step, value) if math.isfinite(value) else None
+
+
+class History(Mapping[str, Curve]):
+    """The curves of a run by tag, such as `history["val/loss"].values`.
+
+    A curve has at most `MOST_POINTS` points: a longer one is thinned out. `last`, `min`, `max` and
+    `best` of a curve are exact nevertheless.
+    """
+
+    def __init__(self, directions: Mapping[str, Direction] | None = None):
+        """Begin without values.
+
+        Args:
+            directions: by metric, such as {"loss": "min", "accuracy": "max"}.
+        """
+        self._directions = dict(directions or {})
+        self._curves: dict[str, Curve] = {}
+
+    def __getitem__(self, tag: str) -> Curve:
+        try:
+            return self._curves[tag]
+        except KeyError:
+            raise KeyError(f"no values of {tag!r} were logged; {self._advice(tag)}") from None
+
+    def __contains__(self, tag: object) -> bool:
+        return tag in self._curves
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def __repr__(self) -> str:
+        return f"History({', '.join(self)})"
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last value of each tag."""
+        return {tag: curve.last.value for tag, curve in self._curves.items()}
+
+    @property
+    def best(self) -> dict[str, Point]:
+        """The best value of each tag whose direction is known, with its step."""
+        found = {}
+        for tag, curve in self._curves.items():
+            if curve.best is not None:
+                found[tag] = curve.best
+        return found
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of a step."""
+        for tag, value in values.items():
+            curve = self._curves.get(tag)
+            if curve is None:
+                if len(self._curves) >= MOST_TAGS:
+                    continue
+                metric = tag.partition("/")[2] or tag
+                curve = self._curves[tag] = Curve(self._directions.get(metric))
+            curve.add(step, value)
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame`: a row for each step, a column for each tag.
+
+        NaN: the tag was not logged at that step.
+
+        Raises:
+            FrameworkError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise FrameworkError("history.to_pandas() needs pandas: pip install pandas") from None
+        columns = {}
+        for tag, curve in self._curves.items():
+            columns[tag] = pandas.Series(curve.values, index=curve.steps, dtype="float64")
+        table = pandas.DataFrame(columns)
+        table.index.name = "step"
+        return table.sort_index()
+
+    def _advice(self, tag: str) -> str:
+        return did_you_mean(tag, self._curves) if self._curves else "nothing was logged"

@@ -1,0 +1,101 @@
+"""How raw inputs become inputs of a model, in a form that can be exported with the model.
+
+A data set describes in `Data.preparation` what it does with raw inputs (pixels, cells of a table,
+token ids): a module for the part that a graph can contain, and files and an example in plain Python
+for the rest, such as a tokenizer or the reading of files.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Axis(NamedTuple):
+    """An axis whose size may differ from call to call.
+
+    Attributes:
+        name: such as "length".
+        smallest, largest: its size, at least 2 and at most `largest`.
+    """
+
+    name: str
+    smallest: int
+    largest: int
+
+
+class RawInput(NamedTuple):
+    """One of the tensors that an exported model takes.
+
+    Attributes:
+        dtype: its type.
+        shape: its shape, without the batch axis.
+        text: what it contains, in a line.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | Axis, ...]
+    text: str
+
+
+RESULT = """\
+for name, values in zip(about["outputs"], outputs):
+    rows = np.asarray(values).tolist()
+    if name == "class" and about["classes"]:
+        rows = [about["classes"][index] for index in rows]
+    print(json.dumps({name: rows}))"""
+
+
+class Preparation(nn.Module):
+    """Turns raw inputs into inputs of the model; `forward` must be exportable by torch.export.
+
+    Attributes:
+        raw: the tensors that `forward` takes, by name, in order.
+        files: further files of the export, by name, such as the vocabulary of a tokenizer.
+        metadata: what the example needs, as JSON types.
+        imports: modules that the example imports.
+        example: Python statements without the framework: they read `file`, the path of a file of
+            the user, and set `raw`, a dict of NumPy arrays. They may use `np`, `json`, `here` (the
+            folder of the export) and `about` (its metadata.json, with `metadata` in it).
+        result: Python statements of the example that print `outputs`.
+    """
+
+    raw: Mapping[str, RawInput]
+    files: Mapping[str, str] = MappingProxyType({})
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    imports: Sequence[str] = ()
+    example: str = ""
+    result: str = RESULT
+
+    def recover(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return raw inputs that become these inputs, up to rounding; to verify an export.
+
+        Args:
+            inputs: of the model, shape (samples, ...).
+        """
+        raise NotImplementedError
+
+
+class Unchanged(Preparation):
+    """For data sets that describe no preparation: the exported model takes inputs as prepared.
+
+    Args:
+        dtype: of the inputs.
+        shape: of an input.
+    """
+
+    example = 'raw = {"inputs": np.load(file)}'
+
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int]):
+        super().__init__()
+        self.raw = {"inputs": RawInput(dtype, tuple(shape), "inputs as the data set prepares them")}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the inputs."""
+        return inputs
+
+    def recover(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs."""
+        return (inputs,)

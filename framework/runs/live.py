@@ -1,0 +1,294 @@
+"""Follow runs while they write: the state in status.json, and the curves in metrics.jsonl.
+
+Only these two files are read, and whether the process of the run holds its lock. A refresh reads
+what was appended since the last one. Its cost, and the memory, do not grow with the run: a long
+file is read in parts at first, and a curve keeps a limited number of points.
+
+This module does not import torch, so that `framework watch` starts at once.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from framework.errors import RunError
+from framework.system.files import open_file, parse_row
+
+from .run_files import METRICS, MOST_SERIES, RunFiles, metrics_row, number_in
+
+MOST_POINTS = 2_000  # of a curve; with more, every second one is left out
+MOST_READ = 4 * 2**20  # bytes that one refresh reads
+PARTS = 192  # of a longer file, which are read in place of all of it
+PART_BYTES = 2**14
+TAIL_BYTES = 2**20
+QUIET_SECONDS = 120.0  # without news, after which a running run gets a warning
+ENDED = ("done", "failed", "stopped", "stale", "unknown")
+
+
+@dataclass
+class Curve:
+    """The values of a metric, thinned out.
+
+    Attributes:
+        points: (step, value) by step; a value may be NaN.
+        last: the last value.
+        lowest: the lowest finite value and its step; None without one.
+        highest: the highest one.
+    """
+
+    points: list[tuple[float, float]] = field(default_factory=list)
+    last: float = math.nan
+    lowest: tuple[float, int] | None = None
+    highest: tuple[float, int] | None = None
+
+    def add(self, step: int, value: float) -> None:
+        """Add the next value."""
+        self.points.append((step, value))
+        self.last = value
+        if len(self.points) > MOST_POINTS:
+            self.points = self.points[::2]
+        if not math.isfinite(value):
+            return
+        if self.lowest is None or value < self.lowest[0]:
+            self.lowest = (value, step)
+        if self.highest is None or value > self.highest[0]:
+            self.highest = (value, step)
+
+
+class LiveMetrics:
+    """The curves of a run, read as they grow.
+
+    Attributes:
+        curves: by metric, in the order in which they appear.
+        step: the last step that was read.
+        exists: whether there is a metrics.jsonl.
+        sampled: whether the file was so long that only parts of it were read.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.exists = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self.curves: dict[str, Curve] = {}
+        self.step = 0
+        self.position = 0
+        self.file: tuple[int, int] | None = None  # device and inode
+        self.sampled = False
+
+    def refresh(self) -> None:
+        """Read the lines that were appended.
+
+        Raises:
+            RunError: the file is a link or not regular.
+        """
+        try:
+            file = open_file(self.run, METRICS)
+        except (FileNotFoundError, NotADirectoryError):
+            self.exists = False
+            return
+        except OSError as error:
+            raise RunError(f"{METRICS} cannot be read: {error.strerror}") from error
+        with file:
+            self.exists = True
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if identity != self.file or status.st_size < self.position:
+                self._restart()  # replaced or truncated by a run that is resumed
+                self.file = identity
+            if status.st_size - self.position > MOST_READ:
+                self._sample(file, status.st_size)
+            self._read(file, MOST_READ)
+
+    def _sample(self, file: BinaryIO, size: int) -> None:
+        """Read parts of a long file, up to its tail."""
+        self.sampled = True
+        end = size - TAIL_BYTES
+        span = (end - self.position) // PARTS
+        for start in range(self.position, end - PART_BYTES, max(span, PART_BYTES)):
+            file.seek(start)
+            content = file.read(PART_BYTES)
+            first = content.find(b"\n") + 1  # the part begins inside a line
+            last = content.rfind(b"\n") + 1
+            self._add_lines(content[first:last])
+        file.seek(end)
+        content = file.read(TAIL_BYTES)
+        self.position = end + content.find(b"\n") + 1
+
+    def _read(self, file: BinaryIO, most: int) -> None:
+        """Read the complete lines from the present position on."""
+        file.seek(self.position)
+        content = file.read(most)
+        complete = content[: content.rfind(b"\n") + 1]
+        if not complete and len(content) == most:  # a line without end
+            self.position += most
+        self.position += len(complete)
+        self._add_lines(complete)
+
+    def _add_lines(self, lines: bytes) -> None:
+        for line in lines.splitlines():
+            content = parse_row(line)
+            row = None if content is None else metrics_row(content)
+            if row is None:
+                continue
+            if row.step < self.step:  # the run was resumed from an earlier step
+                self._drop_after(row.step)
+            self.step = row.step
+            for metric, value in row.values.items():
+                if metric in self.curves or len(self.curves) < MOST_SERIES:
+                    self.curves.setdefault(metric, Curve()).add(row.step, value)
+
+    def _drop_after(self, step: int) -> None:
+        for metric, curve in self.curves.items():
+            kept = Curve()
+            for point_step, value in curve.points:
+                if point_step < step:
+                    kept.add(int(point_step), value)
+            self.curves[metric] = kept
+
+
+class LiveRun:
+    """A run that is followed.
+
+    Attributes:
+        path: the folder of the run.
+        label: a name for the screen.
+        status: the content of status.json.
+        state: see `RunFiles.state`; also paused, and testing during the final test.
+        metrics: the curves.
+        problem: why a file cannot be read; "" otherwise.
+    """
+
+    def __init__(self, path: Path, label: str):
+        self.path = path
+        self.label = label
+        self.metrics = LiveMetrics(path)
+        self.status: dict[str, Any] = {}
+        self.state = "unknown"
+        self.problem = ""
+        self.is_read = False
+        self._seen: tuple[int, int] | None = None
+
+    def refresh(self) -> None:
+        """Read what is new; a run that has ended is read again only if its files have changed."""
+        seen = (modified(self.path / "status.json"), modified(self.path / METRICS))
+        if self.is_read and self.state in ENDED and seen == self._seen:
+            return
+        files = RunFiles(self.path)
+        self.status = files.status
+        self.state = files.state
+        said = self.status.get("status")
+        if self.state == "running" and said in ("paused", "testing"):
+            self.state = str(said)
+        self.problem = ""
+        if self.status or not files.problems:
+            self._seen = seen
+        else:
+            self.problem = files.problems[0]
+        try:
+            self.metrics.refresh()
+        except RunError as error:
+            self.problem = str(error)
+        self.is_read = True
+
+    @property
+    def step(self) -> int:
+        """The number of steps done, as far as it is known."""
+        return max(int(number_in(self.status, "step") or 0), self.metrics.step)
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run; 0 if they are not known."""
+        return max(int(number_in(self.status, "total_steps") or 0), 0)
+
+    @property
+    def updated(self) -> float | None:
+        """Seconds since the run has written its state or a metric; None if it is not known."""
+        times = [modified(self.path / name) / 1e9 for name in ("status.json", METRICS)]
+        newest = max(times)
+        return max(time.time() - newest, 0.0) if newest else None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """The remaining seconds of training of a run that is running; None if not known."""
+        eta = number_in(self.status, "eta_seconds")
+        updated = number_in(self.status, "updated")
+        if self.state != "running" or eta is None or updated is None:
+            return None
+        return max(eta - max(time.time() - updated, 0.0), 0.0)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """The speed of a run in training."""
+        if self.state != "running":
+            return None
+        return number_in(self.status, "samples_per_second")
+
+    @property
+    def checkpoint(self) -> tuple[int, float] | None:
+        """The step of the last checkpoint, and its age in seconds."""
+        step = number_in(self.status, "checkpoint_step")
+        written = number_in(self.status, "checkpoint_time")
+        if step is None or written is None:
+            return None
+        return int(step), max(time.time() - written, 0.0)
+
+    @property
+    def processes(self) -> int:
+        """The number of processes; 0 if it is not known."""
+        return int(number_in(self.status, "processes") or 0)
+
+    @property
+    def reason(self) -> str:
+        """Why the run has failed or stopped; "" otherwise."""
+        reason = self.status.get("reason")
+        if self.state not in ("failed", "stopped") or not isinstance(reason, str):
+            return ""
+        return reason
+
+    def process_text(self) -> str:
+        """Return the processes, and the slowest of them; "" for a single process."""
+        if self.processes < 2:
+            return ""
+        text = f"{self.processes} processes"
+        curves = self.metrics.curves
+        slowest = curves.get("train/slowest_process")
+        if slowest is not None and math.isfinite(slowest.last):
+            text += f", the slowest is rank {slowest.last:.0f}"
+        for name in ("communication", "waiting"):
+            curve = curves.get(f"train/{name}")
+            if curve is not None and math.isfinite(curve.last):
+                text += f", {curve.last:.0%} {name}"
+        return text
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a user should look at."""
+        if self.state == "stale":
+            yield "its process was killed; `framework resume` continues the run"
+        if self.problem:
+            yield self.problem
+        updated = self.updated
+        if self.state == "running" and updated is not None and updated > QUIET_SECONDS:
+            yield f"no news for {updated / 60:.0f} min"
+        if not self.metrics.exists:
+            yield "there is no metrics.jsonl: loggers=[json_lines,...] writes it"
+        for metric, curve in self.metrics.curves.items():
+            if curve.points and not math.isfinite(curve.last):
+                yield f"{metric} is not finite"
+        noted = self.status.get("warnings")
+        for text in noted if isinstance(noted, list) else ():
+            if isinstance(text, str):
+                yield text
+
+
+def modified(path: Path) -> int:
+    """Return the time of the last change of a file in nanoseconds; 0 without the file."""
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return 0

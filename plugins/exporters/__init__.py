@@ -1,0 +1,1 @@
+"""Exporters: formats in which `framework export` writes trained models."""

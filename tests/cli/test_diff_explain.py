@@ -1,0 +1,49 @@
+"""The output and the errors of `framework diff` and `framework explain`."""
+
+import json
+
+import pytest
+
+from runs import run_training
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("diff runs/a", "expected 2 to 8 runs, got 1"),
+        ("diff runs/a runs/b", "there is no run folder runs/a"),
+        ("explain optimizer.lr=1", "expected a setting before the overrides"),
+        ("explain speed", "expected the folder of one run"),
+        ("explain nan runs/a runs/b", "expected the folder of one run"),
+        ("explain optimizer.lr seed=1 --run runs/a", "expected no overrides"),
+    ],
+)
+def test_errors_are_one_line(command, line, expected):
+    status, out, err = command(line)
+    assert status == 2
+    assert not out
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_the_output_of_two_runs(command):
+    small = ("model.width=8", "loader.batch_size=400", "trainer.max_epochs=1")
+    run_training(*small, "run.name=one")
+    run_training(*small, "run.name=two", "optimizer.lr=0.1", "callbacks=[progress]")
+    runs = "runs/default/one runs/default/two"
+    status, out, _ = command(f"diff {runs}")
+    assert status == 0
+    assert "0.1  (command line: optimizer.lr=0.1)" in out
+    assert "callbacks.checkpoint" in out
+    assert "val/loss" in out
+    status, out, _ = command(f"diff {runs} --json")
+    names = [row["name"] for row in json.loads(out)["settings"]]
+    assert "optimizer.lr" in names
+    assert "run" not in names
+    status, _, err = command(f"diff {runs} --curves val/los")
+    assert (status, "did you mean 'val/loss'" in err) == (2, True)
+    status, out, _ = command("explain speed runs/default/one")
+    assert "steps" in out
+    status, out, _ = command("explain optimizer.lr --run runs/default/two --json")
+    assert json.loads(out)[0]["places"][0]["source"] == "command line"
+    assert command("explain nan runs/default/two")[0] != 0

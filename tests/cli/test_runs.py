@@ -1,0 +1,237 @@
+"""`framework runs` and `framework best`, as a user calls them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from framework.cli import runs as runs_module
+from framework.system.locks import WriterLock
+from run_folders import write_run, write_sweep
+
+
+@pytest.fixture
+def runs(command):
+    """Run a command in a folder with runs; return exit status, stdout and stderr."""
+    times = [f"2026-12-01T09:0{minute}:00+0000" for minute in range(6)]
+    root = Path("runs/default")
+    write_run(root / "first", [0.5, 0.2, 0.3], lr=0.1, started=times[0])
+    write_run(root / "second", [0.4, 0.35], lr=0.01, started=times[1], processes=2)
+    write_run(root / "größe 漢字", [0.6], lr=0.01, started=times[2], status="stopped")
+    write_run(root / "no metrics", [], started=times[3], status="failed")
+    write_sweep(root / "grid", (0.1, [0.5]), (0.2, [0.1, 0.3]), (0.3, [0.25, 0.4]))
+    return command
+
+
+def names(out):
+    """Return the first column of a table without its heading."""
+    return [line.split("  ")[0] for line in out.splitlines()[1:]]
+
+
+def test_the_newest_run_comes_first_and_sweeps_are_collapsed(runs):
+    status, out, err = runs("runs")
+    assert (status, err) == (0, "")
+    expected = ["default/no metrics", "default/größe 漢字", "default/second"]
+    assert names(out)[:3] == expected
+    assert "default/grid/ (3 trials)" in out
+    heading = out.splitlines()[0].split()
+    assert heading[:3] == ["name", "state", "lr"]
+    assert {"val/loss:best", "val/loss:last", "val/accuracy:best", "processes"} <= set(heading)
+    [first] = [line for line in out.splitlines() if line.startswith("default/first")]
+    assert first.split()[1:5] == ["done", "0.1", "0.2", "0.3"]
+    [sweep] = [line for line in out.splitlines() if "grid" in line]
+    assert "3 done" in sweep
+    assert "0.1, 0.2, 0.3" in sweep
+    assert sweep.split()[-5:-2] == ["0.3", "0.9", "7.5"]  # of the trial with the lowest last value
+
+
+def test_sorting_by_a_metric_puts_the_best_first(runs):
+    _, out, _ = runs("runs --expand --sort val/loss --columns name,val/loss")
+    assert names(out) == [
+        "default/grid/001_lr-0.2",
+        "default/first",
+        "default/grid/002_lr-0.3",
+        "default/second",
+        "default/grid/000_lr-0.1",
+        "default/größe 漢字",
+        "default/no metrics",
+    ]
+    _, out, _ = runs("runs --expand --sort val/accuracy --limit 1 --columns name")
+    assert names(out) == ["default/grid/001_lr-0.2"]
+    _, out, _ = runs("runs --sort val/loss:last --reverse --limit 1 --columns name")
+    assert names(out) == ["default/größe 漢字"]
+
+
+def test_filters(runs):
+    _, out, _ = runs("runs --where 'lr=0.01 and val/loss<0.5' --columns name")
+    assert names(out) == ["default/second"]
+    _, out, _ = runs("runs --where 'state=failed or state=stopped' --columns name --sort name")
+    assert names(out) == ["default/größe 漢字", "default/no metrics"]
+    _, out, _ = runs("runs --where lr>=0.2 --columns name,state")
+    assert names(out) == ["default/grid/ (2 of 3 trials)"]
+    status, out, err = runs("runs --where lr=7")
+    assert (status, out) == (0, "")
+    assert "none of the 7 runs" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "runs --where optimzer=adamw",
+        "runs --where 'lr=1 and'",
+        "runs --sort nothing",
+        "runs --columns name,val/los",
+        "runs --columns val/loss:mean",
+        "runs --columns ,",
+        "runs --limit -1",
+        "runs --limit x",
+        "runs nowhere",
+        "runs runs/default/first",
+        "runs tag default/first",
+        "runs tag default/first 'two words'",
+        "runs tag default/first absent --remove",
+        "runs tag nowhere x",
+        "runs note default/grid x",
+        "runs remove nowhere",
+        "runs remove runs",
+        "runs restore default/first",
+        "best nowhere",
+        "best --metric lr",
+        "best --metric val/los",
+        "best --where lr=7",
+        "best --mode up",
+    ],
+)
+def test_wrong_arguments_give_one_line_and_exit_status_2(line, runs):
+    status, out, err = runs(line)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_column_is_named_with_its_position_and_the_nearest_one(runs):
+    _, _, err = runs("runs --where 'lr=1 and val/los<1'")
+    assert "position 10" in err
+    assert "did you mean 'val/loss'" in err
+
+
+def test_json_has_the_documented_form(runs):
+    _, out, _ = runs("runs --json --sort val/loss")
+    content = json.loads(out)
+    assert (content["schema"], content["root"]) == (1, "runs")
+    by_name = {row["name"]: row for row in content["runs"]}
+    first = by_name["default/first"]
+    assert first["settings"]["optimizer.lr"] == 0.1
+    assert first["metrics"]["val/loss"] == {
+        "last": 0.3,
+        "last_step": 30,
+        "best": 0.2,
+        "best_step": 20,
+        "direction": "min",
+    }
+    assert (first["kind"], first["state"], first["processes"]) == ("run", "done", 1)
+    sweep = by_name["default/grid"]
+    assert (sweep["kind"], sweep["states"]) == ("sweep", {"done": 3})
+    assert sweep["best"]["name"] == "default/grid/001_lr-0.2"
+    assert len(sweep["trials"]) == 3
+
+
+def test_a_narrow_terminal_keeps_the_important_columns(runs, monkeypatch):
+    monkeypatch.setattr(runs_module.sys.stdout, "isatty", lambda: True, raising=False)
+    for width in (200, 80, 40):
+        monkeypatch.setenv("COLUMNS", str(width))
+        status, out, _ = runs("runs")
+        assert status == 0
+        lines = out.splitlines()
+        rows = [line for line in lines if line.startswith(("name", "default"))]
+        assert all(len(line) <= width for line in rows)
+        assert "val/loss:best" in lines[0] or width == 40
+    assert "left out for lack of width" in out
+
+
+def test_damaged_runs_are_listed_with_notes(runs):
+    Path("runs/default/first/config.yaml").write_text("a: *x")
+    Path("runs/default/second/status.json").write_text("{")
+    Path("runs/default/grid/sweep.json").write_text("[")
+    shutil.rmtree("runs/default/größe 漢字")
+    Path("runs/default/größe 漢字").symlink_to("/etc")
+    status, out, err = runs("runs")
+    assert status == 0
+    assert len(err.splitlines()) == 2
+    assert "config.yaml" in err
+    [second] = [line for line in out.splitlines() if line.startswith("default/second")]
+    assert second.split()[1] == "unknown"
+
+
+def test_an_empty_folder(command, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for line in ("runs", "runs --where lr=1", "runs --columns lr,val/loss", "runs --bin"):
+        status, out, err = command(line)
+        assert (status, out, len(err.splitlines())) == (0, "", 1)
+
+
+def test_names_cannot_control_the_terminal(runs):
+    Path("runs/default/first").rename("runs/default/\x1b[31mred")
+    _, out, _ = runs("runs")
+    assert "\x1b" not in out
+    assert "\\x1b[31mred" in out
+
+
+def test_tags_and_notes_are_shown_and_filtered(runs):
+    assert runs("runs tag default/first baseline good")[1] == "runs/default/first: baseline, good\n"
+    runs("runs tag default/first good --remove")
+    runs("runs note runs/default/first 'labels were shuffled'")
+    _, out, _ = runs("runs --where 'tags=baseline and note~SHUFFLED'")
+    assert names(out) == ["default/first"]
+    assert "baseline" in out
+    assert "labels were shuffled" in out
+    assert "good" not in out
+
+
+def test_removed_runs_can_be_listed_restored_and_deleted(runs):
+    runs("runs remove default/first default/grid")
+    assert "first" not in runs("runs")[1]
+    assert "default/first" in runs("runs --bin")[1]
+    runs("runs restore runs/default/first")
+    assert "default/first" in runs("runs")[1]
+    status, _, err = runs("runs empty")
+    assert status == 2
+    assert "--yes" in err
+    assert runs("runs empty --yes")[1] == "1 runs deleted\n"
+    assert "the bin of runs is empty" in runs("runs empty")[2]
+
+
+def test_a_running_run_is_not_removed(runs):
+    run = write_run("runs/default/live", status="running")
+    lock = WriterLock(run)
+    status, _, err = runs("runs remove default/first default/live")
+    lock.close()
+    assert status == 2
+    assert "is running" in err
+    assert Path("runs/default/first").is_dir()
+
+
+def test_best_prints_only_the_folder(runs):
+    status, out, err = runs("best")
+    assert (status, out) == (0, "runs/default/grid/001_lr-0.2\n")
+    assert "val/loss 0.1 after step 10, the best of 6 runs" in err
+    assert runs("best --where 'lr=0.01'")[1] == "runs/default/second\n"
+    assert runs("best --metric val/loss --mode max")[1] == "runs/default/größe 漢字\n"
+    content = json.loads(runs("best --json")[1])
+    assert (content["metric"], content["value"], content["compared"]) == ("val/loss", 0.1, 6)
+
+
+def test_best_skips_runs_without_a_checkpoint(runs):
+    shutil.rmtree("runs/default/grid/001_lr-0.2/checkpoints")
+    status, out, err = runs("best")
+    assert (status, out) == (0, "runs/default/first\n")
+    assert "1 better runs" in err
+
+
+def test_best_refuses_to_compare_different_data(runs):
+    write_run("runs/spam/a", [0.01], data="spam")
+    status, _, err = runs("best")
+    assert status == 2
+    assert "cannot be compared" in err
+    assert runs("best --where data=spam")[1] == "runs/spam/a\n"
+    assert runs("best runs/spam")[1] == "runs/spam/a\n"

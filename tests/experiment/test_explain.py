@@ -1,0 +1,214 @@
+"""What `framework explain` tells about settings, the time and steps that are not finite."""
+
+import json
+import math
+import runpy
+
+import pytest
+
+import framework as fw
+from framework.errors import FrameworkError, RunError
+from framework.experiment.experiment import Experiment
+from framework.experiment.explain import explain_setting, explain_setting_of_run
+from framework.experiment.replay import RECORD, load_step, replay
+from framework.runs.run_files import RunFiles
+from framework.runs.run_time import read_time
+from framework.runs.speed import explain_speed
+from runs import composed, cut_off_at, run_training
+
+SMALL = ("loader.batch_size=400", "callbacks=[checkpoint,non_finite]")
+OFTEN = "callbacks.checkpoint.every=2steps"
+HUGE = ("model.width=64", "model.depth=5", "optimizer=sgd", "optimizer.lr=30", "scheduler=null")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+
+
+def silent(text):
+    pass
+
+
+def failed_run(name, *overrides):
+    """Train until a step is not finite; return the files of the run."""
+    with pytest.raises(FrameworkError, match="non_finite") as failure:
+        run_training(*SMALL, *overrides, f"run.name={name}")
+    assert failure.value.exit_status == 3
+    return RunFiles(f"runs/default/{name}")
+
+
+# settings
+
+
+def test_a_setting_and_all_settings_of_a_part():
+    spec = composed(["optimizer.lr=0.5"])
+    [lr] = explain_setting(spec, "optimizer.lr")
+    assert lr.value == 0.5
+    assert [(place.value, place.effect) for place in lr.places] == [
+        (0.5, "used"),
+        (0.001, "replaced"),
+    ]
+    assert lr.source == "command line: optimizer.lr=0.5"
+    settings = {each.setting: each for each in explain_setting(spec, "optimizer")}
+    assert settings["optimizer"].value == "adamw"
+    assert settings["optimizer.eps"].source.startswith("default of optimizer/adamw (")
+    with pytest.raises(FrameworkError, match=r"did you mean 'optimizer\.lr'"):
+        explain_setting(spec, "optimizer.lrr")
+
+
+def test_the_settings_of_a_run_that_was_resumed_with_a_change(monkeypatch):
+    with cut_off_at(3, monkeypatch):
+        run_training(*SMALL, OFTEN, "run.name=cut", "trainer.max_epochs=9")
+    run_training(*SMALL, OFTEN, "run.name=cut", "trainer.max_epochs=2", "resume=auto")
+    [epochs] = explain_setting_of_run(RunFiles("runs/default/cut"), "trainer.max_epochs")
+    assert [place.value for place in epochs.places] == [2, 9, 30, None]
+    assert epochs.source == "resumed after step 2"
+
+
+def test_a_run_of_an_older_version():
+    folder = run_training(*SMALL, "trainer.max_epochs=1", "optimizer.lr=0.01").folder
+    content = json.loads((folder / "provenance.json").read_text())
+    assert content["settings"].pop("optimizer.lr")
+    del content["settings"]
+    (folder / "provenance.json").write_text(json.dumps(content))
+    [lr] = explain_setting_of_run(RunFiles(folder), "optimizer.lr")
+    assert lr.source == "command line: optimizer.lr=0.01"
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("depth: 2", "depth: 3"))
+    [depth] = explain_setting_of_run(RunFiles(folder), "model.depth")
+    assert depth.value == 3
+    assert depth.source == ""
+    assert "does not record" in depth.note
+
+
+# speed
+
+
+def test_the_time_of_a_resumed_run_is_that_of_both_sessions(monkeypatch):
+    settings = (*SMALL, OFTEN, "run.name=cut", "trainer.max_epochs=4", "trainer.log_every=1steps")
+    monkeypatch.setattr("framework.runs.status_file.LEAST_SECONDS", 0.0)
+    with cut_off_at(5, monkeypatch):
+        run_training(*settings)
+    run = RunFiles("runs/default/cut")
+    before = read_time(run.status)
+    assert before.sessions == 1
+    assert before.steps == 5
+    run_training(*settings, "resume=auto")
+    after = read_time(RunFiles(run.path).status)
+    assert after.sessions == 2
+    assert after.steps == 5 + 16 - 4  # step 5 was trained twice
+    assert after.training > before.training
+    speed = explain_speed(RunFiles(run.path))
+    assert sum(each.seconds for each in speed.activities) == pytest.approx(after.total, abs=0.01)
+    assert {"steps", "validation", "test"} <= {each.name for each in speed.activities}
+
+
+# steps that are not finite
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (OFTEN,),
+        ("callbacks.checkpoint.every=99steps",),  # repeated from the first step
+        (OFTEN, "model.dropout=0.1", "trainer.micro_batch=90", "optimizer.lr=1000"),
+        (OFTEN, "+callbacks=ema", "trainer.compile=off", "model.activation=gelu"),
+    ],
+)
+def test_the_step_is_found_and_repeated(overrides, tmp_path, capsys):
+    run = failed_run("bad", *HUGE, *overrides)
+    recorded = json.loads((run.path / RECORD).read_text())
+    result = replay(run, tmp_path / "step", silent)
+    finding = result.finding
+    assert finding is not None
+    assert finding.step == recorded["first"] == recorded["last"]
+    assert finding.step - result.start <= (2 if OFTEN in overrides else finding.step)
+    assert not math.isfinite(finding.loss)
+    assert finding.layer is not None
+    assert finding.layer_inputs_finite
+    assert set(finding.layer_samples) <= set(finding.samples)
+    step = load_step(tmp_path / "step" / "step.pt")
+    assert not math.isfinite(step.forward().loss.item())
+    runpy.run_path(str(result.files[0]))
+    assert "gradient not finite" in capsys.readouterr().out
+
+
+def test_the_layer_and_the_samples(tmp_path, forget_plugins):
+    """Three samples make the second activation infinite; the others stay finite."""
+    (tmp_path / "part.py").write_text(
+        "import torch\nfrom torch import nn\nfrom framework import activations\n\n\n"
+        "@activations.register('reciprocal')\nclass Reciprocal(nn.Module):\n"
+        "    '''1 / (x - x[0]), infinite for the first sample.'''\n\n"
+        "    def forward(self, x):\n"
+        "        return 1 / (x - x[:1]) if x.shape[1] == 8 else x\n"
+    )
+    fw.discover(["part.py"])
+    run = failed_run("layer", OFTEN, "model.width=8", "activation=reciprocal")
+    finding = replay(run, None, silent).finding
+    assert finding.step == 1
+    assert finding.layer == "blocks.0.activation"
+    assert finding.layer_type == "Reciprocal"
+    assert finding.layer_samples == finding.samples[:1]
+    assert finding.layer_values == (8, 400 * 8)
+    assert finding.parameter == "blocks.0.linear.weight"
+
+
+def test_the_step_is_searched_where_it_is_not_recorded_exactly():
+    """With a fused optimizer on an accelerator, several steps are checked at once."""
+    run = failed_run("range", *HUGE, OFTEN)
+    exact = json.loads((run.path / RECORD).read_text())["first"]
+    (run.path / RECORD).write_text(json.dumps({"first": 1, "last": exact + 3}))
+    assert replay(run, None, silent).finding.step == exact
+    (run.path / RECORD).unlink()  # an older version
+    assert replay(RunFiles(run.path), None, silent).finding.step == exact
+
+
+class Poison(fw.Callback):
+    """Makes a gradient NaN, as a fault of the memory would."""
+
+    def on_gradients(self, trainer):
+        if trainer.state.step == 4:
+            next(trainer.model.parameters()).grad[0] = math.nan
+
+
+def test_a_failure_without_a_cause_in_the_run_is_not_repeated(monkeypatch):
+    make_trainer = Experiment.trainer
+
+    def poisoned(*args):
+        trainer = make_trainer(*args)
+        trainer.callbacks.insert(0, Poison())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", poisoned)
+        run = failed_run("poisoned", OFTEN)
+    result = replay(run, None, silent)
+    assert result.finding is None
+    assert (result.start, result.last) == (4, 5)
+
+
+def test_runs_that_cannot_be_repeated(tmp_path):
+    folder = run_training(*SMALL, "trainer.max_epochs=1", "run.name=good").folder
+    with pytest.raises(RunError, match="has not been stopped"):
+        replay(RunFiles(folder), None, silent)
+    for content in (
+        "{",
+        "[]",
+        '{"first": 3, "last": 1}',
+        '{"first": "1", "last": 1}',
+        '{"first": 1}',
+    ):
+        (folder / RECORD).write_text(content)
+        with pytest.raises(RunError):
+            replay(RunFiles(folder), None, silent)
+    (folder / RECORD).unlink()
+    (folder / RECORD).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError):
+        replay(RunFiles(folder), None, silent)
+
+
+def test_a_damaged_step_file(tmp_path):
+    (tmp_path / "step.pt").write_bytes(b"no zip file")
+    with pytest.raises(RunError, match="cannot be read"):
+        load_step(tmp_path / "step.pt")
