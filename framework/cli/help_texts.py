@@ -136,8 +136,9 @@ The input has the format of the files of the run's data set. On stdin a table
 is CSV; texts are lines, CSV or JSON lines. Each prediction has the number of
 its row (from 1) or the columns of --id, and the file if there are several.
 `class` is the name of the most likely class, `class_index` its number.
-Files are read and written in chunks: tables, texts, images, sounds, Arrow and
-.npy files of any size need little memory (.npz files are held in memory).
+Tables, texts, images, sounds, Arrow files and the .npy files of data=npz are
+read and written in chunks: any size needs little memory. Others are read as a
+whole, and .npz output is collected in memory.
 .npy has the probabilities or values as one array. Images are PNG files."""
 
 EXPORT = """\
