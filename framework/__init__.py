@@ -260,7 +260,6 @@ _NAMES = {
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
     "load": "experiment.trained_model",
-    "open_run": "experiment.load",
     # Not public: for the built-in plugins only.
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
@@ -278,6 +277,7 @@ _NAMES = {
     "move_batch": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
+    "open_run": "experiment.load",
     "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
     "select_rows": "runtime.batch",

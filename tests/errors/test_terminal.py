@@ -17,10 +17,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import framework
 from framework.cli import main, part_tables
-from framework.cli.output import print_values, write_predictions
+from framework.cli.output import print_values
 from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
 from framework.errors.terminal import (
@@ -33,6 +34,7 @@ from framework.errors.terminal import (
 )
 from framework.experiment.plan import Memory, ParameterGroup, Plan
 from framework.experiment.plan_text import render
+from framework.experiment.prediction_files import Form, write_predictions
 from framework.runs.sweep_files import Trial
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
@@ -404,11 +406,13 @@ def test_lines_of_a_sweep_are_escaped_and_short(capsys):
 
 def test_values_and_predictions_are_escaped_on_the_terminal_only(capsys, tmp_path):
     print_values({f"test/{HOSTILE}": 0.5, "x" * 100_000: 1.0}, Path(HOSTILE))
-    write_predictions({"class": [0, 1], "text": [HOSTILE, "=x"]}, [HOSTILE, "größe"], "-")
+    values = {"class": torch.tensor([0, 1])}
+    write_predictions([({"file": [HOSTILE, "=x"]}, values)], Form([HOSTILE, "größe"]), "-")
     out = capsys.readouterr().out
     assert not list(faults(out))
     assert len(out) < 4_000
-    write_predictions({"class": [0]}, [HOSTILE], str(tmp_path / "y.csv"))
+    values = {"class": torch.tensor([0])}
+    write_predictions([({}, values)], Form([HOSTILE]), str(tmp_path / "y.csv"))
     assert HOSTILE.encode() in (tmp_path / "y.csv").read_bytes(), "a file has the original text"
 
 

@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ from framework.system.files import AppendFile
 from framework.tuning.search.study import Journal, cached_storage
 from framework.tuning.sweep.display import LineDisplay, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder
-from framework_plugins.loggers.text import keep_lines
+from framework_plugins.loggers.text import is_kept, keep_lines
 from runs import logged
 
 FULL = r"cannot be written: .* \([\d,]+ bytes are needed, [\d,]+ bytes are free\)$"
@@ -265,7 +266,7 @@ def test_torn_metrics_are_skipped(tmp_path):
     for content in damaged(ROWS, random.Random(1), 100):
         (tmp_path / "metrics.jsonl").write_bytes(content)
         last_values(tmp_path)
-        keep_lines(tmp_path, 4)
+        keep_lines(tmp_path, "metrics.jsonl", partial(is_kept, step=4))
         kept = [row["step"] for row in logged(tmp_path)]
         assert kept == sorted(kept)
         assert set(kept) <= {1, 2, 3, 4}
@@ -318,7 +319,7 @@ def test_a_torn_state_is_unknown(tmp_path, name):
 def test_last_lines_are_removed_without_writing_a_second_file(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_bytes(ROWS + b'{"step": 6, "tr')
     monkeypatch.setattr(os, "rename", refuse)
-    keep_lines(tmp_path, 3)
+    keep_lines(tmp_path, "metrics.jsonl", partial(is_kept, step=3))
     assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3]
 
 
