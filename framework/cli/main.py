@@ -1,7 +1,6 @@
 """The command line: commands, their arguments, and exit statuses."""
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -23,7 +22,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean, short
+from framework.errors import ConfigError, Facts, FrameworkError, did_you_mean, nearest, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -43,6 +42,7 @@ from framework.system.streams import prepare_streams, silence_broken_streams
 from . import help_texts
 from .explain import explain
 from .export import export
+from .json_output import json_output, print_json, record_error, wants_json
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -90,6 +90,21 @@ def is_alone_or_main(arguments: list[str]) -> bool:
 
 
 def exit_status_of(arguments: list[str]) -> int:
+    """Run a command, print its JSON document if it asks for one, and return the exit status."""
+    with json_output(wants_json(arguments)) as output:
+        status = status_of_command(arguments)
+        if output is None:
+            return status
+        output.is_main = is_alone_or_main(arguments)
+        try:
+            output.write(status)
+        except BrokenPipeError:
+            silence_broken_streams()
+            return 128 + signal.SIGPIPE
+    return status
+
+
+def status_of_command(arguments: list[str]) -> int:
     """Run a command, print the error that ends it, and return the exit status."""
     try:
         with no_exit(), printable_warnings(), importing_safely(arguments):
@@ -155,6 +170,7 @@ def complain(error: Exception, arguments: list[str]) -> int:
             return status
         if not is_first:
             return status
+    record_error(error, status, "; ".join(error_lines(error)))
     if with_traceback:
         print_traceback(error)
     lines = [f"framework: {line}" for line in message_lines(lines)]
@@ -215,7 +231,9 @@ def run(arguments: list[str]) -> int:
         name = further[0]
         rest = ["--help"]
     if name not in COMMANDS:
-        raise FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
+        error = FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
+        facts = Facts(value=name, expected="a command", suggestion=nearest(name, COMMANDS))
+        raise error.with_facts(facts)
     if name not in ("train", "resume"):
         check_single_process(name)
     return COMMANDS[name].function(rest) or 0
@@ -233,7 +251,7 @@ def check_single_process(command: str) -> None:
 def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     """Print a value as JSON, or as a table."""
     if as_json:
-        print(json.dumps(value, indent=2))
+        print_json(value)
     else:
         from framework.runtime.console import console
 
@@ -254,6 +272,7 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--repeat", type=int, metavar="N", help=repeat)
     folds = "sweep over the N folds of a cross-validation"
     parser.add_argument("--folds", type=int, metavar="N", help=folds)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if args.repeat is not None:
         sweep_over(parser, args, "--repeat", "seed", args.repeat, range(args.repeat))
@@ -280,14 +299,16 @@ def train(arguments: list[str]) -> None:
                 inexact=composed.inexact,
             )
         if not in_sweep:
-            sys.exit(print_end(result))
+            sys.exit(print_end(result, args.json))
         return result
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
 
+        from .output import sweep_as_dict
+
         check_single_process("a sweep (each of its trials can have trainer.devices=N)")
-        sweep(line, job, error_lines)
+        sweep(line, job, error_lines, report=lambda *found: print_json(sweep_as_dict(*found)))
     else:
         compose(line, job)
 
@@ -304,13 +325,21 @@ def launch_processes(job: Any, started: float) -> Any:
     return result
 
 
-def print_end(result: Any) -> int:
-    """Print the result of a run, in its main process; return the exit status."""
+def print_end(result: Any, as_json: bool, **more: Any) -> int:
+    """Print the result of a run, in its main process; return the exit status.
+
+    Args:
+        result: of the run.
+        as_json: print it also as JSON.
+        more: further keys of the JSON document.
+    """
     if not result.is_main:
         return 0
-    from .output import print_result
+    from .output import print_result, result_as_dict
 
     print_result(result)
+    if as_json:
+        print_json(result_as_dict(result) | more)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -355,10 +384,8 @@ def plan(arguments: list[str]) -> None:
     def job(composed: Job) -> None:
         from framework.experiment.experiment import Experiment
         from framework.experiment.plan_text import render
-        from framework.registry.discovery import output_for_programs
 
-        with output_for_programs(args.json):
-            made = Experiment(composed.spec).plan()
+        made = Experiment(composed.spec).plan()
         print_json_or_table(args.json, asdict(made), lambda: render(made))
 
     if line.multirun:
@@ -373,11 +400,26 @@ def plan(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     """Run `framework check`."""
     parser = composing("check", "Test an experiment within seconds.", help_texts.CHECK)
-    line = command_line(parser, parser.parse_intermixed_args(arguments))
-    from framework.composition.compose import run_composed as compose
+    parser.add_argument("--json", **JSON)
+    args = parser.parse_intermixed_args(arguments)
+    line = command_line(parser, args)
+    from framework.composition.compose import Job, run_composed as compose
     from framework.experiment.check import run_check as check_experiment
 
-    compose(line, lambda job: check_experiment(job.spec, print_message))
+    parts: list[dict[str, Any]] = []
+
+    def say(text: str, seconds: float | None = None) -> None:
+        parts.append({"text": text, "seconds": seconds})
+        print_message(text if seconds is None else f"{text:<26}{seconds:8.1f} s")
+        if args.json:
+            print_json({"passed": False, "parts": parts})
+
+    def job(composed: Job) -> None:
+        check_experiment(composed.spec, say)
+        if args.json:
+            print_json({"passed": True, "parts": parts})
+
+    compose(line, job)
 
 
 def find(arguments: list[str]) -> None:
@@ -390,11 +432,17 @@ def find(arguments: list[str]) -> None:
     if args.target is None:
         parser.error(f"find: expected one of {', '.join(targets)}")
     line = command_line(parser, args)
-    from framework.composition.compose import run_composed as compose
+    from framework.composition.compose import Job, run_composed as compose
     from framework.experiment import find as finders
 
     show = finders.show_learning_rates if args.target == "lr" else finders.show_batch_sizes
-    compose(line, lambda job: show(job.spec, args.json))
+
+    def job(composed: Job) -> None:
+        found = show(composed.spec)
+        if args.json:
+            print_json(found)
+
+    compose(line, job)
 
 
 # commands on a run
@@ -408,6 +456,7 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     inexact = "resume even if changed settings change the result"
     parser.add_argument("--inexact", action="store_true", help=inexact)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
@@ -429,8 +478,9 @@ def resume(arguments: list[str]) -> int:
     experiment = real_path(folder).parent.name
     if is_launcher(spec):
         job = Job(spec, experiment, [], inexact=args.inexact, traceback=args.traceback)
-        return print_end(launch_processes(job, STARTED))
-    return print_end(train_experiment(spec, experiment, [], STARTED, inexact=args.inexact))
+        return print_end(launch_processes(job, STARTED), args.json)
+    result = train_experiment(spec, experiment, [], STARTED, inexact=args.inexact)
+    return print_end(result, args.json)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -442,13 +492,10 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", **CHECKPOINT)
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
-    from framework.registry.discovery import output_for_programs  # slow; `--help` does not need it
-
-    with output_for_programs(args.json):
-        trained = opened_run(args)
-        values = trained.evaluate(args.split)
+    trained = opened_run(args)
+    values = trained.evaluate(args.split)
     if args.json:
-        print(json.dumps(values))
+        print_json(values)
     else:
         from .output import print_values
 
@@ -469,6 +516,8 @@ def predict(arguments: list[str]) -> None:
         trained = opened_run(args)
         columns = trained.predict(trained.read_inputs(args.input))
     rows = write_predictions(columns, trained.facts["classes"], args.output)
+    if args.json:
+        print_json({"output": args.output, "rows": rows})
     if args.output != "-":
         print_line(f"{rows} predictions in {args.output}")
     return None
@@ -492,6 +541,7 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
     option("--top-p", type=float, metavar="P", help=top_p)
     option("--seed", type=int, metavar="N", help="with --prompt: seed of the sampling (default 0)")
     option("--checkpoint", **CHECKPOINT)
+    option("--json", **JSON | {"help": "print JSON: the file and the number of rows, or the text"})
     args = parser.parse_args(arguments)
     from_file = args.input is not None and args.output is not None
     one_of_the_files = (args.input is None) != (args.output is None)
@@ -501,6 +551,8 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
         for name in SAMPLING:
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} requires --prompt")
+    if args.json and args.output == "-":
+        parser.error("--json: expected a file, as in --output predictions.jsonl")
     return args
 
 
@@ -514,6 +566,8 @@ def generate(args: argparse.Namespace) -> None:
     if known != args.prompt:
         note(f"the vocabulary does not contain all of the prompt; the model reads {known!r}")
     print(printable_lines(text))
+    if args.json:
+        print_json({"prompt": known, "text": text})
 
 
 def opened_run(args: argparse.Namespace) -> Any:
@@ -637,6 +691,7 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("run", **RUN)
     overrides = "settings to change"
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.rerun import prepare_rerun
@@ -649,10 +704,12 @@ def rerun(arguments: list[str]) -> int:
         print_message(line)
     if is_launcher(plan.spec):
         job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
-        return print_end(launch_processes(job, STARTED))
-    return print_end(
-        train_experiment(plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data)
-    )
+        result = launch_processes(job, STARTED)
+    else:
+        result = train_experiment(
+            plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data
+        )
+    return print_end(result, args.json, differences=list(plan.differences))
 
 
 # commands on folders of runs
