@@ -140,7 +140,7 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     plugins = [word for before, word in pairwise(arguments) if before == "--plugins"]
     plugins += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
     with importing_from_elsewhere(os.curdir, plugins) as left_out:
-        if left_out and name in ("list", "show") and os.environ.get("PYTHONPATH"):
+        if left_out and name in ("list", "show", "schema") and os.environ.get("PYTHONPATH"):
             entries = ", ".join(escaped_path(shorter(entry)) for entry in left_out)
             reason = "this folder is not trusted (see `framework trust`)"
             note(f"no modules are imported from {entries}: {reason}")
@@ -620,6 +620,22 @@ def show(arguments: list[str]) -> None:
     print_json_or_table(args.json, part, page)
 
 
+def schema(arguments: list[str]) -> None:
+    """Run `framework schema`."""
+    description = "Print the JSON schema of an experiment file, for editors."
+    parser = Parser("schema", description, help_texts.SCHEMA)
+    output = "write the schema to a file"
+    parser.add_argument("--output", type=expanded, metavar="FILE", help=output)
+    parser.add_argument("--json", **JSON)
+    parser.add_argument("--trust", **TRUST)
+    args = parser.parse_args(arguments)
+    index = read_catalogue(args)
+    with importing_torch():
+        from .schema import print_schema
+
+    print_schema(index, args.output, args.json)
+
+
 def read_catalogue(args: argparse.Namespace) -> Any:
     """Return the index of all parts; print notes on the plugins that are not in it."""
     from framework.composition.catalogue import find_index
@@ -827,6 +843,7 @@ COMMANDS = {
     ),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
+    "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "watch": Command(watch, "show runs and sweeps live in the terminal"),
