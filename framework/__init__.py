@@ -118,6 +118,11 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         seeds as seeds,
         shapes as shapes,
     )
+    from .runtime.batch import (
+        count_rows as count_rows,
+        move_batch as move_batch,
+        select_rows as select_rows,
+    )
     from .runtime.clock import slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
@@ -260,14 +265,17 @@ _NAMES = {
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",
+    "count_rows": "runtime.batch",
     "count_steps": "data.accumulation",
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
     "make_pruner": "tuning.search.study",
+    "move_batch": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "numbers_of": "runtime.gradients",
     "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
+    "select_rows": "runtime.batch",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
     "version_of": "runtime.torch_internals.tensor_version",

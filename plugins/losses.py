@@ -130,12 +130,12 @@ def training_targets(data: Data) -> Tensor:
     """
     split = data.train
     targets: Any = None
-    if isinstance(split, TensorSplit | TensorDataset):
+    if isinstance(split, LabelledSplit):
+        targets = split.labels
+    elif isinstance(split, TensorDataset) or (isinstance(split, TensorSplit) and not split.names):
         targets = split.tensors[-1]
     elif isinstance(split, RaggedSplit) and split.others:
         targets = split.others[-1]
-    elif isinstance(split, LabelledSplit):
-        targets = split.labels
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         raise DataError(
             f"loss.weight=balanced: the training split of {type(data).__name__} does not list its"

@@ -55,11 +55,13 @@ compdef _framework framework
 
 FILE_COMMANDS = (
     "resume",
+    "diff",
     "eval",
     "predict",
     "runs",
     "best",
     "rerun",
+    "export",
     "trust",
     "watch",
     "tell",

@@ -224,22 +224,22 @@ examples:
 
 RUNS = """\
 examples:
-  framework runs                                    newest first, sweeps collapsed
+  framework runs                                    the newest first
   framework runs runs/default --expand              one experiment, all trials
   framework runs --where 'optimizer=adamw and val/accuracy>0.9' --sort val/loss
   framework runs --where 'state=failed or tags=baseline' --columns name,reason
-  framework runs --columns +started,val/loss:step   the default columns, and two
+  framework runs --columns +started,val/loss:step   two more columns
   framework runs --json                             for programs
-  framework runs tag first baseline good            add tags; --remove removes them
-  framework runs note first 'labels were shuffled'
-  framework runs remove first runs/default/grid     moves to the bin runs/.bin
+  framework runs tag default/first baseline         a tag; --remove removes it
+  framework runs note default/first 'labels were shuffled'
+  framework runs remove runs/default/grid           moves it to runs/.bin
   framework runs restore default/first
   framework runs empty                              deletes the removed runs
   framework runs --bin                              lists the removed runs
 Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
-is the best value of the run; also val/loss:last, :min, :max and :step, the step
-of the best) and name, experiment, state, reason, step, total_steps, started,
-updated, time, processes, sweep, tags, note, problems.
+is the best value; also val/loss:last, :min, :max, and :step of the best) and
+name, experiment, state, reason, step, total_steps, started, updated, time,
+processes, sweep, tags, note, problems.
 States: running; stale (its process has ended without a word); failed; stopped;
 done; unknown (status.json is missing or damaged).
 A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
@@ -270,8 +270,8 @@ examples:
   framework best runs/default --metric val/accuracy
   framework best --where 'model=cnn and time<600'
   framework eval $(framework best)
-Prints only the folder of the run on standard output. A run counts with the best
-value of its metric, for which it has a checkpoint by default."""
+Prints only the folder of the run on standard output. A run counts with the
+best value of its metric, for which it has a checkpoint by default."""
 
 RERUN = """\
 examples:

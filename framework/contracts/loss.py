@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from framework.data.dataset import Data, TensorSplit, splits_of
+from framework.data.dataset import Batch, Data, TensorSplit, splits_of
 from framework.errors import DataError, SettingError
 
 from .alignment import class_shape, probability_shape, same_shape
@@ -276,14 +276,23 @@ def check_reduction(loss: Callable[..., Any], function: Callable[..., Any]) -> N
         raise SettingError(f"the loss {loss_name(loss)}: expected reduction={expected}, got {got}")
 
 
-def check_classes(data: Data, ignored: int | None) -> None:
-    """Raise DataError if a split in memory has a target that is not a class index."""
+def check_classes(
+    data: Data, ignored: int | None, targets_of: Callable[[Batch], Tensor | None]
+) -> None:
+    """Raise DataError if a split in memory has a target that is not a class index.
+
+    Args:
+        data: the data set.
+        ignored: the class index that the loss ignores, or None.
+        targets_of: returns the targets of all samples of a split, None if they are not known.
+    """
     for name, split in splits_of(data).items():
-        if not isinstance(split, TensorSplit) or len(split.tensors) != 2:
+        if not isinstance(split, TensorSplit):
             continue
-        if not split.tensors[1].is_floating_point():
+        targets = targets_of(split.as_batch(split.tensors))
+        if targets is not None and not targets.is_floating_point():
             place = f"the {name} split of {type(data).__name__}"
-            check_range(place, split.tensors[1], data.out_shape[0], ignored)
+            check_range(place, targets, data.out_shape[0], ignored)
 
 
 def check_range(place: str, targets: Tensor, classes: int, ignored: int | None) -> None:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from framework.data.dataset import Batch, Data, Target
 from framework.errors import DataError
 from framework.registry.kinds import Shape
+from framework.runtime.batch import count_rows, named_parts
 from framework.runtime.torch_internals.pytree import tree_map
 
 from .alignment import call_aligned
+from .fields import Field, Fields, Inputs, pair
 from .loss import (
     DataDependentLoss,
     Mean,
@@ -84,6 +86,7 @@ class Task:
             with those of the others (`Strategy.gather_rows`); it gets whole batches in evaluation.
         strategy: the processes of the run, which the trainer sets.
         all_kept: whether it is known that the loss ignores no target of the current batches.
+        fields: the fields of a batch that the model is called with, and that of the targets.
     """
 
     criterion: nn.Module | None = None
@@ -91,13 +94,14 @@ class Task:
     splits_batches: bool = True
     strategy: Strategy = Strategy()
     all_kept: bool = False
+    fields: Fields = Fields()
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Return the mean loss, outputs and targets of a batch.
 
         Args:
             model: the model, or a compiled function that computes the same.
-            batch: tensors on the device of the model; the first one holds the inputs.
+            batch: as the loader gives it, such as (inputs, targets), on the device of the model.
         """
         raise NotImplementedError
 
@@ -111,17 +115,27 @@ class Task:
         Batches of unequal size are weighted by it. A batch of 0 items contributes nothing. A step
         without any item has gradients of 0, with which the optimizer makes an update.
         """
-        return len(batch[0])
+        return count_rows(batch)
 
-    def predict(self, outputs: Tensor) -> dict[str, Any]:
+    def model_outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the outputs of the model for a batch whose targets may be missing.
+
+        Predictions are made with it. By default the model is called with the `fields`; without
+        them, with the first tensor of a tuple.
+        """
+        return self.fields.call(model, batch)
+
+    def predict(self, outputs: Any) -> dict[str, Any]:
         """Return readable predictions.
 
         Args:
-            outputs: of the model, shape (samples, ...).
+            outputs: of the model, shape (samples, ...), or a mapping of such outputs.
 
         Returns:
             Columns by name, each a tensor or a list with one item for each sample.
         """
+        if isinstance(outputs, Mapping):
+            return {str(name): part for name, part in outputs.items() if part is not None}
         return {"output": outputs}
 
     def exported(self, outputs: Tensor) -> dict[str, Tensor]:
@@ -226,14 +240,9 @@ def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the two tensors of a batch.
 
     Raises:
-        DataError: the batch has more or fewer tensors.
+        DataError: the batch has more or fewer tensors, or is nested.
     """
-    if len(batch) != 2:
-        raise DataError(
-            f"a batch has {len(batch)} tensors, but this task takes (inputs, targets): write a "
-            "Task, whose `step` may take any number of tensors"
-        )
-    return batch[0], batch[1]
+    return pair(batch)
 
 
 def check_tensor_output(model: nn.Module, outputs: Any) -> None:
@@ -245,8 +254,15 @@ def check_tensor_output(model: nn.Module, outputs: Any) -> None:
     if not isinstance(outputs, Tensor):
         raise DataError(
             f"the model {type(model).__name__} returns {describe_outputs(outputs)}, but this task "
-            "takes one tensor"
+            f"takes one tensor{output_advice(outputs)}"
         )
+
+
+def output_advice(outputs: Any) -> str:
+    """Return the advice to name a field of outputs, for a message; empty for other outputs."""
+    parts = named_parts(outputs) or {}
+    tensors = [name for name, part in parts.items() if isinstance(part, Tensor) and part.ndim]
+    return f"; name one of them, such as task.output={tensors[0]}" if tensors else ""
 
 
 class LossTask(Task):
@@ -258,9 +274,23 @@ class LossTask(Task):
     calls `F.cross_entropy` with the targets, its mean is that of the cross entropy. Otherwise its
     mean must be over all numbers of the targets, or the function must have an attribute `count`, a
     function of the targets that returns the number of items.
+
+    Args:
+        loss: a function of (outputs, targets).
+        inputs: the fields of a batch that the model is called with (see `Inputs`); None: the first
+            tensor of (inputs, targets), or all fields but the target if it is named.
+        target: the field with the targets.
+        output: the field of the model's outputs that the loss and the metrics receive.
     """
 
-    def __init__(self, loss: Callable[[Any, Tensor], Tensor]):
+    def __init__(
+        self,
+        loss: Callable[[Any, Tensor], Tensor],
+        inputs: Inputs | None = None,
+        target: Field | None = None,
+        output: Field | None = None,
+    ):
+        self.fields = Fields(inputs, target, output)
         if type(self).step is LossTask.step:
             check_call(loss)
         self.loss = loss
@@ -271,8 +301,8 @@ class LossTask(Task):
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
         """Return the loss of the model's outputs and the targets."""
-        inputs, targets = inputs_and_targets(batch)
-        outputs = model(inputs)
+        targets = self.fields.targets(batch)
+        outputs = self.fields.call(model, batch)
         targets = self.mean.fit(self.loss, outputs, targets)
         function = self.loss
         if self.checks_each_call and not torch.compiler.is_compiling():
@@ -283,9 +313,9 @@ class LossTask(Task):
 
     def count(self, batch: Batch) -> int | Tensor:
         """Return the number of items that the mean of the loss is over."""
-        if type(self).step is not LossTask.step and len(batch) != 2:
-            return len(batch[0])
-        return self.mean.count(self.loss, inputs_and_targets(batch)[1], self.all_kept)
+        if type(self).step is not LossTask.step and not self.fields.has_targets(batch):
+            return count_rows(batch)
+        return self.mean.count(self.loss, self.fields.targets(batch), self.all_kept)
 
     def know_targets(self, targets: Sequence[Tensor] | None) -> None:
         """Find out whether the loss ignores none of the targets."""
@@ -294,7 +324,7 @@ class LossTask(Task):
     def check(self, data: Data) -> None:
         """Check class indices in memory, and let a loss that depends on the data read it."""
         if self.mean.form == "classes" and data.target == "class" and hasattr(data, "out_shape"):
-            check_classes(data, self.mean.ignored)
+            check_classes(data, self.mean.ignored, self.fields.known_targets)
         if isinstance(self.loss, DataDependentLoss):
             self.loss.learn(data)
 

@@ -19,7 +19,7 @@ from torch.utils.data import (
 from framework.errors import DataError
 from framework.runtime.memory_format import ChannelsLast, choose_memory_format
 
-from .dataset import Batch, Data, ForeignLoader, Loader, Split, known_length
+from .dataset import Batch, Data, ForeignLoader, Loader, Split, TensorSplit, known_length
 from .workers import as_batch
 
 Batches = Loader | ForeignLoader
@@ -92,17 +92,25 @@ def is_map_style(source: Any) -> TypeGuard[Split]:
     return False
 
 
-def known_targets(*loaders: Batches) -> list[Tensor] | None:
-    """Return all targets of loaders of (inputs, targets); None if not all are in memory."""
+def known_targets(
+    targets_of: Callable[[Batch], Tensor | None], *loaders: Batches
+) -> list[Tensor] | None:
+    """Return all targets of loaders; None if not all are in memory.
+
+    Args:
+        targets_of: returns the targets of a batch, None if they are not known.
+        loaders: of the batches.
+    """
     targets: list[Tensor] = []
     for loader in loaders:
         batches = batches_in_memory(loader)
         if batches is None:
             return None
         for batch in batches:
-            if len(batch) != 2:
+            found = targets_of(batch)
+            if found is None:
                 return None
-            targets.append(batch[1])
+            targets.append(found)
     return targets
 
 
@@ -112,7 +120,10 @@ def batches_in_memory(batches: Batches) -> Sequence[Batch] | None:
     They are known for a split, a list of batches and a DataLoader over a TensorDataset.
     """
     if isinstance(batches, Loader):
-        return None if batches.tensors is None else [tuple(batches.tensors)]
+        split = batches.split
+        if batches.tensors is None or not isinstance(split, TensorSplit):
+            return None
+        return [split.as_batch(batches.tensors)]
     source = batches.batches
     if type(source) in (list, tuple):
         return [as_batch(batch) for batch in source]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import DataError
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, count_rows, map_tensors, select_rows
 
 NO_ROWS: Batch = ()
 """In place of a batch of which a process has no row, since it has fewer rows than processes."""
@@ -71,10 +71,10 @@ class BatchSlice(NamedTuple):
         """Return the rows of a batch; `NO_ROWS` if there are none."""
         if self.is_whole:
             return batch
-        first, last = self.bounds(len(batch[0]))
+        first, last = self.bounds(count_rows(batch))
         if first == last:
             return NO_ROWS
-        return tuple(tensor[first:last] for tensor in batch)
+        return select_rows(batch, first, last)
 
 
 WHOLE = BatchSlice()
@@ -104,7 +104,7 @@ def with_stand_ins(batches: Iterable[Batch], needed: bool) -> Iterator[tuple[Bat
     for batch in batches:
         if batch:
             if needed and not sample:
-                sample = tuple([tensor[:1].clone() for tensor in batch])
+                sample = map_tensors(Tensor.clone, select_rows(batch, 0, 1))
             yield batch, True
         else:
             if needed and not sample:

@@ -1,11 +1,12 @@
 """Data sets, and how their batches are read.
 
-A batch is a tuple of tensors, such as (inputs, targets). A `Data` has splits. A split is a
-`TensorSplit` (in memory) or any map-style `torch.utils.data.Dataset` of (input, target).
+A batch is a tuple of tensors, such as (inputs, targets), or nested, such as a dict of tensors (see
+`runtime/batch.py`). A `Data` has splits. A split is a `TensorSplit` (in memory) or any map-style
+`torch.utils.data.Dataset` of (input, target), or of dicts.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -60,23 +61,42 @@ class TensorSplit:
 
     Args:
         tensors: tensors of one length, such as inputs and targets.
+        fields: tensors of one length by name, instead of `tensors`; then batches are dicts.
+
+    Attributes:
+        tensors: the tensors.
+        names: those of the fields; empty for batches that are tuples.
 
     Raises:
         DataError: the tensors have different lengths.
     """
 
-    def __init__(self, *tensors: Tensor):
-        lengths = [len(tensor) for tensor in tensors]
+    names: tuple[str, ...] = ()
+
+    def __init__(self, *tensors: Tensor, **fields: Tensor):
+        if tensors and fields:
+            raise DataError(
+                "expected tensors or named fields for a split, got both; the fields are "
+                f"{', '.join(fields)}"
+            )
+        self.names = tuple(fields)
+        self.tensors = tensors or tuple(fields.values())
+        lengths = [len(tensor) for tensor in self.tensors]
         if len(set(lengths)) != 1:
             raise DataError(f"expected tensors of one length for a split, got lengths {lengths}")
-        self.tensors = tensors
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def __getitem__(self, index: Any) -> Batch:
         """Return the samples at an int, a slice or a tensor of indices."""
-        return tuple(tensor[index] for tensor in self.tensors)
+        return self.as_batch([tensor[index] for tensor in self.tensors])
+
+    def as_batch(self, tensors: Iterable[Tensor]) -> Batch:
+        """Return tensors as a batch: a dict if the split has names, otherwise a tuple."""
+        if self.names:
+            return dict(zip(self.names, tensors, strict=True))
+        return tuple(tensors)
 
     def content(self) -> Any:
         """Return the content of the samples, see `Data`."""
@@ -84,7 +104,14 @@ class TensorSplit:
 
     def to(self, device: torch.device) -> "TensorSplit":
         """Return the split on a device."""
-        return TensorSplit(*(tensor.to(device) for tensor in self.tensors))
+        return split_of(self.as_batch([tensor.to(device) for tensor in self.tensors]))
+
+
+def split_of(columns: Batch) -> TensorSplit:
+    """Return a split in memory of a tuple of tensors, or of a dict of them by name."""
+    if isinstance(columns, Mapping):
+        return TensorSplit(**{str(name): column for name, column in columns.items()})
+    return TensorSplit(*columns)
 
 
 def is_in_memory(split: Split) -> TypeGuard[TensorSplit]:
@@ -363,8 +390,9 @@ class Loader:
         This reads the samples of `read=memory`, and moves a split in memory to the device.
         """
         if self.uncached is not None:
-            tensors = read_all_samples(self.uncached, self.workers, self.timeout_seconds)
-            self.split = TensorSplit(*tensors)
+            columns = read_all_samples(self.uncached, self.workers, self.timeout_seconds)
+            named = any(isinstance(name, str) for name in columns)
+            self.split = split_of(columns if named else list(columns.values()))
             self.uncached = None
         if self.in_memory and isinstance(self.split, TensorSplit | GatheredSplit):
             self.split = self.split.to(device)
@@ -524,9 +552,11 @@ class Loader:
             if not len(chunk):  # other processes have the rows of the last batch
                 return
             rows = [tensor.index_select(0, chunk) for tensor in tensors]
-            rows = list(self.memory_format.convert(rows))
+            rows = self.memory_format.convert(tuple(rows))
             columns = [torch.split(tensor, size) for tensor in rows]
-            batches = zip(*columns, strict=True)
+            batches: Iterator[Batch] = zip(*columns, strict=True)
+            if isinstance(self.split, TensorSplit) and self.split.names:
+                batches = map(self.split.as_batch, batches)
             yield from islice(batches, max(start - number, 0), None)
 
     def _gather(self, split: GatheredSplit, batches: BatchIndices, start: int) -> Iterator[Batch]:
@@ -608,10 +638,10 @@ class ClassSampler:
 
     def __init__(self, split: Split):
         classes: Any = None
-        if isinstance(split, TensorSplit):
-            classes = split.tensors[-1]
-        elif isinstance(split, LabelledSplit):
+        if isinstance(split, LabelledSplit):
             classes = split.labels
+        elif isinstance(split, TensorSplit) and not split.names:
+            classes = split.tensors[-1]
         if not isinstance(classes, Tensor) or classes.ndim != 1 or classes.is_floating_point():
             raise DataError(
                 "loader.sampling=weighted: expected data in memory with classes as targets (or a "

@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from framework.errors import DataError
 from framework.runtime import seeds
 
-from .dataset import Data, TensorSplit, check_data, is_in_memory
+from .dataset import Data, check_data, is_in_memory, split_of
 from .token_splits import GatheredSplit
 
 
@@ -74,22 +74,23 @@ def cut_prepared_samples(data: Data, fold: str, number: int, count: int) -> None
         )
     samples = sum(map(len, splits))
     check_count(samples, fold, count)
-    in_memory = [split.tensors for split in splits if is_in_memory(split)]
-    if len(in_memory) < len(splits):
+    in_memory = [split for split in splits if is_in_memory(split)]
+    if len(in_memory) < len(splits) or len({split.names for split in in_memory}) > 1:
         # A split has the methods of a Dataset, but need not be derived from it.
         joined: Dataset[object] = ConcatDataset(splits)  # type: ignore[arg-type]
         inside, outside = fold_of(torch.zeros(samples), number, count)
         data.val = Subset(joined, inside.tolist())
         data.train = Subset(joined, outside.tolist())
         return
-    columns = [torch.cat(parts) for parts in zip(*in_memory, strict=True)]
+    tensors = [split.tensors for split in in_memory]
+    columns = [torch.cat(parts) for parts in zip(*tensors, strict=True)]
     strata = torch.zeros(samples)
-    if data.target == "class" and len(columns) > 1:
+    if data.target == "class" and len(columns) > 1 and not in_memory[0].names:
         strata = columns[1]
     inside, outside = fold_of(strata, number, count)
-    whole = TensorSplit(*columns)
-    data.val = TensorSplit(*whole[inside])
-    data.train = TensorSplit(*whole[outside])
+    whole = split_of(in_memory[0].as_batch(columns))
+    data.val = split_of(whole[inside])
+    data.train = split_of(whole[outside])
 
 
 def check_count(samples: int, fold: str, count: int) -> None:

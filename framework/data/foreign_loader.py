@@ -11,7 +11,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDa
 
 from framework.errors import DataError, short
 from framework.runtime import seeds
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, map_tensors
 from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory_format import MemoryFormat
 
@@ -173,7 +173,7 @@ class ForeignLoader:
         return self.states is not None and self.states.loaded is not None
 
     def _prepare(self, iterator: Iterator[Any]) -> Iterator[Batch]:
-        """Return an iterator over batches as tuples of tensors, copied and converted as needed."""
+        """Return an iterator over batches, copied and converted as needed."""
         batches = map(as_batch, iterator)
         if not self.slice.is_whole:
             batches = map(self.slice.of_batch, self._with_checksums(batches))
@@ -231,7 +231,7 @@ class ForeignLoader:
 
 def copy_batch(batch: Batch) -> Batch:
     """Return a batch in new memory."""
-    return tuple(tensor.clone() for tensor in batch)
+    return map_tensors(torch.Tensor.clone, batch)
 
 
 def makes_new_tensors(batches: Any) -> bool:

@@ -33,10 +33,12 @@ class TensorSource(NamedTuple):
     Attributes:
         tensors: their first axis is the row.
         rows: shape (samples,), the row of each sample; None if sample i is row i.
+        names: those of the tensors if samples are dicts.
     """
 
     tensors: tuple[Tensor, ...]
     rows: Tensor | None
+    names: tuple[str, ...] = ()
 
 
 def tensor_source(loader: Any) -> TensorSource | None:
@@ -83,7 +85,8 @@ def gather_batch(source: TensorSource, indices: Any, dataset: Dataset[Any]) -> A
             return read_samples(dataset, indices)
         if source.rows is not None:
             rows = source.rows.index_select(0, rows)
-        return [tensor.index_select(0, rows) for tensor in source.tensors]
+        columns = [tensor.index_select(0, rows) for tensor in source.tensors]
+        return dict(zip(source.names, columns, strict=True)) if source.names else columns
     except (TypeError, ValueError, IndexError, RuntimeError):
         return read_samples(dataset, indices)
 
@@ -112,9 +115,13 @@ def source_of(dataset: Any) -> TensorSource | None:
         tensors = dataset.datasets
     else:
         return None
+    names: tuple[str, ...] = ()
+    if isinstance(tensors, dict):
+        names = tuple(tensors)
+        tensors = tuple(tensors.values())
     if not isinstance(tensors, tuple) or not tensors or not all(map(is_indexable, tensors)):
         return None
-    return TensorSource(tensors, None)
+    return TensorSource(tensors, None, names)
 
 
 def source_of_subset(subset: Any) -> TensorSource | None:
@@ -124,10 +131,10 @@ def source_of_subset(subset: Any) -> TensorSource | None:
     if source is None or rows is None:
         return None
     if source.rows is None:
-        return TensorSource(source.tensors, rows)
+        return source._replace(rows=rows)
     if len(rows) and int(rows.max()) >= len(source.rows):
         return None
-    return TensorSource(source.tensors, source.rows[rows])
+    return source._replace(rows=source.rows[rows])
 
 
 def reads_like(dataset: Any, base: type[Any]) -> bool:

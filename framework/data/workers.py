@@ -17,15 +17,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from framework.errors import DataError, FrameworkError
+from framework.errors import DataError, FrameworkError, short
 from framework.errors.user_code import describe, reason_of
 from framework.runtime import seeds
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, is_flat, named_parts, tensors_of
 from framework.runtime.torch_internals.data_workers import (
     defer_deaths,
     mark_shut_down,
     shut_down,
 )
+from framework.runtime.torch_internals.pytree import named_branches, tree_leaves, with_branches
 from framework.system.signals import ENDING, end_with_parent
 
 from .sample_order import BatchIndices, sequential
@@ -210,8 +211,8 @@ class DeterministicSamples(SeededSamples):
         # float32 could round the last index up.
         indices = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).long()
         few = torch.unique(indices).tolist()
-        first = batch_of(collate(self.__getitems__(few)))
-        second = batch_of(collate(self.__getitems__(few)))
+        first = tensors_of(batch_of(collate(self.__getitems__(few))))
+        second = tensors_of(batch_of(collate(self.__getitems__(few))))
         for a, b in zip(first, second, strict=True):
             if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                 raise self.random_error("a sample differs when it is read again")
@@ -258,18 +259,27 @@ def batch_of(read: Read) -> Batch:
 
 def read_all_samples(
     samples: DeterministicSamples, workers: int, timeout_seconds: float
-) -> list[Tensor]:
-    """Return all samples of a split as one tensor for each of their parts.
+) -> dict[str | int, Tensor]:
+    """Return all samples of a split as one tensor for each of their parts, by name or index.
 
     Raises:
-        DataError: the samples have different shapes or types, or cannot be read.
+        DataError: the samples have different shapes or types, are nested more than once or contain
+            other values than tensors, or cannot be read.
     """
+    names: Sequence[str | int] = ()
     columns: list[Tensor] = []
     done = 0
     size = len(samples)
     chunks = IndexBatches(BatchIndices(sequential(size), CACHE_BATCH, size))
     for read in read_batches(samples, chunks, min(workers, len(chunks)), timeout_seconds):
-        batch = batch_of(read)
+        parts = named_parts(batch_of(read)) or {}
+        names = list(parts)
+        batch = list(parts.values())
+        for name, part in parts.items():
+            if not isinstance(part, Tensor):
+                raise DataError(
+                    f"{MEMORY} needs samples of tensors: {name} is a {type(part).__name__}"
+                )
         if not columns:
             columns = [part.new_empty((len(samples), *part.shape[1:])) for part in batch]
         for column, part in zip(columns, batch, strict=True):
@@ -281,7 +291,7 @@ def read_all_samples(
                 )
             column[done : done + len(part)] = part
         done += len(batch[0])
-    return columns
+    return dict(zip(names, columns, strict=True))
 
 
 def collate(read: Read) -> Read:
@@ -294,9 +304,9 @@ def collate(read: Read) -> Read:
 def stack_samples(samples: list[Any]) -> Batch | FrameworkError:
     """Return samples as a batch, in shared memory if this process is a worker; or an error."""
     try:
-        batch = as_batch(torch.utils.data.default_collate(samples))
+        batch = as_batch(stack(samples))
         if torch.utils.data.get_worker_info() is not None:
-            for tensor in batch:
+            for tensor in tensors_of(batch):
                 # Here, since the thread that sends the tensor could not report an error.
                 tensor.share_memory_()
         return batch
@@ -311,32 +321,75 @@ def stack_samples(samples: list[Any]) -> Batch | FrameworkError:
         )
 
 
-def as_batch(batch: Any) -> Batch:
-    """Return a batch as a tuple of tensors.
+def stack(samples: list[Any]) -> Any:
+    """Return samples as a batch, as torch's `default_collate`, which does not know dataclasses.
+
+    None stays None if all samples have it.
 
     Raises:
-        DataError: it is neither a tensor nor a tuple or list of tensors, or it is empty.
+        DataError: the samples have different fields.
+    """
+    first = samples[0]
+    if first is None and all(sample is None for sample in samples):
+        return None
+    branches = named_branches(first)
+    if branches is None:
+        return torch.utils.data.default_collate(samples)
+    columns: dict[Any, list[Any]] = {name: [] for name in branches}
+    for sample in samples:
+        parts = named_branches(sample) or {}
+        if parts.keys() != columns.keys():
+            raise DataError(
+                "samples of a batch have different fields: "
+                f"{', '.join(map(str, columns))}; {', '.join(map(str, parts)) or short(sample)}"
+            )
+        for name, part in parts.items():
+            columns[name].append(part)
+    return with_branches(first, {name: stack(column) for name, column in columns.items()})
+
+
+def as_batch(batch: Any) -> Batch:
+    """Return a batch as a tuple of tensors, or another nested batch unchanged.
+
+    Raises:
+        DataError: it has no tensor with rows, or contains an array instead of a tensor.
     """
     if isinstance(batch, Tensor):
         return (batch,)
-    has_parts = isinstance(batch, tuple | list)
-    if has_parts and batch and all(isinstance(part, Tensor) for part in batch):
-        return tuple(batch)
+    if type(batch) is list:
+        batch = tuple(batch)
+    if is_flat(batch) and batch:
+        return batch
+    if named_parts(batch) and are_fields(batch):
+        return batch
     advice = ""
-    if has_parts and any(isinstance(part, tuple | list) for part in batch):
-        advice = "; a custom Task accepts a flat tuple of any length"
-    elif has_parts or hasattr(batch, "__array__"):
+    if isinstance(batch, tuple | list | Mapping) or hasattr(batch, "__array__"):
         advice = "; torch.as_tensor makes tensors of arrays and numbers"
     raise DataError(
-        "expected a batch as a tuple of tensors (inputs, targets), got "
+        "expected a batch of tensors, such as (inputs, targets) or a dict, got "
         f"{type(batch).__name__} ({describe_content(batch)}){advice}"
     )
+
+
+def are_fields(batch: Any) -> bool:
+    """Return whether a nested batch has a tensor with rows, and neither arrays nor bare numbers.
+
+    Texts, None and objects belong to a batch, but a number or array for each row is more likely a
+    tensor that is missing.
+    """
+    if type(batch) is tuple and any(isinstance(part, int | float) for part in batch):
+        return False
+    leaves = tree_leaves(batch)
+    if any(hasattr(leaf, "__array__") and not isinstance(leaf, Tensor) for leaf in leaves):
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves)
 
 
 def describe_content(batch: Any) -> str:
     """Return a short description of the content of a batch, such as "tuple of Tensor, ndarray"."""
     if isinstance(batch, Mapping):
-        return ", ".join(map(str, batch))
+        fields = [f"{name}: {type(part).__name__}" for name, part in list(batch.items())[:8]]
+        return ", ".join(fields) + (", ..." if len(batch) > 8 else "")
     if not isinstance(batch, tuple | list):
         return type(batch).__name__
     if not batch:

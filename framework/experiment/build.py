@@ -1,7 +1,9 @@
 """Build the objects of a Spec one by one, and check that they fit each other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from framework.composition.spec import Spec
+from framework.contracts.fields import unnamed_error
 from framework.contracts.metric import InUnits, Metric
 from framework.contracts.optimizer import Parameters
-from framework.contracts.task import Task
+from framework.contracts.task import Task, check_tensor_output
 from framework.data.dataset import Data, Loader, Scale, check_data, splits_of
 from framework.data.folds import take_fold
+from framework.data.workers import stack_samples
 from framework.errors import BuildError, DataError, FrameworkError, short
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
@@ -23,6 +27,7 @@ from framework.registry.annotations import strip
 from framework.registry.registry import Maker, Registry
 from framework.registry.signatures import signature_parameters
 from framework.runtime import seeds
+from framework.runtime.batch import Batch, describe_fields, tensors_of
 from framework.runtime.shapes import ShapeError, dry_run, first_output, message_at
 from framework.training.layer_table import model_undisturbed
 from framework.training.single_sample import single_sample
@@ -190,16 +195,22 @@ def build_spec_optimizer(spec: Spec, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -> None:
-    """Run a training sample through the model.
+def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int], task: Task) -> None:
+    """Run a training sample through the model, with the fields that the task names.
 
     Raises:
         BuildError: the model refuses the sample, or its outputs have a wrong shape.
     """
-    sample = first_input(data)
     name = type(model).__name__
+    outputs_of: Callable[[Any], Any] = model
+    if task.fields.named:
+        sample = first_batch_of_one(data)
+        task.count(sample)  # it reads the targets
+        outputs_of = partial(tensor_of, task, model)
+    else:
+        sample = first_input(data, task)
     try:
-        shape = tuple(dry_run(model, sample).shape[1:])
+        shape = tuple(dry_run(model, sample, outputs_of).shape[1:])
     except BuildError as error:
         raise BuildError(message_at(name, name, error)) from error
     except FrameworkError:
@@ -210,8 +221,7 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -
                 f"{name} cannot take a sample of {type(data).__name__}: {text_of(error)}"
             ) from error
         raise BuildError(
-            f"{describe(error)}, "
-            f"while running {name} on one training sample of shape {tuple(sample.shape)}"
+            f"{describe(error)}, while running {name} on one training sample of {described(sample)}"
         ) from error
     if shape != tuple(out_shape):
         raise BuildError(
@@ -219,15 +229,65 @@ def check_output_shape(model: nn.Module, data: Data, out_shape: Sequence[int]) -
         )
 
 
-def first_input(data: Data) -> Tensor:
+def first_sample(data: Data) -> Any:
+    """Return the first training sample.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    name = type(data).__name__
+    with user_errors(f"reading the first training sample of {name}", DataError):
+        return data.train[0]
+
+
+def first_batch_of_one(data: Data) -> Batch:
+    """Return the first training sample as a batch.
+
+    Raises:
+        DataError: it cannot be read, or is not a sample of a batch.
+    """
+    batch = stack_samples([first_sample(data)])
+    if isinstance(batch, FrameworkError):
+        raise batch
+    return batch
+
+
+def described(sample: Batch) -> str:
+    """Return the shape of a tensor, or the fields of a batch with their shapes."""
+    if isinstance(sample, Tensor):
+        return f"shape {tuple(sample.shape)}"
+    return f"the fields {describe_fields(sample)}"
+
+
+def tensor_of(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the output that a task uses of a model.
+
+    Raises:
+        DataError: it is not a tensor.
+    """
+    outputs = task.model_outputs(model, batch)
+    check_tensor_output(model, outputs)
+    tensor: Tensor = outputs
+    return tensor
+
+
+def first_input(data: Data, task: Task) -> Tensor:
     """Return the first training input as a batch of one.
+
+    It is the first field with a tensor that the task names, or the first tensor of (input, target).
 
     Raises:
         DataError: it cannot be read, or is not a tensor.
     """
     name = type(data).__name__
-    with user_errors(f"reading the first training sample of {name}", DataError):
-        sample: Any = data.train[0]
+    if task.fields.named:
+        positional, by_name = task.fields.arguments(first_batch_of_one(data))
+        tensors = tensors_of([*positional, *by_name.values()])
+        if tensors:
+            return tensors[0]
+    sample = first_sample(data)
+    if isinstance(sample, Mapping) or is_dataclass(sample):
+        raise unnamed_error(first_batch_of_one(data))
     try:
         return torch.as_tensor(sample[0]).unsqueeze(0)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
@@ -238,19 +298,30 @@ def first_input(data: Data) -> Tensor:
         ) from error
 
 
-def check_smallest_batch(model: nn.Module, batches: Loader, micro_batch: int | None = None) -> None:
+def check_smallest_batch(
+    model: nn.Module,
+    batches: Loader,
+    micro_batch: int | None = None,
+    task: Task | None = None,
+) -> None:
     """Raise DataError if a training batch has one sample and the model (batch norm) needs more.
 
     Args:
         micro_batch: samples that go through the model at once; None for whole batches.
+        task: which names the fields of a batch.
     """
     single = single_sample(batches, micro_batch)
     if single is None:
         return
-    sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
+    sample = None
+    if task is None or not task.fields.named:
+        sample = torch.as_tensor(batches.split[0][0]).unsqueeze(0)
     try:
         with model_undisturbed(model, train=True), torch.no_grad():
-            model(sample)
+            if task is None or not task.fields.named:
+                model(sample)
+            else:
+                task.model_outputs(model, stack_samples([batches.split[0]]))
     except ValueError as error:
         section = "trainer" if single.setting == "micro_batch" else "loader"
         reason = reason_of(error)

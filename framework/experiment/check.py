@@ -24,6 +24,7 @@ from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import DataError, RunError, SettingError
 from framework.runs import checkpoint
 from framework.runtime import seeds
+from framework.runtime.batch import is_flat
 from framework.runtime.threads import intra_op_threads
 from framework.system.files import open_file, write_file
 from framework.training.trainer import Trainer
@@ -209,7 +210,9 @@ def losses_of_one_batch(built: Experiment, folder: Path, seconds: float) -> Sequ
     """Return the losses of training on the first batch for some steps, at most for some seconds."""
     stop = StopAfter(OVERFIT_STEPS, seconds)
     batch = first_batch(built.train_batches)
-    batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
+    batches: Any = [batch]
+    if is_flat(batch):
+        batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
     fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
     return stop.losses
 

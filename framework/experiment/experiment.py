@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from framework.composition.spec import Spec
 from framework.contracts.callback import SavingCallback, changes_training
 from framework.contracts.direction import metric_directions
@@ -25,6 +23,7 @@ from framework.errors.terminal import print_message
 from framework.errors.user_code import describe, user_errors
 from framework.runs.folder import RunFolder, dump, provenance, read_facts
 from framework.runs.status_file import Status
+from framework.runtime.batch import count_rows
 from framework.runtime.clock import slow_data
 from framework.runtime.threads import intra_op_threads, suitable_threads
 from framework.system.files import read_json
@@ -46,6 +45,7 @@ from .build import (
     build_spec_optimizer,
     check_output_shape,
     check_smallest_batch,
+    first_input,
     image_advice,
 )
 from .config_changes import fingerprint, setting_leaves
@@ -114,7 +114,7 @@ class Experiment:
             self.model = build_model(spec, self.data.in_shape, self.out_shape, self.data.columns)
         self.task.check_model(self.model)
         check_loss_parameters(self.task, self.model)
-        check_output_shape(self.model, self.data, self.out_shape)
+        check_output_shape(self.model, self.data, self.out_shape, self.task)
         self.optimizer = build_spec_optimizer(spec, self.model)
         check_step_alone(self.optimizer)
         with image_advice(spec, self.data):
@@ -124,7 +124,7 @@ class Experiment:
         self.train_batches = self.batches("train")
         settings = spec.sections["trainer"]
         micro_batch = settings["micro_batch"] if isinstance(settings["micro_batch"], int) else None
-        check_smallest_batch(self.model, self.train_batches, micro_batch)
+        check_smallest_batch(self.model, self.train_batches, micro_batch, self.task)
         self.status = Status()
         self.steps_per_epoch = count_steps(self.train_batches, settings["accumulate"])
         self.total_steps = count_total(
@@ -182,7 +182,7 @@ class Experiment:
             return 1  # on any machine: the rounding depends on it
         loader = self.spec.sections["loader"]
         shape = self.data.in_shape
-        if len(shape) == 1 and not torch.as_tensor(self.data.train[0][0]).is_floating_point():
+        if len(shape) == 1 and not first_input(self.data, self.task).is_floating_point():
             features = 1  # tokens
         elif len(shape) == 3:
             features = shape[0]  # the channels of images
@@ -208,7 +208,7 @@ class Experiment:
             optimizer=self.optimizer,
             schedule=self.schedule,
             data=self.data,
-            rows=math.ceil(len(batch[0]) / (settings["shards"] or processes)),
+            rows=math.ceil(count_rows(batch) / (settings["shards"] or processes)),
         )
         plan.threads = self.threads()
         plan.loader = self.train_batches.description

@@ -127,9 +127,11 @@ class Trained:
     def predict(self, inputs: Tensor) -> Mapping[str, Any]:
         """Return the predictions of the task as columns by name."""
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
-        outputs = self.trainer().predict(inputs, model=self.model, batch_size=batch_size)
+        outputs = self.trainer().predict(
+            inputs, model=self.model, task=self.task, batch_size=batch_size
+        )
         scale = self.facts.get("scale")
-        if scale is not None:
+        if scale is not None and isinstance(outputs, Tensor):
             outputs = Scale(*scale).inverse_transform(outputs)
         columns = self.task.predict(outputs)
         if not isinstance(columns, Mapping):

@@ -10,6 +10,7 @@ from framework.contracts.task import Task
 from framework.data.dataset import Batch, Loader
 from framework.runs.folder import dump
 from framework.runtime import seeds
+from framework.runtime.batch import is_flat
 from framework.training.layer_table import read_layers
 
 
@@ -42,7 +43,8 @@ def log_run_start(
             logger.text("config", config_text)
             logger.text("layers", shown)
     for logger in graph_loggers:
-        logger.graph(model, batch[0][:2])
+        if is_flat(batch):
+            logger.graph(model, batch[0][:2])
     return shown
 
 

@@ -11,6 +11,7 @@ from framework.contracts.schedule import factor_of
 from framework.contracts.strategy import Estimate, Memory
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Data, TensorSplit, splits_of
+from framework.runtime.batch import count_rows
 from framework.training.layer_table import (
     Layer,
     activation_bytes,
@@ -165,7 +166,7 @@ def make_plan(  # noqa: PLR0913  # all but two by keyword
         trainable=sum(parameter.numel() for parameter in trainable),
         unused=unused,
         flops=sum(layer.flops for layer in layers),
-        batch_size=len(batch[0]),
+        batch_size=count_rows(batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         memory=memory,

@@ -5,14 +5,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from .batch import map_tensors, tensors_of
+
 Item = TypeVar("Item")
 
 
 class CopyStream:
     """Copies batches to a CUDA device on a separate stream, which does not wait for the model.
 
-    A batch comes in a pair with further facts, which are passed on unchanged; so is anything that
-    is not a tuple or list of tensors, such as an error.
+    A batch comes in a pair with further facts, which are passed on unchanged; so is an error in
+    place of a batch.
 
     Args:
         device: the CUDA device.
@@ -37,17 +39,18 @@ class CopyStream:
     def _begin(self, read: tuple[Any, Any]) -> tuple[Any, Any, torch.cuda.Event | None]:
         """Begin to copy a batch; return it with its facts and the event at which it is complete."""
         batch, facts = read
-        if not isinstance(batch, tuple | list):
+        if isinstance(batch, Exception):
             return batch, facts, None
         with torch.cuda.stream(self.stream):
-            copies = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            copies = map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
             done = self.stream.record_event()
         if self.reused:
             done.synchronize()  # waits for this copy only; from pinned memory it is asynchronous
-            for number, tensor in enumerate(batch):
-                if copies[number] is tensor:
-                    copies[number] = tensor.clone()
-        return tuple(copies), facts, done
+            sources = tensors_of(batch)
+            copies = map_tensors(
+                lambda copy: copy.clone() if any(copy is each for each in sources) else copy, copies
+            )
+        return copies, facts, done
 
     def _finish(
         self, begun: Iterable[tuple[Any, Any, torch.cuda.Event | None]]
@@ -57,7 +60,7 @@ class CopyStream:
             if done is not None:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(done)
-                for tensor in batch:
+                for tensor in tensors_of(batch):
                     # Its memory belongs to the copy stream, which could use it again too early.
                     tensor.record_stream(current)
             yield batch, facts

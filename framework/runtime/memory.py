@@ -12,7 +12,7 @@ import torch
 from framework.errors import DataError, FrameworkError
 from framework.errors.user_code import text_of
 
-from .batch import Batch
+from .batch import Batch, count_rows, split_rows, tensors_of
 from .torch_internals.tensor_version import version_of
 
 
@@ -174,7 +174,7 @@ def versions(batches: Iterable[Batch]) -> list[Hashable]:
     """Return a value for each tensor that differs after an in-place change."""
     found: list[Hashable] = []
     for batch in batches:
-        found += [version_of(tensor) for tensor in batch]
+        found += [version_of(tensor) for tensor in tensors_of(batch)]
     return found
 
 
@@ -203,12 +203,11 @@ class MicroBatches:
 
     def split(self, batch: Batch) -> list[Batch]:
         """Return the parts of a batch, in order."""
-        samples = len(batch[0])
+        samples = count_rows(batch)
         self.largest = samples if self.size is None else min(samples, self.size)
         if self.largest == samples:
             return [batch]
-        columns = [torch.split(tensor, self.largest) for tensor in batch]
-        return list(zip(*columns, strict=True))
+        return split_rows(batch, self.largest)
 
     def halve(self, error: BaseException, unchanged: bool = True) -> bool:
         """Halve the size after an error; return whether to try the batch again.

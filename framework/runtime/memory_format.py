@@ -1,11 +1,10 @@
 """The order of the numbers of images in memory: channels first or channels last."""
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import Batch, map_tensors
 
 ChannelsLast = Literal["auto"] | bool
 
@@ -38,11 +37,9 @@ class MemoryFormat(NamedTuple):
     channels_last: bool
     description: str
 
-    def convert(self, batch: Sequence[Tensor]) -> Batch:
+    def convert(self, batch: Batch) -> Batch:
         """Return a batch in this format."""
-        if self.channels_last:
-            return tuple(map(channels_last, batch))
-        return tuple(batch)
+        return map_tensors(channels_last, batch) if self.channels_last else batch
 
 
 def choose_memory_format(setting: ChannelsLast, model: nn.Module | None = None) -> MemoryFormat:

@@ -24,6 +24,7 @@ from .clock import COMMUNICATION, CURRENT_CLOCK
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RESUME_ADVICE = "the same command with resume=auto continues the run from its last checkpoint"
+GLOO_ERROR = "gloo/transport"  # in the message of each error of a connection of gloo
 POLL_SECONDS = 0.05
 SECONDS_FOR_CAUSE = 2.0
 """How long a process whose connection broke waits, so that the cause is reported first."""
@@ -157,6 +158,21 @@ def lost_processes() -> Iterator[None]:
             f"another process of the run has ended or does not answer; {RESUME_ADVICE} "
             f"(torch: {short_cause(error)})"
         ) from error
+
+
+@contextmanager
+def broken_connections() -> Iterator[None]:
+    """Raise LostProcess for an error of a connection in a block, which may raise other errors too.
+
+    Torch itself communicates there, as in the forward and backward passes of a sharded model.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and GLOO_ERROR not in str(error):
+            raise
+        with lost_processes():
+            raise
 
 
 def short_cause(error: RuntimeError) -> str:

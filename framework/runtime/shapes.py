@@ -65,10 +65,17 @@ def expect(in_shape: Shape, forms: str, part: str, hint: str = "") -> Shape:
     raise shape_error(part, forms, in_shape, hint)
 
 
-def dry_run(module: nn.Module, batch: Tensor) -> Tensor:
+def dry_run(
+    module: nn.Module, batch: Any, outputs_of: Callable[[Any], Any] | None = None
+) -> Tensor:
     """Return the output of a module in evaluation mode, without gradients.
 
     Afterwards the modes of its modules and the global random generators are as before.
+
+    Args:
+        module: the module.
+        batch: its only argument.
+        outputs_of: calls the module with a batch, if it takes other arguments.
 
     Raises:
         BuildError: the output is not a tensor.
@@ -77,7 +84,7 @@ def dry_run(module: nn.Module, batch: Tensor) -> Tensor:
     with restored_modes(module):
         module.eval()
         with seeds.undisturbed(), torch.no_grad():
-            output = module(batch)
+            output = module(batch) if outputs_of is None else outputs_of(batch)
     if not isinstance(output, Tensor):
         raise NoTensorError(f"returns a {type(output).__name__}, not a tensor")
     return output

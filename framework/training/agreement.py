@@ -16,10 +16,16 @@ from framework.contracts.state import Stop
 from framework.contracts.strategy import Strategy
 from framework.data.accumulation import Batches
 from framework.data.dataset import Batch
-from framework.data.foreign_loader import Checksum, ForeignLoader
+from framework.data.foreign_loader import Checksum, ForeignLoader, known_length
 from framework.errors import DataError
 from framework.runtime import seeds
+from framework.runtime.batch import count_rows
 from framework.runtime.shared_time import SHARED_TIME
+
+OTHER_LENGTH = (
+    "data: the processes read different numbers of batches. Expected the same batches in all "
+    "processes, of which each uses its part of the rows"
+)
 
 
 class StepTotals(NamedTuple):
@@ -53,7 +59,7 @@ def step_totals(
     Raises:
         DataError: in all processes, if one has no row of a batch that it needs.
     """
-    samples = sum(len(batch[0]) for batch in batches)
+    samples = sum([count_rows(batch) for batch in batches])
     main_time = time.monotonic() if strategy.is_main else 0.0
     items = torch.as_tensor(sum(counts), dtype=torch.float64)
     missing = max(needed - len(batches), 0)
@@ -143,7 +149,8 @@ def compared(strategy: Strategy, loader: Batches, batches: Iterable[Batch]) -> I
 
     A `Loader` reads the same by its seed. Each process reads whole batches from another iterable
     and uses its own rows of them, so that different batches would repeat and leave out samples.
-    Only the first batch is compared.
+    The first batches and the lengths are compared; if the length is not known, also whether there
+    is a next batch, since a process without one would wait for the others in the next step.
 
     Args:
         strategy: of the run.
@@ -151,16 +158,27 @@ def compared(strategy: Strategy, loader: Batches, batches: Iterable[Batch]) -> I
         batches: those of an epoch.
 
     Raises:
-        DataError: in all processes, if a process has other targets, or tensors of other shapes.
+        DataError: in all processes, if a process has other targets, tensors of other shapes, or
+            another number of batches.
     """
     iterator = iter(batches)
-    if strategy.world_size > 1 and isinstance(loader, ForeignLoader) and not loader.slice.is_whole:
-        first = next(iterator, None)
-        check_first_batch(strategy.gather(loader.first_batch), strategy.is_main)
-        if first is None:
-            return
-        yield first
-    yield from iterator
+    is_whole = strategy.world_size == 1 or loader.slice.is_whole
+    if is_whole or not isinstance(loader, ForeignLoader):
+        yield from iterator
+        return
+    batch = next(iterator, None)
+    length = known_length(loader)
+    facts = strategy.gather((loader.first_batch, length))
+    check_first_batch([first for first, _ in facts], strategy.is_main)
+    if any(other != length for _, other in facts):
+        raise DataError(OTHER_LENGTH)
+    while batch is not None:
+        yield batch
+        batch = next(iterator, None)
+        if length is None:
+            ended = int(strategy.sum(torch.tensor(batch is None, dtype=torch.int64)))
+            if 0 < ended < strategy.world_size:
+                raise DataError(OTHER_LENGTH)
 
 
 def check_first_batch(first: Sequence[Sequence[Checksum]], warns: bool) -> None:

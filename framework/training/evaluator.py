@@ -1,23 +1,30 @@
 """Evaluation and prediction with a model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from framework.contracts.fields import first_tensor
 from framework.contracts.loss_properties import describe_outputs
 from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import LossTask, Task
 from framework.data.accumulation import Batches, Source, as_batches, known_targets
 from framework.data.batch_slice import WHOLE, with_stand_ins
-from framework.data.dataset import Batch, Data, ForeignLoader, TensorSplit
+from framework.data.dataset import Batch, Data, ForeignLoader, TensorSplit, split_of
 from framework.errors import DataError, SettingError
 from framework.errors.torch_errors import torch_errors
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import (
+    count_rows,
+    join_rows,
+    map_tensors,
+    move_batch,
+    tensors_of,
+)
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.device import find_device
 from framework.runtime.dtensors import has_dtensors
@@ -106,7 +113,7 @@ class Evaluator:
         batches = self._batches(data, batch_size)
         self._checked_first = False
         all_kept = self.task.all_kept
-        self.task.know_targets(known_targets(batches))
+        self.task.know_targets(known_targets(self.task.fields.known_targets, batches))
         try:
             values = self._measure(batches)
         finally:
@@ -118,60 +125,66 @@ class Evaluator:
     @seeds.measuring()
     def predict(
         self,
-        data: Source | Tensor,
+        data: Source | Tensor | Mapping[str, Tensor],
         *,
         model: nn.Module | None = None,
         task: Task | Callable[[Tensor, Tensor], Tensor] | None = None,
         batch_size: int = 256,
-    ) -> Tensor:
+    ) -> Any:
         """Return the outputs of a model for inputs, or for each sample of a split.
 
         Args:
-            data: inputs of shape (samples, *in_shape), a split, or an iterable of batches.
+            data: inputs of shape (samples, *in_shape), a dict of them by field, a split, or an
+                iterable of batches.
             model: a model other than the fitted one.
-            task: as for `evaluate`.
+            task: as for `evaluate`; it calls the model (`Task.model_outputs`).
             batch_size: samples in a batch, for inputs and splits.
 
         Returns:
-            The outputs, shape (samples, ...) on the CPU. bf16 and fp16 become float32.
+            The outputs, shape (samples, ...) on the CPU. bf16 and fp16 become float32. For a model
+            with several outputs they have its structure, such as a dict of tensors.
 
         Raises:
-            DataError: there is no sample, or the model does not return one tensor.
+            DataError: there is no sample, or an output is not a tensor of shape (samples, ...).
             FrameworkError: another thread of the process fits.
         """
         self._use(model, task, "model")
-        check_source("data", data, needs_targets=False)
         if isinstance(data, Tensor):
             data = TensorSplit(data)
+        elif isinstance(data, Mapping) and not isinstance(data, Data) and is_fields(data):
+            data = split_of(data)
+        check_source("data", data, needs_targets=False)
         batches = self._batches(data, batch_size)
         batches.slice = WHOLE  # each process returns all outputs
-        outputs: list[Tensor] = []
+        outputs: list[Any] = []
         with self._inference():
             for batch in batches.epoch():
                 for part in self.micro_batches.split(move_batch(batch, self.device)):
                     output = self._output(part)
-                    # A copy, since it may share the memory of the batch or of other outputs.
-                    outputs.append(output.to("cpu", at_least_float32(output.dtype), copy=True))
+                    outputs.append(map_tensors(on_cpu, output))
         if not outputs:
             raise DataError("predict: expected at least one sample, got none")
-        return torch.cat(outputs)
-
-    def _output(self, batch: Batch) -> Tensor:
-        """Return the output of the model for a batch.
-
-        Raises:
-            DataError: it is not one tensor.
-        """
         try:
-            output = self.strategy.forward(outputs_of, self.model, batch[0])
+            return join_rows(outputs)
+        except DataError as error:
+            name = type(self.model).__name__
+            raise DataError(
+                f"predict: the outputs of {name} {error}; name one of them (task.output)"
+            ) from error
+
+    def _output(self, batch: Batch) -> Any:
+        """Return the outputs of the model for a batch."""
+        task: Task | None = getattr(self, "task", None)
+        call = outputs_of if task is None else task.model_outputs
+        try:
+            output = self.strategy.forward(call, self.model, batch)
         except RuntimeError as error:
             check_input_dtype(error, self.model, batch)
             raise
-        if not isinstance(output, Tensor):
+        if not tensors_of(output):
             raise DataError(
-                "predict takes a model that returns one tensor, but "
-                f"{type(self.model).__name__} returns {describe_outputs(output)}: wrap it in a "
-                "module that returns the tensor to predict"
+                "predict: expected tensors from the model, but "
+                f"{type(self.model).__name__} returns {describe_outputs(output)}"
             )
         return output
 
@@ -239,7 +252,7 @@ class Evaluator:
                 check_input_dtype(error, self.model, part)
                 raise
             check_result(self.task, result)
-            if not self._checked_first and len(part[0]) > 1:
+            if not self._checked_first and count_rows(part) > 1:
                 self.task.check_first(result)
                 self._checked_first = True
             measures.add(result.loss, result.outputs, result.targets, count, result.values)
@@ -302,9 +315,23 @@ class Evaluator:
         return batches
 
 
-def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
-    """Return the outputs of a model."""
-    return model(inputs)
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """Return the outputs of a model for the first tensor, or for all fields of a dict."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(first_tensor(batch))
+
+
+def is_fields(value: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping is one of tensors by name."""
+    return len(value) > 0 and all(
+        isinstance(name, str) and isinstance(part, Tensor) for name, part in value.items()
+    )
+
+
+def on_cpu(output: Tensor) -> Tensor:
+    """Return a copy on the CPU: the tensor may share the memory of the batch or other outputs."""
+    return output.to("cpu", at_least_float32(output.dtype), copy=True)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

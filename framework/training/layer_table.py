@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from framework.contracts.fields import first_tensor
 from framework.contracts.task import Task
 from framework.data.dataset import Batch
 from framework.runtime import seeds
+from framework.runtime.batch import count_rows, map_tensors, select_rows, tensors_of
 from framework.runtime.modes import restored_modes
 from framework.runtime.torch_internals.module_contents import direct_buffers
 
@@ -71,9 +73,9 @@ def model_undisturbed(model: nn.Module, train: bool | None = False) -> Iterator[
 def run_model(model: nn.Module, batch: Batch, task: Task | None, samples: int) -> None:
     """Run the model, or the step of its task, on the first samples of a batch."""
     # Cloned, so that no storage is larger than its tensor.
-    few = tuple(tensor[:samples].clone() for tensor in batch)
+    few = map_tensors(Tensor.clone, select_rows(batch, 0, samples))
     if task is None:
-        model(few[0])
+        model(first_tensor(few))
     else:
         task.step(model, few)
 
@@ -133,11 +135,10 @@ class _Probe:
 
 def shape_of(output: Any) -> tuple[int, ...]:
     """Return the shape of one sample of an output; of several outputs that of the first tensor."""
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    while isinstance(output, tuple | list) and output:
-        output = output[0]
-    return tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+    for tensor in tensors_of(output):
+        if tensor.ndim:
+            return tuple(tensor.shape[1:])
+    return ()
 
 
 def read_layers(
@@ -147,7 +148,7 @@ def read_layers(
 
     Args:
         model: it stays unchanged.
-        batch: tensors of shape (samples, ...), on the device of the model.
+        batch: on the device of the model.
         task: if not None, its `step` calls the model.
 
     Returns:
@@ -212,7 +213,7 @@ def activation_bytes(
     Measured in training mode on two and on four samples, and extrapolated linearly to the size of
     the batch, or to its first `rows` samples. The other arguments are those of `read_layers`.
     """
-    size = len(batch[0]) if rows is None else rows
+    size = count_rows(batch) if rows is None else rows
     few = min(2, size)
     more = min(4, size)
     at_more = saved_bytes(model, batch, task, more)
@@ -227,7 +228,7 @@ def saved_bytes(model: nn.Module, batch: Batch, task: Task | None, samples: int)
 
     Args:
         model: it stays unchanged.
-        batch: tensors of shape (samples, ...), on the device of the model.
+        batch: on the device of the model.
         task: if not None, its `step` calls the model.
         samples: the number of samples of the batch to use.
     """

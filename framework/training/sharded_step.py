@@ -17,7 +17,7 @@ from framework.data.batch_slice import BatchSlice
 from framework.data.dataset import Batch
 from framework.errors import SettingError
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import count_rows, move_batch
 from framework.runtime.pairwise import PairwiseSum
 from framework.runtime.shared_time import SHARED_TIME
 
@@ -83,7 +83,9 @@ class ShardedStep(TrainingStep):
             for number, shard in enumerate(self.shards):
                 if shard:
                     self.draw("transforms", self.slice.first + number)
-                    self.shards[number] = transformed_all(shard, trainer.transforms)
+                    self.shards[number] = transformed_all(
+                        shard, trainer.transforms, self.task.fields
+                    )
         self.totals = self.sum_counts()
         return [batch for shard in self.shards for batch in shard]
 
@@ -92,7 +94,7 @@ class ShardedStep(TrainingStep):
         on_cpu = self.device.type == "cpu"
         sums = PairwiseSum()
         for number, shard in enumerate(self.shards):
-            samples = sum([len(batch[0]) for batch in shard])
+            samples = sum([count_rows(batch) for batch in shard])
             items = torch.as_tensor(sum([count_of(self.task, batch) for batch in shard]))
             first = self.slice.first + number == 0
             facts = torch.zeros(3, dtype=torch.float64)

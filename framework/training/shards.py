@@ -14,6 +14,7 @@ from framework.contracts.metric import Measures, Metric
 from framework.contracts.strategy import Strategy
 from framework.data.batch_slice import NO_ROWS, BatchSlice
 from framework.data.dataset import Batch
+from framework.runtime.batch import count_rows, map_tensors, split_rows
 
 
 def slice_of(strategy: Strategy, shards: int | None) -> BatchSlice:
@@ -40,11 +41,12 @@ def cut(batch: Batch, parts: int) -> list[Batch]:
     """
     if not batch:
         return [NO_ROWS] * parts
-    columns = [torch.tensor_split(tensor, parts) for tensor in batch]
-    shards = zip(*columns, strict=True)
-    return [
-        tuple(tensor.clone() for tensor in shard) if len(shard[0]) else NO_ROWS for shard in shards
-    ]
+    sizes = BatchSlice(0, parts, parts).sizes(count_rows(batch))
+    shards = split_rows(batch, sizes)
+    copies = []
+    for size, shard in zip(sizes, shards, strict=True):
+        copies.append(map_tensors(Tensor.clone, shard) if size else NO_ROWS)
+    return copies
 
 
 class ShardedMeasures(Measures):

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from framework.contracts.task import Task
@@ -11,6 +11,7 @@ from framework.data.batch_slice import BatchSlice
 from framework.data.dataset import Batch, Loader
 from framework.errors import DataError
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
+from framework.runtime.batch import select_rows, tensors_of
 from framework.runtime.precision import Precision
 from framework.runtime.torch_internals.norms import has_statistics
 
@@ -21,7 +22,7 @@ class SingleSample(NamedTuple):
     Attributes:
         setting: the name of the setting.
         value: its value.
-        which_batch: " (the last of ...)" if it is not each one.
+        which_batch: " in a process" if it is a part of one; " (the last of ...)" if it is not each.
     """
 
     setting: str
@@ -33,7 +34,7 @@ class SingleSample(NamedTuple):
 
 
 def single_sample(
-    batches: Any, micro_batch: int | None, shards: int | None = None
+    batches: Any, micro_batch: int | None, shards: int | None = None, processes: int = 1
 ) -> SingleSample | None:
     """Return why a training batch, or a part of one, will have one sample; None if none will.
 
@@ -43,30 +44,27 @@ def single_sample(
         batches: the loader of the training data.
         micro_batch: the samples that the model processes at once; None for the batch.
         shards: the number of shards of a batch; None for whole batches.
+        processes: the number of processes, each of which has a part of a batch without shards.
     """
     samples, size, drop_last = batch_sizes(batches)
     if size is None:
         return None
     last = samples % size if samples is not None and not drop_last else 0
-    counts = [size, last]
-    if shards is not None:
-        parts = BatchSlice(0, shards, shards)
-        counts = [*parts.sizes(size), *parts.sizes(last)]
+    number = shards or processes
+    parts = BatchSlice(0, number, number)
+    counts = [*parts.sizes(size), *parts.sizes(last)]
     if micro_batch is not None:
         rests = [count % micro_batch for count in counts if count]
         if micro_batch == 1 or 1 in rests:
             return SingleSample("micro_batch", micro_batch)
-    if shards is not None and 1 in counts:
-        which_batch = ""
-        if 1 not in parts.sizes(size):
-            which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
+    if 1 not in counts:
+        return None
+    which_batch = " in a process" if shards is None and processes > 1 else ""
+    if 1 not in parts.sizes(size):
+        which_batch += f" (the last of {samples:,}; drop_last=true leaves it out)"
+    if shards is not None:
         return SingleSample("shards", shards, which_batch)
-    if size == 1:
-        return SingleSample("batch_size", size)
-    if last == 1:
-        which_batch = f" (the last of {samples:,}; drop_last=true leaves it out)"
-        return SingleSample("batch_size", size, which_batch)
-    return None
+    return SingleSample("batch_size", size, which_batch)
 
 
 def batch_sizes(batches: Any) -> tuple[int | None, int | None, bool]:
@@ -106,14 +104,14 @@ def check_single_sample(
         reason: why there is a batch of one sample, for the message.
     """
     normalizes = any(map(has_statistics, model.modules()))
-    if not normalizes or task.phases or not all(isinstance(part, Tensor) for part in batch):
+    if not normalizes or task.phases or not tensors_of(batch):
         return
     # Not imported at the top, since it imports torch's counter of operations.
     from .layer_table import model_undisturbed
 
     try:
         with model_undisturbed(model, train=None), torch.no_grad(), precision.autocast():
-            task.step(model, tuple(part[:1] for part in batch))
+            task.step(model, select_rows(batch, 0, 1))
     except Exception as error:  # other errors are those of this batch, or of this trial
         if is_batch_norm(error):
             raise DataError(f"{reason}: {batch_norm_reason(error)}") from error

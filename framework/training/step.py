@@ -25,7 +25,7 @@ from framework.contracts.transform import Transform, transformed_all
 from framework.data.dataset import Batch
 from framework.errors.terminal import print_note
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import count_rows, move_batch
 from framework.runtime.clock import Clock
 from framework.runtime.memory import MicroBatches, versions
 from framework.runtime.precision import Precision
@@ -148,7 +148,7 @@ class TrainingStep:
         batches = [move_batch(batch, self.device) for batch in window if batch]
         if trainer.transforms and batches:
             with self.own_random_numbers(trainer, "transforms"):
-                batches = transformed_all(batches, trainer.transforms)
+                batches = transformed_all(batches, trainer.transforms, self.task.fields)
         if self.strategy.world_size > 1:
             self.totals = self.count_totals(window, batches)
         return batches
@@ -229,7 +229,7 @@ class TrainingStep:
         losses = []
         for part, count, share in zip(parts, counts, shares, strict=True):
             result, updated = self.forward_backward(part, share, phase)
-            self.check_first(result, phase, len(part[0]))
+            self.check_first(result, phase, count_rows(part))
             outputs: Tensor | None = result.outputs
             targets: Tensor | None = result.targets
             if phase is not None:  # metrics are for outputs of evaluation, which may differ

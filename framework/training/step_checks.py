@@ -16,6 +16,7 @@ from framework.contracts.task import LossTask, Step, Task
 from framework.data.dataset import Batch
 from framework.errors import DataError, FrameworkError, SettingError, short
 from framework.errors.user_code import describe, text_of, user_place
+from framework.runtime.batch import is_flat, tensors_of
 from framework.runtime.dtensors import has_dtensors, is_dtensor
 from framework.runtime.memory import is_full
 
@@ -69,7 +70,7 @@ def count_of(task: Task, batch: Batch) -> int | Tensor:
     if isinstance(count, Integral):
         return int(count)
     if isinstance(count, Real):  # a fraction of a sample, for inputs of different size
-        device = batch[0].device
+        device = tensors_of(batch)[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return torch.tensor(float(count), dtype=dtype, device=device)
     raise SettingError(
@@ -182,6 +183,8 @@ def first_update_error(optimizer: Optimizer, error: Exception) -> SettingError |
 
 def check_input_dtype(error: Exception, model: nn.Module, batch: Batch) -> None:
     """Raise DataError if inputs of another dtype than the model's explain an error of a step."""
+    if not is_flat(batch):
+        return  # the inputs of the model are not known here
     inputs = batch[0]
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if is_full(error) or weight is None or inputs.dtype == weight.dtype:

@@ -47,7 +47,7 @@ from framework.errors.user_code import describe
 from framework.registry.annotations import PositiveInt
 from framework.registry.schema import check_arguments
 from framework.runtime import seeds
-from framework.runtime.batch import move_batch
+from framework.runtime.batch import count_rows, move_batch
 from framework.runtime.clock import CURRENT_CLOCK, WAITING_FOR_DATA, Clock, Profiler
 from framework.runtime.determinism import deterministic_algorithms
 from framework.runtime.dtensors import has_dtensors
@@ -55,6 +55,7 @@ from framework.runtime.memory import MicroBatches, memory_errors
 from framework.runtime.memory_format import ChannelsLast
 from framework.runtime.modes import Modes
 from framework.runtime.precision import Format
+from framework.runtime.processes import broken_connections
 from framework.system.files import check_disk_error, check_exists, disk_errors
 
 from . import trainer_state
@@ -451,7 +452,10 @@ class Trainer(Evaluator):
         loaders = [self.train_batches]
         if self.val_batches is not None:
             loaders.append(self.val_batches)
-        self.task.know_targets(None if self.transforms else known_targets(*loaders))
+        targets = None
+        if not self.transforms:
+            targets = known_targets(self.task.fields.known_targets, *loaders)
+        self.task.know_targets(targets)
 
     def _prepare(self, resume: dict[str, Any] | None) -> None:
         """Create what the first step needs: counters, scaler, sums, the training step."""
@@ -481,7 +485,9 @@ class Trainer(Evaluator):
         self._was_prepared = True
         profiles = self.profile and self.strategy.is_main
         self.clock = Profiler(self.device, self.folder) if profiles else Clock()
-        self._single = single_sample(self.train_batches, self.micro_batches.size, self.shards)
+        self._single = single_sample(
+            self.train_batches, self.micro_batches.size, self.shards, self.strategy.world_size
+        )
         self.process_times = None
         self.loss = torch.zeros((), device=self.device)
         self.validated_step = -1
@@ -496,8 +502,9 @@ class Trainer(Evaluator):
 
     def _prepare_shared(self, resume: dict[str, Any] | None) -> None:
         """Do the rest of `_prepare`, after the processes have the same weights."""
-        if has_dtensors(self.model):
+        if self.strategy.forward_is_collective:
             self._single = None  # `check_rows` refuses a batch of one sample
+        if has_dtensors(self.model):
             check_dtensor_callbacks(self.callbacks)
         check_rows(self.strategy, self.train_batches, self.micro_batches, self.task, self.shards)
         if resume is not None:
@@ -707,7 +714,11 @@ class Trainer(Evaluator):
         """Run one optimizer step (see `step.py`)."""
         self._check_parts()
         self.at_boundary = False
-        self._training_step(self, window)
+        if self.strategy.world_size == 1:
+            self._training_step(self, window)
+            return
+        with broken_connections():
+            self._training_step(self, window)
 
     def _check_parts(self) -> None:
         """Raise SettingError if a callback has replaced a part that the fit was prepared for."""
@@ -729,7 +740,7 @@ class Trainer(Evaluator):
         state.batch += len(window)
         totals = self._training_step.totals
         if totals is None:
-            state.samples += sum([len(batch[0]) for batch in window])
+            state.samples += sum([count_rows(batch) for batch in window])
         else:
             state.samples += totals.samples
         if last:

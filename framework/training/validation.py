@@ -236,7 +236,10 @@ def check_source(name: str, source: Any, needs_targets: bool) -> None:
         as_batch(source[0])
     if isinstance(source, Mapping) and len(source) and 0 not in source:
         keys = ", ".join(map(str, source))
-        raise SettingError(f"{name}: expected a split, got a {type(source).__name__} of {keys}")
+        raise SettingError(
+            f"{name}: expected a split, got a {type(source).__name__} of {keys}; "
+            "framework.TensorSplit(**fields) makes one of tensors by name"
+        )
     pair = isinstance(source, tuple) and all(isinstance(each, Tensor) for each in source)
     if needs_targets and (pair or hasattr(source, "__array__")):
         raise SettingError(

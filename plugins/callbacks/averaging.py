@@ -21,6 +21,7 @@ from framework import (
     check_read_again,
     dtensors,
     foreach,
+    move_batch,
     seeds,
 )
 from framework.contracts.state import Cadence
@@ -354,6 +355,7 @@ class Swa(Averaging):
                     for norm in norms:
                         norm.momentum = 1 / number  # the mean over batches
                     self._run_model(trainer, batch)
+            trainer.strategy.share_buffers()
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -362,7 +364,7 @@ class Swa(Averaging):
         self._swap()
 
     def _run_model(self, trainer: Context, batch: Batch) -> None:
-        on_device = tuple(tensor.to(trainer.device) for tensor in batch)
+        on_device = move_batch(batch, trainer.device)
         with trainer.precision.autocast():
             trainer.task.step(trainer.model, on_device)
 

@@ -93,8 +93,7 @@ class Checkpoint(SavingCallback):
         if "run" not in trainer.manifest:
             files.make_folder(trainer.folder)
         self.folder = trainer.folder / "checkpoints"
-        saver = trainer.strategy.state_saver()
-        self.sharded_writer = saver and ShardedWriter(saver, trainer.strategy.rank)
+        self._make_sharded_writer(trainer)
         step = trainer.state.step
         if trainer.strategy.is_main:
             self._prepare_folder(self.folder, trainer)
@@ -107,6 +106,24 @@ class Checkpoint(SavingCallback):
             self.best.start(trainer)
             if trainer.strategy.is_main:
                 self._repair_link(self.best, self.folder)
+
+    def _make_sharded_writer(self, trainer: Context) -> None:
+        """Make a writer if the strategy shards the state (collective).
+
+        Raises:
+            SettingError: there is another checkpoint callback. The saves of both would use the same
+                connections at the same time.
+        """
+        self.sharded_writer = None
+        saver = trainer.strategy.state_saver()
+        if saver is None:
+            return
+        count = sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)
+        if count > 1:
+            raise SettingError(
+                f"checkpoint: expected one such callback with a sharded state, got {count}"
+            )
+        self.sharded_writer = ShardedWriter(saver, trainer.strategy.rank)
 
     def _prepare_folder(self, folder: Path, trainer: Context) -> None:
         """Remove unfinished checkpoints from the folder.

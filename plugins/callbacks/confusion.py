@@ -12,6 +12,7 @@ from framework import (
     check_read_again,
     class_names,
     dtensors,
+    move_batch,
     with_stand_ins,
 )
 from framework.contracts.state import Cadence
@@ -70,7 +71,7 @@ def count_pairs(trainer: Context) -> Tensor:
         for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
             if not batch:  # other processes have its rows
                 continue
-            on_device = tuple(tensor.to(trainer.device) for tensor in batch)
+            on_device = move_batch(batch, trainer.device)
             step = trainer.strategy.forward(trainer.task.step, trainer.model, on_device)
             if not counted:
                 continue

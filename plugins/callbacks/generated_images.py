@@ -136,12 +136,13 @@ def held_out(trainer: Context, count: int) -> Tensor:
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
     split = batches.split
     if split is not None and is_in_memory(split):
-        inputs = split.tensors[0][:count]
+        inputs = trainer.task.fields.only_input(split[:count])
         return inputs.to(trainer.device, copy=True)  # a model may change its inputs
     copies: list[Tensor] = []
     with seeds.undisturbed(), whole_batches(batches):
         for batch in batches.epoch():
-            copies.append(batch[0].to(trainer.device, copy=True))  # a loader may reuse its memory
+            inputs = trainer.task.fields.only_input(batch)
+            copies.append(inputs.to(trainer.device, copy=True))  # a loader may reuse its memory
             if sum(map(len, copies)) >= count:
                 break
     return torch.cat(copies)[:count]

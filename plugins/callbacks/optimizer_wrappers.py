@@ -19,8 +19,10 @@ from framework import (
     SettingError,
     Transform,
     callbacks,
+    count_rows,
     foreach,
     seeds,
+    select_rows,
 )
 from framework.contracts.loss import share_of
 from framework.contracts.pure_optimizer import as_real
@@ -34,6 +36,7 @@ class GradientsAgain(Transform):
     """Base of callbacks that compute gradients of the batches of a step a second time."""
 
     runs_model = True
+    takes_fields = True
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -184,7 +187,7 @@ class NoiseScale(GradientsAgain):
         if not self._due(trainer):
             return
         batch = self.batches[0]
-        size = len(batch[0]) // self.parts
+        size = count_rows(batch) // self.parts
         if size == 0:
             return
         parameters = parameters_with_gradient(trainer.optimizer)
@@ -192,7 +195,7 @@ class NoiseScale(GradientsAgain):
         gradients: list[Tensor] = []
         with seeds.undisturbed():
             for start in range(0, size * self.parts, size):
-                part = tuple(tensor[start : start + size] for tensor in batch)
+                part = select_rows(batch, start, start + size)
                 self.compute_gradients(trainer, [part])
                 flat = [as_real(dense_gradient(p)).reshape(-1) for p in parameters]
                 gradients.append(torch.cat(flat))

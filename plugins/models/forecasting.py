@@ -210,6 +210,8 @@ class Predictions(Callback):
             problem = "there is no validation split"
         elif not isinstance(split, TensorSplit):
             problem = "the validation split is not in memory"
+        elif split.names:
+            problem = "its samples are dicts"
         elif not split.tensors[-1].is_floating_point():
             problem = "the targets are classes (use callbacks.confusion)"
         else:

@@ -92,7 +92,7 @@ class JointBatchNorm(torch.autograd.Function):
         context: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, module: BatchNorm
     ) -> Tensor:
         axes, shape = axes_and_shape(inputs)
-        own_mean = inputs.mean(axes)
+        own_mean = inputs.mean(axes) if inputs.numel() else inputs.sum(axes)  # that of no row is 0
         centered = inputs - own_mean.view(shape)
         own_count = inputs.new_full(own_mean.shape, inputs.numel() / max(len(own_mean), 1))
         own = torch.stack([own_mean, centered.square().sum(axes), own_count])

@@ -15,6 +15,11 @@ from .buffers import ChangingBuffers
 from .collectives import broadcast
 from .process_group import BUCKET_BYTES, ProcessGroup
 
+FROZEN_WITH_GRADIENT = (
+    "strategy=ddp: a parameter has a gradient but requires_grad=False, so that its gradients in "
+    "several processes are not summed: freeze it before the backward pass, or use task phases"
+)
+
 
 @strategies.register("ddp")
 class DDP(ProcessGroup):
@@ -62,7 +67,8 @@ class DDP(ProcessGroup):
         self.share_weights(model, optimizer)
         if not in_shards:
             self.share_statistics(model)
-        self.forward_is_collective = bool(self.replaced)
+        of_torch = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        self.forward_is_collective = of_torch or bool(self.replaced)
 
     def share_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Give all processes the parameters and buffers of the main one (collective)."""
@@ -92,9 +98,17 @@ class DDP(ProcessGroup):
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         if self.world_size == 1:
             return loss
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = []
+        for parameter in parameters:
+            if parameter.requires_grad:
+                trained.append(parameter)
+            elif parameter.grad is not None:
+                raise SettingError(FROZEN_WITH_GRADIENT)
         used = [parameter.grad is not None for parameter in trained]
-        dtype = torch.promote_types(loss.dtype, torch.float32)
+        # Not that of the loss: a process without rows has no loss, so the exchanges would differ.
+        dtype = torch.float32
+        for parameter in trained:
+            dtype = torch.promote_types(dtype, parameter.dtype)
         facts = torch.tensor([0.0, *map(float, used)], dtype=dtype, device=loss.device)
         facts[0] = loss.detach()
         gradients = []

@@ -87,8 +87,7 @@ class FSDP(DDP):
         self.root: Root | None = None  # of the model of the last fit
         self.saver: StateSaver | None = None
 
-    def check_mesh(self, count: int) -> None:
-        """Raise SettingError if the mesh is one of another number of processes."""
+    def check_processes(self, count: int) -> None:
         if self.mesh is not None and math.prod(self.mesh) != count:
             raise SettingError(
                 f"strategy.mesh={self.mesh}: expected numbers whose product is the number of "
@@ -104,7 +103,7 @@ class FSDP(DDP):
         passes: float = 1.0,
         pairwise: bool = False,
     ) -> Estimate:
-        self.check_mesh(processes)
+        self.check_processes(processes)
         check_model(model)
         replicas, shards = (1, processes) if self.mesh is None else (1, *self.mesh)[-2:]
         units = units_of(model, self.units)
@@ -146,10 +145,6 @@ class FSDP(DDP):
         if self.reduce_dtype is None:
             return self._gathered_bytes(parameters)
         return sum(each.numel() * self.reduce_dtype.itemsize for each in parameters)
-
-    def start(self, device: torch.device) -> torch.device:
-        self.check_mesh(processes.launched().world_size)
-        return super().start(device)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         if self.world_size == 1:
@@ -213,7 +208,8 @@ class FSDP(DDP):
     def forward(self, function: Callable[..., Any], model: Any, *args: Any) -> Any:
         if self.root is None or model is not self.root.model:
             return function(model, *args)
-        return self.root.run(function, args)
+        with processes.broken_connections():
+            return self.root.run(function, args)
 
     def full(self, value: Any, everywhere: bool = False) -> Any:
         return dtensors.full_values(value, keep=everywhere or self.is_main)

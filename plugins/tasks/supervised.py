@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from framework import (
     Step,
     Target,
     Task,
+    count_rows,
     tasks,
     user_code,
 )
 from framework.contracts.alignment import class_shape, probability_shape, same_shape
+from framework.contracts.fields import Field, Fields, Inputs, field_of
 from framework.contracts.loss import (
+    IGNORED,
     DataDependentLoss,
     Mean,
     check_classes,
@@ -32,7 +35,7 @@ from framework.contracts.loss import (
     weights_of,
     without_ignored,
 )
-from framework.contracts.task import check_tensor_output, inputs_and_targets
+from framework.contracts.task import check_tensor_output
 
 TARGET_NAMES = {"class": "classes", "labels": "labels", "value": "values", "none": "nothing"}
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "value": "regression"}
@@ -51,8 +54,8 @@ class Supervised(Task):
         return Mean.of(self.criterion)
 
     def step(self, model: nn.Module, batch: Batch) -> Step:
-        inputs, targets = inputs_and_targets(batch)
-        outputs = model(inputs)
+        targets = self.fields.targets(batch)
+        outputs = self.fields.call(model, batch)
         check_tensor_output(model, outputs)
         targets = self.fit(outputs, targets)
         loss = self.mean.call(self.criterion, outputs, targets, self.all_kept)
@@ -65,7 +68,7 @@ class Supervised(Task):
 
     def count(self, batch: Batch) -> int | Tensor:
         """Return the number of items over which the loss averages."""
-        _, targets = inputs_and_targets(batch)
+        targets = self.fields.targets(batch)
         number = self.mean.count(self.criterion, targets, self.all_kept)
         if self.row_size == 1 or self.mean.items != "targets":
             return number
@@ -158,12 +161,26 @@ class Classification(Supervised):
 
     Args:
         loss: of logits and class indices.
+        inputs: the fields of a batch that the model is called with. One name, index in a tuple or
+            path such as image.pixels is the only argument of the model. In a list, names are
+            keyword arguments. {argument: field} gives fields other names. null: the inputs of
+            (inputs, targets), or all fields with tensors but the target.
+        target: the field with the targets; null: the targets of (inputs, targets).
+        output: the field of the model's outputs that has the logits; null if the model returns one
+            tensor.
     """
 
     target = "class"
 
-    def __init__(self, loss: Loss = "cross_entropy"):
+    def __init__(
+        self,
+        loss: Loss = "cross_entropy",
+        inputs: Inputs | None = None,
+        target: Field | None = None,
+        output: Field | None = None,
+    ):
         self.criterion = loss()
+        self.fields = Fields(inputs, target, output)
 
     def metric_targets(self, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -193,7 +210,7 @@ class Classification(Supervised):
 
     def check(self, data: Data) -> None:
         super().check(data)
-        check_classes(data, self.mean.ignored)
+        check_classes(data, self.mean.ignored, self.fields.known_targets)
 
 
 @tasks.register("multilabel", aliases=["multi_label"])
@@ -204,12 +221,26 @@ class Multilabel(Supervised):
 
     Args:
         loss: of logits and labels.
+        inputs: the fields of a batch that the model is called with. One name, index in a tuple or
+            path such as image.pixels is the only argument of the model. In a list, names are
+            keyword arguments. {argument: field} gives fields other names. null: the inputs of
+            (inputs, targets), or all fields with tensors but the target.
+        target: the field with the targets; null: the targets of (inputs, targets).
+        output: the field of the model's outputs that has the logits; null if the model returns one
+            tensor.
     """
 
     target = "labels"
 
-    def __init__(self, loss: Loss = "bce_with_logits"):
+    def __init__(
+        self,
+        loss: Loss = "bce_with_logits",
+        inputs: Inputs | None = None,
+        target: Field | None = None,
+        output: Field | None = None,
+    ):
         self.criterion = loss()
+        self.fields = Fields(inputs, target, output)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
         return {"labels": (outputs > 0).long(), "probabilities": outputs.float().sigmoid()}
@@ -223,15 +254,86 @@ class Regression(Supervised):
 
     Args:
         loss: of outputs and targets.
+        inputs: the fields of a batch that the model is called with. One name, index in a tuple or
+            path such as image.pixels is the only argument of the model. In a list, names are
+            keyword arguments. {argument: field} gives fields other names. null: the inputs of
+            (inputs, targets), or all fields with tensors but the target.
+        target: the field with the targets; null: the targets of (inputs, targets).
+        output: the field of the model's outputs that has the predictions; null if the model returns
+            one tensor.
     """
 
     target = "value"
 
-    def __init__(self, loss: Loss = "mse"):
+    def __init__(
+        self,
+        loss: Loss = "mse",
+        inputs: Inputs | None = None,
+        target: Field | None = None,
+        output: Field | None = None,
+    ):
         self.criterion = loss()
+        self.fields = Fields(inputs, target, output)
 
     def predict(self, outputs: Tensor) -> dict[str, Any]:
         values = outputs.flatten(1)
         if values.shape[1] == 1:
             return {"value": values[:, 0]}
         return {f"value_{index}": column for index, column in enumerate(values.unbind(1))}
+
+
+@tasks.register("model_loss")
+class ModelLoss(Task):
+    """Minimizes a loss that the model returns with its outputs, as models of Hugging Face do.
+
+    The model is called with fields of the batch, among them its targets.
+
+    Args:
+        inputs: the fields of a batch that the model is called with, see task=classification; null:
+            all fields with tensors.
+        target: the field with the targets, for the metrics.
+        loss: the field of the outputs with the loss.
+        output: the field of the outputs for metrics and predictions.
+        items: the items that the loss is the mean of, so that batches of unequal size are weighted:
+            samples; targets: all targets but -100; next: all targets but -100 and the first of a
+            sample, as of a language model that shifts its targets.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs | None = None,
+        target: Field = "labels",
+        loss: Field = "loss",
+        output: Field = "logits",
+        items: Literal["samples", "targets", "next"] = "samples",
+    ):
+        self.fields = Fields(inputs, target, with_target=True)
+        self.loss = loss
+        self.output = output
+        self.items = items
+
+    def step(self, model: nn.Module, batch: Batch) -> Step:
+        targets = self.fields.targets(batch)
+        outputs = self.fields.call(model, batch)
+        loss = field_of(outputs, self.loss, "task.loss")
+        if loss is None:
+            raise DataError(
+                f"the model {type(model).__name__} returns no {self.loss}: expected its targets "
+                "among task.inputs"
+            )
+        check_scalar(f"the loss of {type(model).__name__}", loss)
+        return Step(loss, field_of(outputs, self.output, "task.output"), targets)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """Return the number of items that the loss of the model averages over."""
+        if self.items == "samples":
+            return count_rows(batch)
+        targets = self.fields.targets(batch)
+        if self.items == "next":
+            targets = targets[:, 1:]
+        return (targets != IGNORED).sum()
+
+    def model_outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the named output; the batch needs no targets."""
+        outputs = self.fields.without_missing_target(batch).call(model, batch)
+        return field_of(outputs, self.output, "task.output")

@@ -43,7 +43,7 @@ def test_the_newest_run_comes_first_and_sweeps_are_collapsed(runs):
     [sweep] = [line for line in out.splitlines() if "grid" in line]
     assert "3 done" in sweep
     assert "0.1, 0.2, 0.3" in sweep
-    assert sweep.split()[-4:-1] == ["0.3", "0.9", "7.5"]  # of the trial with the lowest last value
+    assert sweep.split()[-5:-2] == ["0.3", "0.9", "7.5"]  # of the trial with the lowest last value
 
 
 def test_sorting_by_a_metric_puts_the_best_first(runs):

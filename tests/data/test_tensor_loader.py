@@ -114,6 +114,9 @@ LOADERS = {
     "random_split": lambda: DataLoader(random_split(DATA, [20, 30])[1], batch_size=8),
     NOT_GATHERED: lambda: DataLoader(Subset(DATA, [-1, 0]), batch_size=2),
     "stack of tensors": lambda: DataLoader(StackDataset(INPUTS, TARGETS), batch_size=8),
+    "dict of tensors": lambda: DataLoader(
+        Subset(StackDataset(inputs=INPUTS, targets=TARGETS), range(40, 3, -2)), batch_size=8
+    ),
     "one tensor": lambda: DataLoader(TensorDataset(INPUTS), batch_size=8, shuffle=True),
     "not contiguous": lambda: DataLoader(
         TensorDataset(INPUTS.transpose(1, 2), TARGETS[:1].expand(50)), batch_size=8
@@ -153,7 +156,9 @@ def test_gathered_batches_are_those_of_the_loader(name):
     batches, states = epochs(LOADERS[name](), gathered=True)
     assert len(batches) == len(expected) > 0
     for batch, other in zip(batches, expected, strict=True):
-        for tensor, wanted in zip(batch, other, strict=True):
+        names = other if isinstance(other, dict) else range(len(other))
+        for name in names:
+            tensor, wanted = batch[name], other[name]
             assert torch.equal(tensor, wanted)
             assert tensor.dtype == wanted.dtype
             assert tensor.stride() == wanted.stride()
@@ -202,7 +207,6 @@ UNUSUAL = {
     ),
     "map-style": lambda: DataLoader(Map()),
     "concatenated": lambda: DataLoader(ConcatDataset([DATA, DATA])),
-    "dict": lambda: DataLoader(StackDataset(inputs=INPUTS, targets=TARGETS)),
     "stack of data sets": lambda: DataLoader(StackDataset(DATA, DATA)),
     "gradients": lambda: DataLoader(TensorDataset(INPUTS.clone().requires_grad_())),
     "sparse": lambda: DataLoader(TensorDataset(torch.eye(4).to_sparse())),

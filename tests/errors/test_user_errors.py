@@ -307,7 +307,7 @@ def test_an_error_in_training_names_the_line_and_is_not_hidden(trained, settings
         ),
         (
             "data=d data.place=dict",
-            "the first training sample of D: expected a tuple (input, target) of tensors, got",
+            "a batch has the fields x (1,), but this task takes (inputs, targets): name its fields",
         ),
         (
             "data=d data.place=range",
@@ -477,7 +477,7 @@ def test_replacing_a_value_of_the_trainer_gives_a_warning():
             r"val: expected batches of \(inputs, targets\), got a tuple; framework.TensorSplit",
         ),
         ({"val": {"x": X}}, "val: expected a split, got a dict of x"),
-        ({"val": [1, 2]}, "expected a batch as a tuple of tensors"),
+        ({"val": [1, 2]}, "expected a batch of tensors, .*, got int"),
         ({"val": []}, "the validation data has no batch"),
         ({"data": 5}, "data: expected a split, a Data or an iterable of batches, got 5"),
         ({"data": TensorDataset}, "data: expected a split, .*, got TensorDataset"),

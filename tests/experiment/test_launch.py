@@ -87,6 +87,13 @@ def test_a_run_with_several_processes_needs_a_strategy_for_them(strategy):
             check_processes(spec, 2)
 
 
+def test_a_mesh_of_another_number_of_processes_is_refused_before_they_start():
+    spec = composed(["strategy=fsdp", "strategy.mesh=[2,2]"])
+    check_processes(spec, 4)
+    with pytest.raises(SettingError, match=r"strategy\.mesh"):
+        check_processes(spec, 2)
+
+
 def test_the_devices_of_a_launcher_are_its_processes():
     with pytest.raises(SettingError, match=r"trainer\.devices=4: expected 2"):
         check_processes(composed(["trainer.devices=4"]), 2)

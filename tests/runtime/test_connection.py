@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from distributed_runs import environment, free_port
+from framework.runtime import processes
 
 PROGRAM = """
 from pathlib import Path
@@ -36,3 +40,21 @@ def test_no_thread_of_the_connection_is_left():
     before, after = map(int, ended.stdout.split())
     assert before > 0
     assert after == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistNetworkError("reset"),
+        RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error"),
+    ],
+)
+def test_a_broken_connection_inside_of_other_operations_is_a_lost_process(error, monkeypatch):
+    monkeypatch.setattr(processes, "failure_store", lambda: None)
+    with pytest.raises(processes.LostProcess), processes.broken_connections():
+        raise error
+
+
+def test_another_error_of_these_operations_stays_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), processes.broken_connections():
+        raise RuntimeError("shapes cannot be multiplied")

@@ -70,7 +70,7 @@ class CompiledFunction:
         self.compiled = torch.compile(self.code_owner, **arguments)
         self.earlier_reasons = len(self._reasons())
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Call the compiled function.
 
         Raises:
@@ -81,9 +81,9 @@ class CompiledFunction:
         start = perf_counter()
         try:
             if self.reports_breaks:
-                result = self._call_with_settings(inputs)
+                result = self._call_with_settings(inputs, named)
             else:
-                result = self._call_without_warnings(inputs)
+                result = self._call_without_warnings(inputs, named)
         except self.failure as error:
             raise CompilationError(str(error).strip().splitlines()[0]) from error
         has_compiled = self.frames["total"] != frames_before
@@ -91,7 +91,7 @@ class CompiledFunction:
         self.graph_break = self._new_break(breaks_before) if has_compiled else None
         return result
 
-    def _call_with_settings(self, inputs: tuple[Any, ...]) -> Any:
+    def _call_with_settings(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call the compiled function with the settings of the compiler.
 
         `config.patch` does the same in twice the time, a hundredth of a small model's step.
@@ -100,16 +100,16 @@ class CompiledFunction:
         for name, value in self.settings.items():
             setattr(self.config, name, value)
         try:
-            return self.compiled(*inputs)
+            return self.compiled(*inputs, **named)
         finally:
             for name, value in before.items():
                 setattr(self.config, name, value)
 
-    def _call_without_warnings(self, inputs: tuple[Any, ...]) -> Any:
+    def _call_without_warnings(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call it without a warning of torch 2.10, which reads `grad` of tensors at the break."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-            return self._call_with_settings(inputs)
+            return self._call_with_settings(inputs, named)
 
     def _new_break(self, before: dict[str, int]) -> str | None:
         """Return the reason of the first graph break since the given counts."""
@@ -138,8 +138,8 @@ class CompilationError(Exception):
 def with_own_code(function: Callable[..., Any]) -> FunctionType:
     """Return a function that calls another one, with a code object that is not shared."""
 
-    def call(*inputs: Any) -> Any:
-        return function(*inputs)
+    def call(*inputs: Any, **named: Any) -> Any:
+        return function(*inputs, **named)
 
     code = call.__code__.replace()
     return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)

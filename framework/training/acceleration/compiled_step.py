@@ -55,14 +55,14 @@ class Compiled:
         self.compilations = 0
         self.split = False  # whether a graph break was reported
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the result of the function.
 
         Raises:
             FrameworkError: torch cannot compile the function.
         """
         try:
-            result = self.function(*inputs)
+            result = self.function(*inputs, **named)
         except CompilationError as error:
             raise self._compilation_error(error) from error
         if self.function.compile_seconds:
@@ -148,6 +148,7 @@ class CompiledStep:
         phase: Phase | None = None,
     ) -> tuple[Step, bool]:
         """Run the step with its update if possible, else forward and backward only."""
+        batch = self.task.fields.used(batch)
         if share is None and self.single_call is not None and self.single_call.is_ready():
             with self.clock.detail("forward, backward and update"):
                 return self.single_call(batch)

@@ -6,7 +6,7 @@ A graph is launched once; without it, a small model waits for hundreds of launch
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from time import perf_counter
@@ -21,6 +21,7 @@ from framework.contracts.pure_optimizer import PureOptimizer
 from framework.contracts.task import Phase, Step
 from framework.data.dataset import Batch
 from framework.errors.terminal import print_note
+from framework.runtime.batch import is_flat, map_tensors, tensors_of
 from framework.runtime.clock import Clock
 from framework.runtime.identity import ModelContents, identical
 from framework.runtime.precision import Precision
@@ -67,6 +68,19 @@ def side_stream() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def form_of(batch: Batch) -> Hashable:
+    """Return a value that is equal for batches of one structure, shapes, dtypes and other values.
+
+    A graph has the texts and numbers of a batch as constants.
+    """
+    if is_flat(batch):
+        return tuple([(tensor.shape, tensor.dtype) for tensor in batch])
+    form = tree_map(
+        lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, batch
+    )
+    return hash(repr(form))
 
 
 def synchronized_time() -> float:
@@ -143,7 +157,7 @@ class Graphed:
             self.captured.clear()
             self.seen.clear()
         trained = tuple(parameter.requires_grad for parameter in self.parameters())
-        form = (tuple((tensor.shape, tensor.dtype) for tensor in batch), trained, settings)
+        form = (form_of(batch), trained, settings)
         self.seen[form] += 1
         if form in self.captured:
             return self._replay(form, batch), "replayed"
@@ -160,7 +174,8 @@ class Graphed:
 
     def _replay(self, form: Any, batch: Batch) -> Step:
         captured = self.captured[form]
-        for static, tensor in zip(captured.inputs, batch, strict=True):
+        tensors = zip(tensors_of(captured.inputs), tensors_of(batch), strict=True)
+        for static, tensor in tensors:
             static.copy_(tensor)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters(), captured.gradients, strict=True):
@@ -186,7 +201,7 @@ class Graphed:
         Returns:
             False, after a warning, if an operation cannot be captured.
         """
-        inputs = tuple(tensor.clone() for tensor in batch)
+        inputs = map_tensors(Tensor.clone, batch)
         try:
             graph, result = record_graph(lambda: self.run(inputs))
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from framework.data.dataset import Batch
 from framework.errors import FrameworkError
 from framework.errors.user_code import describe
 from framework.runtime import seeds
+from framework.runtime.batch import map_tensors, select_rows
 from framework.runtime.precision import Precision
 
 from .stacked_forward import StackedForward
@@ -35,6 +37,11 @@ class SingleResult(NamedTuple):
     @property
     def largest(self) -> float:
         return max(largest_number(each) for each in (self.loss, *self.gradients.values()))
+
+
+def batches_of_trials(batch: Batch, trials: int) -> list[Batch]:
+    """Return the batch of each trial from one whose tensors have a first axis of trials."""
+    return [map_tensors(itemgetter(number), batch) for number in range(trials)]
 
 
 class EquivalenceCheck:
@@ -64,11 +71,11 @@ class EquivalenceCheck:
         self.shared = shared
         self.precision = precision
         if shared:
-            self.batch = tuple(tensor[:MAX_SAMPLES] for tensor in batch)
+            self.batch = select_rows(batch, 0, MAX_SAMPLES)
             batches = [self.batch] * len(models)
         else:
-            self.batch = tuple(tensor[:, :MAX_SAMPLES] for tensor in batch)
-            batches = list(zip(*self.batch, strict=True))
+            self.batch = map_tensors(lambda tensor: tensor[:, :MAX_SAMPLES], batch)
+            batches = batches_of_trials(self.batch, len(models))
         last = len(models) - 1
         rows = {round(n * last / (COMPARED_TRIALS - 1)) for n in range(COMPARED_TRIALS)}
         self.single: dict[int, SingleResult] = {}

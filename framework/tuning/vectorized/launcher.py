@@ -19,6 +19,7 @@ from framework.experiment.log_start import first_batch
 from framework.experiment.result import Result
 from framework.registry.annotations import PositiveInt
 from framework.runs.sweep_files import Trial
+from framework.runtime.batch import count_rows
 from framework.runtime.memory import OutOfMemory, free_bytes, is_full
 from framework.system.files import check_exists
 from framework.system.signals import received, stopping
@@ -425,7 +426,7 @@ def memory_capacity(prepared: Prepared) -> int:
     built = prepared.built
     batch = first_batch(built.train_batches)
     layers, _ = read_layers(built.model, batch, built.task)
-    outputs = sum(math.prod(layer.out_shape) for layer in layers) * len(batch[0])
+    outputs = sum(math.prod(layer.out_shape) for layer in layers) * count_rows(batch)
     parameters = sum(parameter.numel() for parameter in built.model.parameters())
     numbers = max(outputs + 2 * parameters, 1)
     free = free_bytes(prepared.trainer.device)

@@ -17,7 +17,7 @@ from framework.contracts.callback import SavingCallback
 from framework.contracts.loss import portion, share_of
 from framework.contracts.task import Step
 from framework.data.accumulation import step_windows
-from framework.data.dataset import Batch, Loader
+from framework.data.dataset import Batch, Loader, TensorSplit
 from framework.errors import FrameworkError
 from framework.errors.exits import no_exit
 from framework.errors.torch_errors import torch_errors
@@ -33,7 +33,7 @@ from framework.training.trainer import Trainer
 
 from .callbacks import check_stackable, find_clip_rows, prepare
 from .differences import is_same
-from .equivalence_check import EquivalenceCheck
+from .equivalence_check import EquivalenceCheck, batches_of_trials
 from .stacked_forward import StackedForward, StackedMeasures, TrialMeasures
 from .stacked_update import NotStackable, StackedState
 
@@ -267,7 +267,9 @@ class StackedTrainer:
             for tensor in tensors:
                 selected = tensor.index_select(0, samples.reshape(-1))
                 stacked.append(selected.view(*samples.shape, *tensor.shape[1:]))
-            yield tuple(stacked), first_trial(stacked)
+            assert isinstance(first.split, TensorSplit)  # as it has tensors
+            batch = first.split.as_batch(stacked)
+            yield batch, first_trial(batch)
 
     def _compute_gradients(self, batches: list[Batch]) -> None:
         """Compute `state.gradients` and `losses` of a step."""
@@ -304,7 +306,9 @@ class StackedTrainer:
         is_equal = shared or isinstance(count, int)  # the number of samples
         if is_equal and not self.forward.counts_differ:
             return count
-        batches = [batch] * len(self.trials) if shared else list(zip(*batch, strict=True))
+        batches = [batch] * len(self.trials)
+        if not shared:
+            batches = batches_of_trials(batch, len(self.trials))
         counts = []
         for trial, own in zip(self.trials, batches, strict=True):
             counts.append(trial.trainer.task.count(own))
@@ -454,9 +458,9 @@ def require_loader(trainer: Trainer) -> Loader:
     return trainer.train_batches
 
 
-def first_trial(batch: Iterable[torch.Tensor]) -> Batch:
+def first_trial(batch: Batch) -> Batch:
     """Return the batch of the first trial from one with a first axis of trials."""
-    return tuple(tensor[0] for tensor in batch)
+    return batches_of_trials(batch, 1)[0]
 
 
 def check_equal_settings(trainers: Sequence[Trainer]) -> None:

@@ -22,6 +22,9 @@ INPUTS = torch.randn(70, 6)
 CLASSES = (INPUTS @ torch.randn(6, 3)).argmax(1)
 SPLIT = TensorSplit(INPUTS, CLASSES)
 VAL = TensorSplit(INPUTS[:21] + 0.1, CLASSES[:21])
+ORDER = INPUTS[:, 0].argsort()
+SORTED = [(INPUTS[ORDER], CLASSES[ORDER])]
+DOUBLE_65 = TensorSplit(INPUTS[:65].double(), CLASSES[:65])
 DOUBLE = TensorSplit(INPUTS.double(), CLASSES)
 
 
@@ -37,7 +40,7 @@ def trained(data=SPLIT, model=None, *, task=None, **settings):
     fit = {"batch_size": 16, "val": VAL}
     fit |= {key: settings.pop(key) for key in ("batch_size", "val", "metrics") if key in settings}
     record = Record()
-    strategy = fw.strategies.build("auto")
+    strategy = settings.pop("strategy", None) or fw.strategies.build("auto")
     # sqrt(eps) is large, since Adam would amplify rounding in gradients that are nearly 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=False)
     trainer = Trainer(
@@ -83,6 +86,22 @@ class HalfUsed(nn.Module):
         return outputs
 
 
+class NormOfSome(nn.Module):
+    """Normalizes the rows with large first inputs, of which a process may have none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.body = nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        outputs = self.body(x)
+        large = x[:, 0] > INPUTS[:, 0].median()
+        normal = torch.zeros_like(outputs).index_put((large,), self.norm(outputs[large]))
+        return outputs + normal
+
+
 def weighted_loss():
     return nn.CrossEntropyLoss(torch.tensor([0.2, 3.0, 1.0]), ignore_index=1)
 
@@ -107,6 +126,8 @@ CASES = {
     "swa": {"callbacks": ["swa"], "model": normal(nn.BatchNorm1d)},
     "ema": {"callbacks": ["ema"]},
     "lookahead": {"callbacks": ["lookahead"]},
+    "norm of some": {"model": NormOfSome, "data": SORTED},
+    "double, one row more": {"data": DOUBLE_65, "val": DOUBLE, "model": lambda: mlp().double()},
     "double": {"data": DOUBLE, "val": DOUBLE, "model": lambda: mlp().double()},
     "a list": {"data": list(zip(INPUTS.split(9), CLASSES.split(9), strict=True))},
     "shuffled": {"data": "shuffled"},
@@ -205,6 +226,25 @@ def fw_rank():
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 1
 
 
+class OtherLength(IterableDataset):
+    """Has fewer batches in process 1."""
+
+    def __iter__(self):
+        count = 40 if fw_rank() == 1 else 70
+        return iter(zip(INPUTS[:count], CLASSES[:count], strict=True))
+
+
+class OwnBackward(Task):
+    """Computes gradients in its step, and freezes their parameters."""
+
+    def step(self, model, batch):
+        with torch.enable_grad():
+            model[0](batch[0]).square().mean().backward()
+            model[0].requires_grad_(False)
+            outputs = model(batch[0])
+            return Step(nn.functional.cross_entropy(outputs, batch[1]), outputs, batch[1])
+
+
 class Broken(Callback):
     def on_step_done(self, trainer):
         raise ValueError("broken")
@@ -279,6 +319,17 @@ def own_batch_norm():
         nn.functional.cross_entropy(parallel(inputs[own]), classes[own]).backward()
         optimizer.step()
     return dict(model.state_dict()), dict(plain.state_dict())
+
+
+def averaged_own_batch_norm():
+    strategy = fw.strategies.build("ddp", sync_batch_norm=False)
+    swa = fw.callbacks.build("swa", start=0)
+    model = mlp(nn.BatchNorm1d(16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(max_epochs=1, device="cpu", strategy=strategy, callbacks=[swa])
+    task = nn.CrossEntropyLoss()
+    trainer.fit(model, SPLIT, task=task, optimizer=optimizer, batch_size=14)
+    return dict(model.state_dict())
 
 
 def nothing_is_left_after_an_error():
@@ -484,6 +535,7 @@ def refusals():
         },
         "task": {"task": Whole(), "batch_size": 23},
         "micro-batch": {"model": mlp(nn.BatchNorm1d(16)), "micro_batch": 2},
+        "norm of torch": {"model": mlp(nn.SyncBatchNorm(16)), "micro_batch": 2},
         "no statistics": {"model": mlp(nn.BatchNorm1d(16, track_running_stats=False))},
         "own forward": {"model": mlp(Own(16))},
         "sparse": {
@@ -498,6 +550,14 @@ def refusals():
         "own order": {"data": [(INPUTS[order], CLASSES[order])]},
         "own part": {"data": [(INPUTS[fw_rank() :: 3], CLASSES[fw_rank() :: 3])]},
         "own validation": {"val": [(INPUTS[order], CLASSES[order])]},
+        "own length": {"data": DataLoader(OtherLength(), batch_size=9)},
+        "own list": {"data": batches_of_even_size()[: 8 - fw_rank()]},
+        "frozen with a gradient": {"task": OwnBackward()},
+        "one row each": {
+            "model": mlp(nn.BatchNorm1d(16)),
+            "data": TensorSplit(INPUTS[:67], CLASSES[:67]),
+            "strategy": fw.strategies.build("ddp", sync_batch_norm=False),
+        },
     }
     errors = {}
     for name, each in settings.items():
@@ -521,6 +581,7 @@ def several_processes(folder):
         "masks": masks(),
         "memory": memory_is_full(),
         "own batch norm": own_batch_norm(),
+        "swa of own batch norm": averaged_own_batch_norm(),
         "error": nothing_is_left_after_an_error(),
         "trainers": one_strategy_for_two_trainers(),
         "resumed": interrupted(batches_in_order),
@@ -567,7 +628,9 @@ def assert_same(one, other):
         assert torch.equal(tensor, other[key]), key
 
 
-@pytest.mark.parametrize("name", ["buffers", "random", "skip", "rewind", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "name", ["buffers", "random", "skip", "rewind", "bf16", "fp16", "swa of own batch norm"]
+)
 def test_all_processes_have_the_same_weights_and_buffers(name, two):
     main, other = (each[name] for each in two)
     assert_same(main, other)
@@ -658,6 +721,7 @@ def test_copies_of_a_model_in_training_are_ordinary_models(two):
         "last batch of a list": "fewer samples than there are processes",
         "task": "compares the samples",
         "micro-batch": "micro_batch",
+        "norm of torch": "micro_batch",
         "no statistics": "track_running_stats=False",
         "own forward": "(Own)",
         "sparse": "sparse=True",
@@ -668,6 +732,10 @@ def test_copies_of_a_model_in_training_are_ordinary_models(two):
         "own order": "data: process 1 reads other batches than process 0",
         "own part": "data: process 1 reads other batches than process 0",
         "own validation": "data: process 1 reads other batches than process 0",
+        "own length": "different numbers of batches",
+        "own list": "different numbers of batches",
+        "frozen with a gradient": "requires_grad=False",
+        "one row each": "batch_size=16 makes a batch of one sample in a process",
     }.items(),
 )
 def test_a_run_that_cannot_work_is_refused_in_all_processes(name, words, two):

@@ -189,7 +189,7 @@ def two_processes(folder):
     found["tied"] = tied()
     found["resumed"] = resumed(folder)
     found["evaluated"] = evaluated()
-    found["errors"] = errors()
+    found["errors"] = errors(folder)
     found["checkpoint"] = saved(folder)
     return found
 
@@ -258,7 +258,7 @@ def evaluated():
     return results
 
 
-def errors():
+def errors(folder):
     """Return the messages of fits that are refused."""
 
     class Scalar(nn.Module):
@@ -270,6 +270,7 @@ def errors():
         def forward(self, inputs):
             return self.net(inputs) * self.scale
 
+    two = built([("checkpoint", {}), ("checkpoint", {"keep": 1})])
     trainer = fit(fsdp(), max_steps=1)
     return {
         "mesh": error_of(lambda: fit(fsdp(mesh=[2, 2]))),
@@ -281,6 +282,7 @@ def errors():
         "sam": error_of(lambda: fit(fsdp(), callbacks=built([("sam", {})]))),
         "adafactor": error_of(lambda: fit(fsdp(), optimizer=torch.optim.Adafactor)),
         "outside": error_of(lambda: trainer.model(SPLIT.tensors[0])),
+        "checkpoint": error_of(lambda: fit(fsdp(), callbacks=two, folder=f"{folder}/two")),
     }
 
 
@@ -369,6 +371,7 @@ def test_a_process_without_rows_takes_part_in_an_evaluation(found):
         ("sam", "Sam"),
         ("adafactor", "optimizer=Adafactor"),
         ("outside", "outside of a step"),
+        ("checkpoint", "expected one such callback"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(found, name, part):
