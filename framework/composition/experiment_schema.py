@@ -161,8 +161,8 @@ class Writer:
             name = {"$ref": f"#/$defs/{kind}.name"}
             choice = or_null(name)
             if about["many"]:
-                names = {"type": "array", "items": name}
-                choice = {"if": {"type": "array"}, "then": names, "else": choice}
+                several = {"type": "array", "items": name}
+                choice = {"if": {"type": "array"}, "then": several, "else": choice}
             patterns[f"{OVERRIDE}(also/)?{about['key']}$"] = choice
         for group in FOREIGN_SETTINGS:
             names = [each.name for each in HYDRA_PLUGINS.values() if each.group == group]
