@@ -329,7 +329,8 @@ def print_problems(table: RunTable, chosen: Iterable[RunEntry]) -> None:
 def print_rows_as_json(table: RunTable, rows: Sequence[RunRow]) -> None:
     """Print rows as JSON; see conf/README.md for the form."""
     found = [row_json(table, row) for row in rows]
-    print_json({"schema": SCHEMA, "root": str(table.root), "runs": found})
+    content = {"schema": SCHEMA, "root": str(table.root), "runs": found}
+    print_json(content, indent=None)  # there may be 10,000 rows
 
 
 def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
