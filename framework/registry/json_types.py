@@ -56,8 +56,10 @@ def setting_type(setting: Setting) -> JsonType:
     try:
         converted(setting.default, setting.annotation)
     except Mismatch:
-        with suppress(NotPlain):
-            return any_of([schema, {"const": plain_value(setting.default)}])
+        with suppress(NotPlain, ValueError):  # ValueError: NaN or infinity
+            default = plain_value(setting.default)
+            json.dumps(default, allow_nan=False)
+            return any_of([schema, {"const": default}])
     return schema
 
 
