@@ -90,6 +90,7 @@ if TYPE_CHECKING:
         TensorSplit,
         WindowSplit,
     )
+    from .data.input_rows import InputFile, InputRows
     from .data.preparation import Axis, Preparation, RawInput
     from .experiment.load import open_run as open_run  # the former name of `load`
     from .experiment.trained_model import load
@@ -163,6 +164,8 @@ __all__ = [
     "GatheredSplit",
     "Head",
     "Initializer",
+    "InputFile",
+    "InputRows",
     "Kind",
     "LabelledSplit",
     "Loader",
@@ -234,6 +237,8 @@ _NAMES = {
     "ExportedModel": "contracts.exporter",
     "Exporter": "contracts.exporter",
     "GatheredSplit": "data.dataset",
+    "InputFile": "data.input_rows",
+    "InputRows": "data.input_rows",
     "LabelledSplit": "data.dataset",
     "Loader": "data.dataset",
     "Logger": "contracts.logger",

@@ -8,7 +8,7 @@ from typing import Any
 from framework.composition.catalogue import Index, find_index
 from framework.runs.requests import ACTIONS, SET
 
-from .parsers import Command
+from .parsers import DESCRIBE, Command, OptionsRequest
 
 BASH = r"""# TAB completion of framework. To keep it: framework completion bash >> ~/.bashrc
 _framework_complete() {
@@ -62,6 +62,7 @@ FILE_COMMANDS = (
     "best",
     "rerun",
     "export",
+    "schema",
     "trust",
     "watch",
     "tell",
@@ -129,6 +130,10 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     if not before:
         return starting(current, commands)
     name = before[0]
+    if name in commands:
+        found = option_words(current, before[1:], commands[name])
+        if found is not None:
+            return found
     if before == ["find"]:
         return starting(current, ("lr", "batch_size"))
     if before == ["data"]:
@@ -136,7 +141,7 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     if name in commands and commands[name].composes:
         return override_words(current, before[1:], index)
     if name == "list":
-        return starting(current, index.keys)
+        return starting(current, [*index.keys, "experiment"])
     if name == "show":
         return part_words(current, index)
     if name == "completion":
@@ -144,6 +149,35 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
     if name == "tell" and len(before) > 1:
         return tell_words(current, before, index)
     return []
+
+
+def option_words(current: str, before: Sequence[str], command: Command) -> list[str] | None:
+    """Complete an option of a command, or its value; None if the word is neither.
+
+    Args:
+        current: the beginning of the word.
+        before: the words between the command and this one.
+        command: the command.
+    """
+    last = before[-1] if before else ""
+    if last == "--checkpoint":
+        return starting(current, ("best", "last"))
+    if not (last.startswith("--") or current.startswith("-")):
+        return None
+    options = options_of(command)
+    choices = options.get(last)
+    if choices is not None:
+        return starting(current, choices)
+    return starting(current, sorted(options)) if current.startswith("-") else None
+
+
+def options_of(command: Command) -> dict[str, list[str] | None]:
+    """Return the options of a command with their choices; None for one that takes no value."""
+    try:
+        command.function([DESCRIBE])
+    except OptionsRequest as request:
+        return request.options
+    return {}
 
 
 def tell_words(current: str, before: Sequence[str], index: Index) -> list[str]:
@@ -182,7 +216,8 @@ def override_words(current: str, before: list[str], index: Index) -> list[str]:
     typed = dict(word.lstrip("+").split("=", 1) for word in before if "=" in word)
     path, equals, value = bare.partition("=")
     if equals:
-        return [f"{mark}{path}={option}" for option in values(path, value, typed, index)]
+        options = values(path, value, typed, index, is_single=bool(mark))
+        return [f"{mark}{path}={option}" for option in options]
     return [mark + option for option in path_words(bare, typed, index)]
 
 
@@ -246,7 +281,9 @@ def listed_parts(key: str, typed: Mapping[str, str], index: Index) -> list[str]:
     return list(index.chosen.get(key, ())) or index.parts(index.keys[key])
 
 
-def values(path: str, value: str, typed: Mapping[str, str], index: Index) -> list[str]:
+def values(
+    path: str, value: str, typed: Mapping[str, str], index: Index, is_single: bool = False
+) -> list[str]:
     """Return the values that complete a value; of a list or sweep a,b,c, the last item.
 
     Args:
@@ -254,9 +291,10 @@ def values(path: str, value: str, typed: Mapping[str, str], index: Index) -> lis
         value: the beginning of the value.
         typed: the values in earlier words, by key.
         index: all parts.
+        is_single: whether one part needs no brackets, as in +callbacks=ema.
     """
     options, many = options_at(path, typed, index)
-    opening = "[" if many or value.startswith("[") else ""
+    opening = "[" if (many and not is_single) or value.startswith("[") else ""
     *done, last = value.lstrip("[").split(",")
     kept = opening + "".join(f"{item}," for item in done)
     return [kept + option for option in starting(last, options) if option not in done]

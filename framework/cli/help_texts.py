@@ -97,7 +97,7 @@ the experiment file name."""
 DIFF = """\
 examples:
   framework diff runs/default/first runs/default/second
-  framework diff runs/digits/sweep/000* runs/digits/sweep/001* --curves val/loss
+  framework diff runs/digits/sweep/00[01]* --curves val/loss
   framework diff A B C --json
 Prints the settings that differ, with the file and line or the override that
 gave each value; differences of the code, of versions and of the data; the
@@ -119,14 +119,27 @@ checkpoint, and names the first layer and parameter that are not finite."""
 EVAL = """\
 examples:
   framework eval runs/default/first
-  framework eval runs/default/first --split val --checkpoint last --json"""
+  framework eval runs/default/first --split val --checkpoint last --json
+  framework eval runs/table/first --data new.csv
+--data takes a file or folder with inputs and targets, in the format of the
+run's data: a table, a folder with a folder for each class, an Arrow file."""
 
 PREDICT = """\
 examples:
   framework predict runs/default/first --input new.npz --output labels.csv
-  framework predict runs/table/first --input new.csv --output -
+  framework predict runs/table/first --input new.csv --id customer --output -
+  framework predict runs/table/first --input "days/*.csv" --output all.parquet
+  framework predict runs/pets/first --input pictures/ --output labels.jsonl
+  cat new.csv | framework predict runs/table/first --input - --output -
   framework predict runs/lm_bpe/first --prompt "def " --length 300
-The input file has the format of the files of the run's data set."""
+The input has the format of the files of the run's data set. On stdin a table
+is CSV; texts are lines, CSV or JSON lines. Each prediction has the number of
+its row (from 1) or the columns of --id, and the file if there are several.
+`class` is the name of the most likely class, `class_index` its number.
+Tables, texts, images, sounds, Arrow files and the .npy files of data=npz are
+read and written in chunks: any size needs little memory. Others are read as a
+whole, and .npz output is collected in memory.
+.npy has the probabilities or values as one array. Images are PNG files."""
 
 EXPORT = """\
 examples:
@@ -143,6 +156,7 @@ LIST = """\
 examples:
   framework list               the kinds, and the number of parts of each
   framework list optimizer     the parts of a kind
+  framework list experiment    the experiments in the config folders
   framework list --json        all parts with their settings
 Plugins that conf/config.yaml names are loaded only in a trusted folder (see
 `framework trust --help`), plugins from --plugins always."""
@@ -182,7 +196,7 @@ data.target=late"""
 
 WATCH = """\
 examples:
-  framework watch                         the runs that are running, or the latest
+  framework watch                         those that run, or the latest one
   framework watch runs/default/first runs/default/second
   framework watch runs/default/my_sweep   the trials of a sweep as a table
   framework watch | cat                   print the present state once
@@ -194,7 +208,7 @@ TELL = """\
 examples:
   framework tell runs/default/first checkpoint
   framework tell runs/default/first set optimizer.lr=1e-4
-  framework tell runs/default/first set optimizer.lr=1e-4 optimizer.weight_decay=0
+  framework tell runs/default/first set optimizer.lr=1e-4 optimizer.eps=1e-7
   framework tell runs/default/first pause         continue lets it go on
   framework tell runs/default/first stop          saves; `resume` continues it
 The run carries out the commands at the end of a step, all of them or none, and

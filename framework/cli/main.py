@@ -32,7 +32,6 @@ from framework.errors.terminal import (
     print_line,
     print_message,
     print_traceback,
-    printable_lines,
     printable_warnings,
 )
 from framework.errors.user_code import describe, internal_place, user_place
@@ -55,12 +54,11 @@ from .parsers import (
     command_line,
     composing,
     importing_torch,
+    opened_run,
     sweep_over,
 )
 
 STARTED = time.monotonic()
-SAMPLING = ("length", "temperature", "top_k", "top_p", "seed")
-"""Options of `predict` that need --prompt."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -485,15 +483,23 @@ def resume(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> None:
     """Run `framework eval`."""
-    parser = Parser("eval", "Evaluate a trained run on a split of its data.", help_texts.EVAL)
+    description = "Evaluate a trained run on a split of its data, or on other data."
+    parser = Parser("eval", description, help_texts.EVAL)
     parser.add_argument("run", **RUN)
     splits = ["train", "val", "test"]
-    parser.add_argument("--split", choices=splits, default="test", help="default: test")
+    parser.add_argument("--split", choices=splits, help="default: test")
+    file = "a file or folder with targets, in the format of the run's data"
+    parser.add_argument("--data", type=expanded, metavar="FILE", help=file)
     parser.add_argument("--checkpoint", **CHECKPOINT)
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
+    if args.data is not None and args.split is not None:
+        parser.error("give --split or --data, not both")
     trained = opened_run(args)
-    values = trained.evaluate(args.split)
+    if args.data is None:
+        values = trained.evaluate(args.split or "test")
+    else:
+        values = trained.evaluate_file(args.data)
     if args.json:
         print_json(values)
     else:
@@ -504,80 +510,9 @@ def evaluate(arguments: list[str]) -> None:
 
 def predict(arguments: list[str]) -> None:
     """Run `framework predict`."""
-    args = parse_predict(arguments)
-    if args.prompt is not None:
-        return generate(args)
-    from framework.registry.discovery import output_for_programs
+    from .predict import predict as predict_files
 
-    from .output import check_output, write_predictions
-
-    check_output(args.output)
-    with output_for_programs(args.output == "-"):
-        trained = opened_run(args)
-        columns = trained.predict(trained.read_inputs(args.input))
-    rows = write_predictions(columns, trained.facts["classes"], args.output)
-    if args.json:
-        print_json({"output": args.output, "rows": rows})
-    if args.output != "-":
-        print_line(f"{rows} predictions in {args.output}")
-    return None
-
-
-def parse_predict(arguments: list[str]) -> argparse.Namespace:
-    """Parse the arguments of `framework predict`."""
-    description = "Apply a trained model to a file, or generate text with a language model."
-    parser = Parser("predict", description, help_texts.PREDICT)
-    option = parser.add_argument
-    option("run", **RUN)
-    option("--input", type=expanded, metavar="FILE", help="in the format of the run's data set")
-    option("--output", metavar="FILE", help=".csv, .jsonl or .npz; - prints CSV to the terminal")
-    option("--prompt", metavar="TEXT", help="the text that a language model continues")
-    option("--length", type=int, metavar="N", help="with --prompt: number of tokens (default 200)")
-    temperature = "with --prompt: 0 takes the most likely token (default 0.8)"
-    option("--temperature", type=float, metavar="X", help=temperature)
-    top_k = "with --prompt: sample from the K most likely tokens"
-    option("--top-k", type=int, metavar="K", help=top_k)
-    top_p = "with --prompt: sample from the most likely tokens, of total probability P"
-    option("--top-p", type=float, metavar="P", help=top_p)
-    option("--seed", type=int, metavar="N", help="with --prompt: seed of the sampling (default 0)")
-    option("--checkpoint", **CHECKPOINT)
-    option("--json", **JSON | {"help": "print JSON: the file and the number of rows, or the text"})
-    args = parser.parse_args(arguments)
-    from_file = args.input is not None and args.output is not None
-    one_of_the_files = (args.input is None) != (args.output is None)
-    if from_file == (args.prompt is not None) or one_of_the_files:
-        parser.error("give --input FILE --output FILE, or --prompt TEXT for a language model")
-    if args.prompt is None:
-        for name in SAMPLING:
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} requires --prompt")
-    if args.json and args.output == "-":
-        parser.error("--json: expected a file, as in --output predictions.jsonl")
-    return args
-
-
-def generate(args: argparse.Namespace) -> None:
-    """Print a prompt and its continuation by the run's language model."""
-    sampling = {}
-    for name in SAMPLING:
-        if getattr(args, name) is not None:
-            sampling[name] = getattr(args, name)
-    known, text = opened_run(args).generate(args.prompt, **sampling)
-    if known != args.prompt:
-        note(f"the vocabulary does not contain all of the prompt; the model reads {known!r}")
-    print(printable_lines(text))
-    if args.json:
-        print_json({"prompt": known, "text": text})
-
-
-def opened_run(args: argparse.Namespace) -> Any:
-    """Load the plugins and the run that the arguments name."""
-    with importing_torch():
-        from framework.experiment.load import open_run
-        from framework.registry.discovery import discover
-    for problem in discover(args.plugins, args.without_plugin, tolerant=True):
-        note(f"{problem}; its parts are left out")
-    return open_run(args.run, args.checkpoint)
+    predict_files(arguments)
 
 
 # commands on parts
@@ -586,12 +521,21 @@ def opened_run(args: argparse.Namespace) -> Any:
 def list_parts(arguments: list[str]) -> None:
     """Run `framework list`."""
     parser = Parser("list", "List the kinds of parts, or the parts of one kind.", help_texts.LIST)
-    parser.add_argument("kind", nargs="?", help="such as optimizer")
+    parser.add_argument("kind", nargs="?", help="such as optimizer; or experiment")
+    folder = "further folder with config files (experiment/NAME.yaml)"
+    parser.add_repeated("--config-dir", type=expanded, metavar="DIR", help=folder)
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
     from . import part_tables
 
+    if args.kind in ("experiment", "experiments"):
+        from framework.composition.compose import config_folders
+        from framework.composition.config_files import describe_experiments
+
+        found = list(describe_experiments(config_folders(args.config_dir)))
+        print_json_or_table(args.json, found, lambda: part_tables.experiments_table(found))
+        return
     index = read_catalogue(args)
     if args.kind:
         kind = part_tables.kind_of(index, args.kind)
@@ -833,8 +777,10 @@ COMMANDS = {
         composes=True,
         runs_parts=True,
     ),
-    "eval": Command(evaluate, "evaluate a trained run on a split of its data", runs_parts=True),
-    "predict": Command(predict, "apply a trained model to a file or a prompt", runs_parts=True),
+    "eval": Command(
+        evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
+    ),
+    "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
     "runs": Command(runs, "list, label and remove runs"),
     "best": Command(best, "print the folder of the best run"),
     "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),

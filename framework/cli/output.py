@@ -1,24 +1,18 @@
-"""Print the results of a run, and write predictions to a file."""
+"""Print the results of a run."""
 
-import csv
-import io
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import Any
 
-from framework.errors import FrameworkError, RunError
-from framework.errors.paths import expanded, pasted, real_path, shorter
-from framework.errors.terminal import print_line, printable, title
+from framework.errors.paths import pasted, real_path, shorter
+from framework.errors.terminal import print_line, title
 from framework.experiment.result import Result
 from framework.runs.folder import plugins_of
 from framework.runs.sweep_files import Trial
 from framework.runtime.clock import WAITING_FOR_DATA
-from framework.system.files import unwritable, write_file
-from framework.system.streams import set_errors
 from framework.training.process_times import ProcessTimes
 from framework.tuning.sweep.table import Objectives, best_trial
 
@@ -237,116 +231,3 @@ def print_values(values: Mapping[str, float], checkpoint: Path) -> None:
     for name, value in values.items():
         print_line(f"{title(name):<{width}}  {value:.6g}")
     print_line(f"{'from':<{width}}  {checkpoint}")
-
-
-def check_output(output: str) -> None:
-    """Raise FrameworkError if predictions cannot be written to a file, before they are computed."""
-    path = expanded(output)
-    if output == "-":
-        return
-    if path.suffix not in (".csv", ".jsonl", ".npz"):
-        expected = "expected a .csv, .jsonl or .npz file, or - for the terminal"
-        raise FrameworkError(f"--output {output}: {expected}")
-    if path.is_dir():
-        raise FrameworkError(f"--output {output}: is a folder")
-    if not path.parent.is_dir():
-        raise FrameworkError(f"--output {output}: no folder {path.parent}")
-
-
-def write_predictions(columns: Mapping[str, Any], classes: Sequence[str], output: str) -> int:
-    """Write predictions to a file or to the terminal, and return the number of rows.
-
-    Args:
-        columns: by name, an array or a list with one row for each input.
-        classes: the names of the classes. They replace class indices, which get a column of their
-            own, and name the columns of probabilities.
-        output: a .csv, .jsonl or .npz file, or "-" for CSV on stdout, in which control characters
-            are escaped, also if stdout is a pipe.
-
-    Raises:
-        FrameworkError: for another suffix, or if the file cannot be written.
-    """
-    check_output(output)
-    flat = flatten(columns, classes)
-    if output == "-":
-        set_errors(sys.stdout, "backslashreplace")  # keeps characters that cannot be encoded
-        write_csv(flat, sys.stdout, printable)
-    else:
-        try:
-            write_columns(flat, expanded(output))
-        except RunError as error:
-            raise FrameworkError(f"--output {output}: {error}") from error
-    return len(next(iter(flat.values())))
-
-
-def flatten(columns: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[Any]]:
-    """Return columns of single values: a matrix becomes one column for each class or index."""
-    flat: dict[str, list[Any]] = {}
-    for name, values in columns.items():
-        rows = values.tolist() if hasattr(values, "tolist") else list(values)
-        if name == "class" and classes:
-            flat["class"] = [classes[index] for index in rows]
-            flat["index"] = rows
-        elif rows and isinstance(rows[0], list):
-            width = len(rows[0])
-            labels = classes if len(classes) == width else range(width)
-            for column, label in enumerate(labels):
-                flat[f"{name}:{label}"] = [row[column] for row in rows]
-        else:
-            flat[name] = rows
-    return flat
-
-
-def write_columns(columns: Mapping[str, list[Any]], path: Path) -> None:
-    """Write columns to a file in the format of its suffix.
-
-    A regular file, also behind a link, is replaced atomically. A device or pipe is written to.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    content = {".npz": npz_of, ".csv": csv_of, ".jsonl": json_lines_of}[path.suffix](columns)
-    target = real_path(path)
-    if target.is_file() or not target.exists():
-        write_file(target.parent, target.name, content)
-        return
-    try:
-        target.write_bytes(content)
-    except OSError as error:
-        raise unwritable(path, error, len(content)) from error
-
-
-def npz_of(columns: Mapping[str, list[Any]]) -> bytes:
-    """Return columns as an archive of numpy arrays."""
-    import numpy
-
-    content = io.BytesIO()
-    arrays: dict[str, Any] = {name: numpy.asarray(values) for name, values in columns.items()}
-    numpy.savez(content, **arrays)
-    return content.getvalue()
-
-
-def csv_of(columns: Mapping[str, list[Any]]) -> bytes:
-    """Return columns as CSV."""
-    text = io.StringIO(newline="")
-    write_csv(columns, text)
-    return text.getvalue().encode()
-
-
-def json_lines_of(columns: Mapping[str, list[Any]]) -> bytes:
-    """Return columns as one JSON object per row."""
-    lines = []
-    for row in zip(*columns.values(), strict=True):
-        values_by_name = dict(zip(columns, row, strict=True))
-        lines.append(json.dumps(values_by_name, default=str) + "\n")  # JSON has no complex numbers
-    return "".join(lines).encode()
-
-
-def write_csv(
-    columns: Mapping[str, list[Any]], file: TextIO, shown: Callable[[Any], str] = str
-) -> None:
-    """Write columns as CSV; names and texts pass through `shown`."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(map(shown, columns))
-    for row in zip(*columns.values(), strict=True):
-        writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in row])

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from framework.errors import Facts, FrameworkError, did_you_mean, nearest, short, suggestion
 from framework.errors.paths import expanded
+from framework.errors.terminal import note
 
 TRACEBACK = "--traceback"
 RUN: dict[str, Any] = {"type": expanded, "help": "folder of a run"}
@@ -28,6 +29,18 @@ JSON: dict[str, Any] = {
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 NO_FACTS = Facts()
 ARGPARSE_MISSING = "the following arguments are required: "
+
+
+DESCRIBE = "--describe-options"
+"""The only argument that makes a parser raise OptionsRequest, for completion with TAB."""
+
+
+class OptionsRequest(Exception):
+    """Carries the options of a command, with the values that each may have."""
+
+    def __init__(self, options: dict[str, list[str] | None]):
+        super().__init__()
+        self.options = options
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, examples: str):
         self.command = command
         self.names: list[str] = []  # of all arguments
+        self.options: dict[str, list[str] | None] = {"--help": None}  # with their choices
         super().__init__(
             f"framework {command}",
             description=description,
@@ -75,6 +89,9 @@ class Parser(argparse.ArgumentParser):
         """Add an argument; a wrong choice or number raises FrameworkError."""
         self.names += names
         shown = names[-1] if names[-1].startswith("-") else self.command
+        if names[-1].startswith("--") and names[-1] != "--help":
+            takes_value = options.get("action") not in ("store_true", "store_false")
+            self.options[names[-1]] = list(options.get("choices", ())) if takes_value else None
         if "choices" in options:
             options["type"] = self.one_of(shown, options["choices"])
         elif options.get("type") in NUMBERS:
@@ -141,6 +158,8 @@ class Parser(argparse.ArgumentParser):
         arguments: list[str],
     ) -> argparse.Namespace:
         """Parse arguments with a method of argparse, and report its errors and unknown options."""
+        if arguments == [DESCRIBE]:
+            raise OptionsRequest(self.options)
         try:
             args, unknown = parse(arguments)
         except argparse.ArgumentError as error:
@@ -275,6 +294,16 @@ def sweep_over(
         parser.error(f"{flag} {count} sets {key}; remove {key}=")
     args.overrides.append(f"{key}={','.join(map(str, values))}")
     args.multirun = True
+
+
+def opened_run(args: argparse.Namespace) -> Any:
+    """Load the plugins and the run that the arguments name."""
+    with importing_torch():
+        from framework.experiment.load import open_run
+        from framework.registry.discovery import discover
+    for problem in discover(args.plugins, args.without_plugin, tolerant=True):
+        note(f"{problem}; its parts are left out")
+    return open_run(args.run, args.checkpoint)
 
 
 def ask(question: str) -> bool:

@@ -1,7 +1,7 @@
 """Tables of the kinds of parts, of the parts of a kind, and of the settings of a part."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -115,6 +115,22 @@ def parts_table(index: Index, kind: str) -> RenderableType:
         if has_aliases:
             cells.append(line(", ".join(part["aliases"])))
         table.add_row(*cells, line(tidy(part["summary"])))
+    return table
+
+
+def experiments_table(experiments: Sequence[Mapping[str, str]]) -> RenderableType:
+    """Return a table of the experiments: name, first sentence, folder of the file."""
+    folders = {each["folder"] for each in experiments}
+    table = empty_table()
+    table.add_column("experiment", style="cyan", no_wrap=True)
+    table.add_column("description", overflow="fold")
+    if len(folders) > 1:
+        table.add_column("folder", style="dim", overflow="fold")
+    for each in experiments:
+        cells = [line(each["name"], most=LONGEST_NAME), line(each["summary"])]
+        if len(folders) > 1:
+            cells.append(line(each["folder"]))
+        table.add_row(*cells)
     return table
 
 

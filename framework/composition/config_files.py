@@ -7,7 +7,7 @@ parts and set their settings, and little else.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +15,10 @@ import yaml
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from framework.errors import ConfigError, Facts, Problem
+from framework.errors import ConfigError, Facts, Problem, RunError
 from framework.errors.paths import shorter
 from framework.registry.registry import Registry
+from framework.system.files import read_bytes
 
 from . import hydra_internals
 from .sections import HYDRA_PLUGINS, plugin_settings
@@ -326,6 +327,26 @@ def experiments_in(folders: Iterable[Path]) -> list[str]:
     for folder in folders:
         names.update(file.stem for file in (folder / "experiment").glob("*.yaml"))
     return sorted(names)
+
+
+def describe_experiments(folders: Iterable[Path]) -> Iterator[dict[str, str]]:
+    """Yield name, summary and folder of each experiment, sorted by name.
+
+    The summary is the first line of the comment at the beginning of the file, "" without one. Of
+    files with one name the first one counts, as in a composition.
+    """
+    files: dict[str, Path] = {}
+    for folder in folders:
+        for file in (folder / "experiment").glob("*.yaml"):
+            files.setdefault(file.stem, file)
+    for name in sorted(files):
+        summary = ""
+        with suppress(OSError, RunError, UnicodeDecodeError):
+            content = read_bytes(files[name].parent, files[name].name).decode()
+            first = content.partition("\n")[0]
+            if first.startswith("#"):
+                summary = first.lstrip("# ").rstrip()
+        yield {"name": name, "summary": summary, "folder": str(files[name].parent)}
 
 
 def chosen_in(folders: Iterable[Path]) -> dict[str, Any]:

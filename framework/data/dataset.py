@@ -11,7 +11,16 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeGuard,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +44,7 @@ from .foreign_loader import (
     known_length as known_length,
     set_epoch,
 )
+from .input_rows import InputFile, InputRows
 from .preparation import Preparation
 from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
 from .token_splits import (
@@ -174,6 +184,10 @@ class Data:
         test: the test split, or None.
         in_shape: shape of one input, without the batch axis.
         out_shape: (classes,) for classes, (labels,) for labels, (values,) for values.
+        input_suffixes: suffixes of the files to predict in a folder; empty if `read_inputs` reads
+            folders itself, or reads none.
+        single_input_suffixes: suffixes of the files that are one input, such as an image.
+        max_pixel: value of a white pixel before the inputs are scaled; None if unknown.
         target: "class" (int64 index, shape ()), "labels" (0/1 floats, shape (labels,)) or "value"
             (floats, shape (values,)).
         classes: the names of classes or labels, in the order of the outputs; empty for values.
@@ -213,6 +227,9 @@ class Data:
     in_time_order: bool = False
     measures_training: bool = True
     fold: str | None = None
+    input_suffixes: ClassVar[Sequence[str]] = ()
+    single_input_suffixes: ClassVar[Sequence[str]] = ()
+    max_pixel: ClassVar[float | None] = None
 
     def facts(self) -> dict[str, Any]:
         """Return the facts that `read_inputs` needs, as JSON types; the run folder stores them."""
@@ -234,6 +251,51 @@ class Data:
         """
         raise DataError(
             f"{path}: {cls.__name__} does not support files of inputs (it has no `read_inputs`)"
+        )
+
+    @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        """Yield the inputs of a file in chunks, so that any number of rows needs little memory.
+
+        By default one chunk with all rows, by `read_inputs`. If a subclass overrides only
+        `read_inputs`, this method of its base class is not called.
+
+        Args:
+            file: the file, and how many rows to read at once.
+            facts: see `read_inputs`.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if file.stream is not None:
+            raise DataError(f"--input -: {cls.__name__} does not read standard input; name a file")
+        if file.ids:
+            raise DataError(
+                f"--id {file.ids[0]}: the files of {cls.__name__} have no named columns"
+            )
+        yield InputRows(cls.read_inputs(file.path, facts))
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> Split:
+        """Return a file or folder of inputs and targets as a split, prepared as in training.
+
+        Args:
+            path: the file or folder, in the format of the training data.
+            facts: see `read_inputs`.
+            settings: the settings of the data set in the run, defaults included.
+            scale: that of the targets in training; None if they were not scaled.
+
+        Raises:
+            DataError: the file cannot be read, or this method is not implemented.
+        """
+        raise DataError(
+            f"--data {path}: {cls.__name__} cannot be evaluated on other files; use eval --split"
         )
 
     @classmethod

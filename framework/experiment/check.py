@@ -132,17 +132,19 @@ def fit(
     steps: int = 2,
     resume: Any = None,
     strategy: Strategy | None = None,
+    with_callbacks: bool = True,
     **arguments: Any,
 ) -> Trainer:
     """Take some steps with all callbacks that change the training; no files are written.
 
     Args:
+        with_callbacks: whether the callbacks of the experiment take part.
         strategy: the processes of the run; by default there is one.
         arguments: of `Trainer.fit`, instead of those of the experiment.
     """
     limits = {"max_epochs": None, "max_steps": steps, "profile": False, "devices": None}
     makers = [m for m in built.spec.parts["callback"] if changes_training(m.entry.part)]
-    own = [maker() for maker in makers]
+    own = [maker() for maker in makers] if with_callbacks else []
     trainer = Trainer(
         **(built.spec.sections["trainer"] | limits),
         seed=built.spec.seed,
@@ -207,13 +209,26 @@ def overfit_one_batch(make: Callable[[], Experiment], folder: Path) -> dict[str,
 
 
 def losses_of_one_batch(built: Experiment, folder: Path, seconds: float) -> Sequence[float]:
-    """Return the losses of training on the first batch for some steps, at most for some seconds."""
+    """Return the losses of training on the first batch for some steps, at most for some seconds.
+
+    The callbacks of the experiment do not take part: the steps before this test have called them,
+    and one that prints would print a line for each step.
+    """
     stop = StopAfter(OVERFIT_STEPS, seconds)
     batch = first_batch(built.train_batches)
     batches: Any = [batch]
     if is_flat(batch):
         batches = Loader(TensorSplit(*batch), batch_size=len(batch[0]))
-    fit(built, folder, stop, steps=OVERFIT_STEPS, data=batches, val=None, schedule=None)
+    fit(
+        built,
+        folder,
+        stop,
+        steps=OVERFIT_STEPS,
+        with_callbacks=False,
+        data=batches,
+        val=None,
+        schedule=None,
+    )
     return stop.losses
 
 

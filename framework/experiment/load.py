@@ -2,9 +2,10 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +15,20 @@ from torch import Tensor, nn
 
 from framework.composition.sources import Sources
 from framework.composition.spec import Spec, read_spec
+from framework.contracts.loss import DataDependentLoss
 from framework.contracts.task import Task, TextTask
 from framework.data.dataset import Data, Scale
+from framework.data.input_rows import (
+    STDIN,
+    InputFile,
+    InputRows,
+    chunk_rows,
+    find_input_files,
+    joined_inputs,
+    name_columns,
+    opened,
+    regrouped,
+)
 from framework.errors import ConfigError, DataError, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
@@ -34,8 +47,10 @@ from framework.training.trainer_state import WRONG_FORM
 
 from .build import build_data, build_loader, build_metrics, build_model, scale_of
 from .model_limits import model_limits
+from .prediction_files import Form
 from .weights import find_checkpoint, load_into
 
+MAX_FLOAT32_OFFSET = 1000  # deviations between 0 and the mean of targets
 # Errors of a model that is built from the config of an untrusted source.
 BUILD_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError)
 
@@ -94,14 +109,50 @@ class Trained:
             loader, model=self.model, task=self.task, metrics=metrics, name=split
         )
 
+    def evaluate_file(self, path: Path) -> dict[str, float]:
+        """Return the loss and metrics on a file or folder of other data with targets.
+
+        Args:
+            path: in the format of the run's data.
+
+        Raises:
+            DataError: it cannot be read, or the data set of the run does not support it.
+        """
+        if not path.exists():
+            raise DataError(f"--data {path}: no such file or folder")
+        maker = self.spec.parts["data"]
+        settings = {name: setting.default for name, setting in maker.entry.settings.items()}
+        settings |= maker.settings
+        facts = {"classes": self.facts["classes"], **self.facts["data"]}
+        with facts_that_fit(self.run), user_errors(f"reading {path}", DataError):
+            split = maker.entry.part.read_labelled(path, facts, settings, self.scale)
+        data = Data()
+        data.train = data.test = split
+        data.in_shape = tuple(self.facts["in_shape"])
+        data.target = facts.get("target", "class")
+        data.classes = self.facts["classes"]
+        data.out_shape = (len(data.classes),) if data.classes else tuple(self.facts["out_shape"])
+        data.scale = self.scale
+        depends_on_training = isinstance(self.task.criterion, DataDependentLoss)
+        self.task.check(build_data(self.spec) if depends_on_training else data)
+        loader = build_loader(self.spec, self.model, data, "test")
+        metrics = build_metrics(self.spec, data, self.task)
+        return self.trainer().evaluate(
+            loader, model=self.model, task=self.task, metrics=metrics, name="data"
+        )
+
+    @property
+    def scale(self) -> Scale | None:
+        """The scale of the targets in training."""
+        scale = self.facts.get("scale")
+        return None if scale is None else Scale(*scale)
+
     def check_scale(self, data: Data) -> None:
         """Raise RunError if the targets have another scale than in training."""
-        scale = self.facts.get("scale")
-        before = None if scale is None else Scale(*scale)
         now = scale_of(data, self.task)
-        if not nearly_equal(before, now):
+        if not nearly_equal(self.scale, now):
             raise RunError(
-                f"{self.run}: the targets were scaled by {before} in training, but by {now} "
+                f"{self.run}: the targets were scaled by {self.scale} in training, but by {now} "
                 "now; the data has changed, or the run is of an older version: train it again"
             )
 
@@ -115,6 +166,11 @@ class Trained:
             raise DataError(f"there is no file {file}")
         with facts_that_fit(self.run), user_errors(f"reading {file}", DataError):
             inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
+        self.check_inputs(inputs, file)
+        return inputs  # type: ignore[no-any-return]
+
+    def check_inputs(self, inputs: Any, file: Path) -> None:
+        """Raise DataError unless the inputs are a tensor of rows for the model."""
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
             raise DataError(f"{file}: expected a tensor from `read_inputs`, got a {found}")
@@ -122,17 +178,93 @@ class Trained:
         expected = self.facts["in_shape"]
         if list(shape) != expected:
             raise DataError(f"{file}: a row has shape {shape}; the model takes {expected}")
-        return inputs
 
-    def predict(self, inputs: Tensor) -> Mapping[str, Any]:
-        """Return the predictions of the task as columns by name."""
+    def predict_files(
+        self, names: Sequence[str], ids: Sequence[str] = ()
+    ) -> Iterator[tuple[dict[str, list[Any]], Mapping[str, Any]]]:
+        """Read and predict files in chunks of bounded size.
+
+        Args:
+            names: files, folders, patterns, or "-" for standard input.
+            ids: the columns of the files that identify a row.
+
+        Yields:
+            For the rows of a chunk, the columns that identify them, and the predictions of the
+            task; both by name.
+
+        Raises:
+            DataError: a file cannot be read, or does not fit the model.
+        """
+        part = self.spec.parts["data"].entry.part
+        files = find_input_files(names, part.input_suffixes)
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
-        outputs = self.trainer().predict(
-            inputs, model=self.model, task=self.task, batch_size=batch_size
+        rows = chunk_rows(self.facts["in_shape"], batch_size)
+        with_file = len(files) > 1 or files != [expanded(name) for name in names]
+        single = tuple(part.single_input_suffixes)
+        with_row = not ids and not all(
+            file.name.lower().endswith(single or ("/",)) for file in files
         )
-        scale = self.facts.get("scale")
+        trainer = self.trainer()
+        chunks = self.read_chunks(files, ids, rows)
+        for group in regrouped(chunks, rows):
+            columns = name_columns(group, with_file or not (with_row or ids), with_row)
+            yield columns, self.predict(joined_inputs(group), trainer)
+
+    def prediction_form(self) -> Form:
+        """Return how the predictions are written to files."""
+        scale = self.scale
+        is_float32 = True
+        if scale is not None and not scale.log:
+            mean = torch.as_tensor(scale.mean, dtype=torch.float64)
+            std = torch.as_tensor(scale.std, dtype=torch.float64)
+            is_float32 = bool((mean.abs() <= MAX_FLOAT32_OFFSET * std).all())
+        largest = self.spec.parts["data"].entry.part.max_pixel
+        facts = self.facts["data"]
+        to_pixels = None
+        if largest is not None and "mean" in facts:
+            to_pixels = partial(self.as_pixels, largest=largest)
+        return Form(self.facts["classes"], is_float32, to_pixels)
+
+    def as_pixels(self, images: Any, largest: float) -> Any:
+        """Return images of the model as pixels, 0 for black and 1 for white.
+
+        Args:
+            images: an array in the scale of the inputs.
+            largest: the value of a white pixel before the inputs were scaled.
+        """
+        facts = self.facts["data"]
+        with facts_that_fit(self.run):
+            mean = torch.as_tensor(facts["mean"], dtype=torch.float64)
+            std = torch.as_tensor(facts["std"], dtype=torch.float64)
+            return ((torch.as_tensor(images).double() * std + mean) / largest).numpy()
+
+    def read_chunks(
+        self, files: Sequence[Path], ids: Sequence[str], rows: int
+    ) -> Iterator[InputRows]:
+        """Yield the rows of files, in chunks of about `rows` rows."""
+        read = chunk_reader(self.spec.parts["data"].entry.part)
+        for file in files:
+            if file != Path(STDIN) and not file.exists():
+                raise DataError(f"there is no file {file}")
+            with facts_that_fit(self.run), user_errors(f"reading {file}", DataError):
+                for chunk in read(opened(file, ids, rows), self.facts["data"]):
+                    self.check_inputs(chunk.inputs, file)
+                    chunk.file = str(file)
+                    yield chunk
+
+    def predict(self, inputs: Tensor, trainer: Trainer | None = None) -> Mapping[str, Any]:
+        """Return the predictions of the task as columns by name.
+
+        Args:
+            inputs: shape (rows, *in_shape), prepared as in training.
+            trainer: the result of `trainer`; None makes one.
+        """
+        batch_size = self.spec.sections["loader"]["eval_batch_size"]
+        trainer = trainer or self.trainer()
+        outputs = trainer.predict(inputs, model=self.model, task=self.task, batch_size=batch_size)
+        scale = self.scale
         if scale is not None and isinstance(outputs, Tensor):
-            outputs = Scale(*scale).inverse_transform(outputs)
+            outputs = scale.inverse_transform(outputs)
         columns = self.task.predict(outputs)
         if not isinstance(columns, Mapping):
             name = type(self.task).__name__
@@ -161,6 +293,20 @@ class Trained:
         generated = self.task.generate(self.model, tokens, self.facts["in_shape"][0], **sampling)
         with facts_that_fit(self.run):
             return known, data.decode([*tokens.tolist(), *generated], self.facts["data"])
+
+
+def chunk_reader(part: type[Data]) -> Callable[[InputFile, Any], Iterator[InputRows]]:
+    """Return the function that reads files to predict in chunks.
+
+    A subclass may override only `read_inputs` of a class with `read_chunks`: then it is called.
+    """
+    for base in part.__mro__:
+        if "read_chunks" in vars(base):
+            return part.read_chunks
+        if "read_inputs" in vars(base):
+            break
+    function: Any = Data.read_chunks
+    return partial(function.__func__, part)
 
 
 @contextmanager

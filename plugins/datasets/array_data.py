@@ -1,6 +1,6 @@
 """Base class of data sets of an array of inputs and an array of targets, in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, Preparation, Shape, Target, TensorSplit
+from framework import (
+    Data,
+    DataError,
+    InputFile,
+    InputRows,
+    Preparation,
+    Shape,
+    Target,
+    TensorSplit,
+)
 
 from .preparations import Standardize
-from .readers.arrays import numbers, read_batch
+from .readers.arrays import batch_chunks, numbers, read_batch
 from .readers.scaling import (
     AutoScaling,
     Per,
@@ -42,6 +51,7 @@ class ArrayData(Data):
     mean: Any
     std: Any
     float64: bool
+    input_suffixes = (".npy", ".npz")
 
     def __init__(
         self,
@@ -149,6 +159,14 @@ class ArrayData(Data):
     @classmethod
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         return read_batch(path, facts)
+
+    @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        if file.stream is not None or file.ids:
+            yield from super().read_chunks(file, facts)
+            return
+        for inputs, before in batch_chunks(file.path, file.rows, facts):
+            yield InputRows(inputs, first=before + 1)
 
     def facts(self) -> dict[str, Any]:
         facts = standard_facts(self)

@@ -120,6 +120,8 @@ class Idx(ArrayData):
         normalize: standardize by the training pixels; otherwise divide them by 255.
     """
 
+    max_pixel = 255.0
+
     def __init__(
         self,
         path: Path,

@@ -1,6 +1,6 @@
 """Data sets in Arrow files, which may be larger than the memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +11,14 @@ from torch import Tensor
 from framework import (
     Data,
     DataError,
+    InputFile,
+    InputRows,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Preparation,
     Rate,
+    Scale,
     Shape,
     datasets,
     memory,
@@ -61,9 +64,10 @@ from .readers.scaling import (
     moments,
     needs_float64,
     scaled,
+    scaled_as_before,
 )
 from .readers.splits import split_parts
-from .readers.targets import Targets, as_targets
+from .readers.targets import Targets, as_targets, known_classes
 from .readers.tokenizers import TokenizerPart, load_tokenizer
 from .tables import target_cells
 from .text import TextData
@@ -123,6 +127,8 @@ class Arrow(Data):
         scale_target: train on values that are standardized, with log after their logarithm;
             metrics and predictions are in the target's own unit. auto: see data=npz.
     """
+
+    input_suffixes = SUFFIXES
 
     def __init__(
         self,
@@ -418,6 +424,49 @@ class Arrow(Data):
         raise DataError(f"{path}: expected a file with the suffix {', '.join(SUFFIXES)}")
 
     @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        """Yield the rows of an Arrow file, or the inputs of another file as `read_inputs`."""
+        kind = facts["kind"]
+        if file.path.suffix in SUFFIXES and file.stream is None:
+            yield from read_arrow_chunks(file, facts)
+        elif kind == "text":
+            yield from TextData.read_chunks(file, facts)
+        else:
+            yield from super().read_chunks(file, facts)
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> Any:
+        """Return the rows of an Arrow file with the columns of the training."""
+        table = MappedTable([path], facts["inputs"])
+        label = settings["target"]
+        cells = read_column(table.files, label)
+        name = f"{path}, column {label!r}"
+        kind = facts["target"]
+        layout = layout_of(cells.type)
+        if layout.levels and layout.is_number:
+            targets = as_targets(read_vectors(cells, name), kind, name=name).tensor
+        else:
+            values = target_cells(cells, label, kind, path)
+            if kind == "class":
+                targets = known_classes(values, facts["classes"], name)
+            else:
+                targets = as_targets(values, kind, name=name).tensor
+        if kind == "value":
+            targets = scaled_as_before(targets, scale, name)
+        rows = torch.arange(len(table))
+        if facts["kind"] == "sequences":
+            column = next(iter(table.columns.values()))
+            lengths = column.lengths().clamp(max=facts["max_length"])
+            return MappedSequences(table, rows, targets, lengths, 0)
+        return mapped_split(table, rows, targets, facts)
+
+    @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         kind = facts["kind"]
         if kind == "audio":
@@ -536,19 +585,44 @@ def evenly_spaced(rows: Tensor, most: int) -> Tensor:
 def read_arrow_inputs(path: Path, facts: dict[str, Any]) -> Tensor:
     """Return all rows of an Arrow file as a batch of inputs."""
     table = MappedTable([path], facts["inputs"])
-    rows = torch.arange(len(table))
     size = torch.Size(facts["in_shape"]).numel()
-    memory.check_room(8 * len(rows) * size, f"{len(rows)} rows of {path}")
+    memory.check_room(8 * len(table) * size, f"{len(table)} rows of {path}")
+    return read_arrow_rows(table, torch.arange(len(table)), facts)
+
+
+def read_arrow_chunks(file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+    """Yield the rows of an Arrow file in chunks."""
+    table = MappedTable([file.path], facts["inputs"])
+    ids = {name: read_column(table.files, name, f"--id {name}") for name in file.ids}
+    for start in range(0, len(table), file.rows):
+        rows = torch.arange(start, min(start + file.rows, len(table)))
+        cells = {name: column[start : start + len(rows)] for name, column in ids.items()}
+        names = {name: column.to_pylist() for name, column in cells.items()}
+        yield InputRows(read_arrow_rows(table, rows, facts), names, start + 1)
+
+
+def read_arrow_rows(table: MappedTable, rows: Tensor, facts: dict[str, Any]) -> Tensor:
+    """Return some rows of an Arrow file as a batch of inputs."""
+    if facts["kind"] == "sequences":
+        column = next(iter(table.columns.values()))
+        longest = facts["in_shape"][0]
+        lengths = column.lengths()[rows].clamp(max=min(longest, facts["max_length"]))
+        return column.read_lists(rows, lengths, longest)
+    split = mapped_split(table, rows, rows, facts)
+    every = torch.arange(len(rows))
+    if isinstance(split, MappedNumbers):
+        return split.gather(every)[0]
+    return torch.stack([split.read(row) for row in rows.tolist()])
+
+
+def mapped_split(table: MappedTable, rows: Tensor, labels: Tensor, facts: dict[str, Any]) -> Any:
+    """Return a split of numbers, texts, images or sounds, prepared as in training."""
     kind = facts["kind"]
     if kind == "numbers":
         shapes = [tuple(shape) for shape in facts["shapes"]]
-        return MappedNumbers(table, rows, rows, shapes, facts).gather(rows)[0]
-    column = next(iter(table.columns.values()))
-    if kind == "sequences":
-        lengths = column.lengths().clamp(max=facts["max_length"])
-        return column.read_lists(rows, lengths, int(lengths.max()))
+        return MappedNumbers(table, rows, labels, shapes, facts)
     splits = {"image": MappedImages, "audio": MappedSounds, "text": MappedTexts}
-    split = splits[kind](table, rows, rows, facts)
+    split = splits[kind](table, rows, labels, facts)
     if isinstance(split, MappedTexts):
         split.tokenizer = load_tokenizer(facts)
-    return torch.stack([split.read(row) for row in range(len(rows))])
+    return split

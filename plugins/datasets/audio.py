@@ -24,6 +24,7 @@ from framework import (
     PositiveInt,
     Preparation,
     Rate,
+    Scale,
     Shape,
     TensorSplit,
     datasets,
@@ -80,6 +81,8 @@ class SoundData(Data):
     """
 
     measures_training = False
+    input_suffixes = tuple(sorted(SUFFIXES))
+    single_input_suffixes = input_suffixes
 
     def __init__(
         self,
@@ -117,6 +120,18 @@ class SoundData(Data):
             raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
         files = find_sounds(path) if path.is_dir() else [path]
         return torch.stack([read_sound(file, facts) for file in files])
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> SoundFiles:
+        """Return the sounds of PATH/CLASS/*.wav; they are read when needed."""
+        files, labels = find_labelled_files(path, facts["classes"], "sounds", find_sounds)
+        return SoundFiles(files, labels, facts)
 
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:

@@ -44,6 +44,8 @@ class Digits(ArrayData):
         normalize: standardize by one mean and deviation of all pixels; otherwise divide by 16.
     """
 
+    max_pixel = 16.0
+
     def __init__(
         self,
         image: bool = False,

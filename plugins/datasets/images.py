@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Preparation, Rate, Shape, datasets
+from framework import Data, DataError, PositiveInt, Preparation, Rate, Scale, Shape, datasets
 
 from .preparations import Standardize
 from .readers.arrays import read_batch
@@ -53,6 +53,10 @@ class ImageFolder(Data):
         normalize: standardize each channel, by 256 images of the training split; otherwise
             divide by 255.
     """
+
+    input_suffixes = tuple(sorted(SUFFIXES))
+    single_input_suffixes = input_suffixes
+    max_pixel = 255.0
 
     def __init__(
         self,
@@ -112,6 +116,19 @@ class ImageFolder(Data):
         check_pillow()
         files = find_images(path) if path.is_dir() else [path]
         return torch.stack([standardize(read_image(file, facts), facts) for file in files])
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> ImageFiles:
+        """Return the images of PATH/CLASS/*.png; they are read when needed."""
+        check_pillow()
+        files, labels = find_labelled_files(path, facts["classes"], "images", find_images)
+        return ImageFiles(files, labels, facts)
 
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:

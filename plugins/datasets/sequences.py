@@ -45,6 +45,8 @@ class TsFiles(Data):
         normalize: standardize each channel by the frames of the training split.
     """
 
+    input_suffixes = (".ts",)
+
     def __init__(
         self,
         path: Path,

@@ -30,7 +30,7 @@ from .readers.columns import as_column
 from .readers.data_files import parse_number, read_text
 from .readers.fetched import data_folder
 from .readers.scaling import fit_scale, mean_and_std
-from .readers.tables import Table, count_rows, read_table, require_column
+from .readers.tables import TABLE_SUFFIXES, Table, count_rows, read_table, require_column
 
 Calendar = Literal["day", "week", "year"]
 
@@ -46,6 +46,9 @@ class SeriesData(Data):
     """
 
     in_time_order = True
+
+    input_suffixes = TABLE_SUFFIXES
+    single_input_suffixes = TABLE_SUFFIXES  # a file gives one forecast
 
     def split(
         self,

@@ -1,7 +1,7 @@
 """Tables with named columns: CSV and Parquet files, diamonds, flights, and scikit-learn's."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,12 @@ from torch import Tensor
 from framework import (
     Data,
     DataError,
+    InputFile,
+    InputRows,
     PositiveInt,
     Preparation,
     Rate,
+    Scale,
     Shape,
     TensorSplit,
     datasets,
@@ -24,12 +27,20 @@ from framework import (
 
 from .preparations import Columns
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
+from .readers.dates import DATE_PARTS, TIME_PARTS, date_columns, date_part_column
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column
 from .readers.fetched import data_folder
-from .readers.scaling import Scaling, check_digits, fit_scale, scaled
+from .readers.scaling import Scaling, check_digits, fit_scale, scaled, scaled_as_before
 from .readers.splits import split_parts, split_rows
-from .readers.tables import Cells, Table, read_table, require_column
-from .readers.targets import Targets, as_targets
+from .readers.tables import (
+    TABLE_SUFFIXES,
+    Cells,
+    Table,
+    read_table,
+    read_table_chunks,
+    require_column,
+)
+from .readers.targets import Targets, as_targets, known_classes
 
 TargetCells = Any
 """The targets of a file: a NumPy array of booleans or numbers, or Texts."""
@@ -48,9 +59,13 @@ class TableData(Data):
 
     Attributes:
         column_facts: how each column becomes inputs, see `readers/encoding.py`.
+        dates: the columns of dates, whose parts are inputs.
     """
 
     column_facts: Sequence[dict[str, Any]]
+    dates: Sequence[str] = ()
+    input_suffixes = TABLE_SUFFIXES
+    label: ClassVar[str | None] = None  # the column of targets, if no setting names it
 
     def fit(
         self,
@@ -76,7 +91,14 @@ class TableData(Data):
         self.column_facts = []
         for label, column in table.items():
             training = column[rows["train"]]
-            self.column_facts.append(fit_column(label, training, encoding, name))
+            source, part = date_source(label, self.dates)
+            # The other parts of an empty date do not repeat that it is empty.
+            is_repeated = part not in (None, "elapsed")
+            own = encoding._replace(mark_missing=False) if is_repeated else encoding
+            fitted = fit_column(label, training, own, name)
+            if part is not None:
+                fitted |= {"source": source, "part": part}
+            self.column_facts.append(fitted)
             if not (encoding.normalize or encoding.quantile):
                 check_column(label, training, name)
         inputs = encode(table, self.column_facts)
@@ -107,12 +129,47 @@ class TableData(Data):
     def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
         """Read the feature columns of a CSV or Parquet file, and ignore its other columns."""
         table = read_table(path, facts.get("delimiter"))
-        columns = {}
-        for column in facts["columns"]:
-            label = column["name"]
-            cells = require_column(table, label, path)
-            columns[label] = as_column(cells, label, path, text="texts" in column)
-        return encode(columns, facts["columns"])
+        return encode_table(table, facts["columns"], path)
+
+    @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        """Yield the feature columns of a CSV or Parquet file, or of CSV on standard input."""
+        columns = facts["columns"]
+        sources = [column.get("source", column["name"]) for column in columns]
+        needed = dict.fromkeys([*sources, *file.ids])
+        first = 1
+        for table in read_table_chunks(
+            file.path, file.rows, list(needed), facts.get("delimiter"), file.stream
+        ):
+            ids = {}
+            for label in file.ids:
+                ids[label] = require_column(table, label, file.path).to_pylist()
+            inputs = encode_table(table, columns, file.path, first - 1)
+            yield InputRows(inputs, ids, first)
+            first += len(inputs)
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> TensorSplit:
+        """Read the feature columns and the target of a CSV or Parquet file."""
+        label = settings.get("target", cls.label)
+        if label is None:
+            raise DataError(f"--data {path}: {cls.__name__} does not read files with targets")
+        table = read_table(path, facts.get("delimiter"))
+        inputs = encode_table(table, facts["columns"], path)
+        kind = facts["target"]
+        cells = require_column(table, label, path)
+        answers = target_cells(cells, label, kind, path)
+        name = f"{path}, column {label!r}"
+        if kind == "class":
+            return TensorSplit(inputs, known_classes(answers, facts["classes"], name))
+        amounts = as_targets(answers, kind, name=name).tensor
+        return TensorSplit(inputs, scaled_as_before(amounts, scale, name))
 
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
@@ -132,6 +189,9 @@ class TableFile(TableData):
         features: the columns to predict from; null: all others.
         ignore: columns to leave out, such as names and row numbers.
         categorical: columns whose numbers are codes, to be encoded like texts.
+        dates: columns of dates or times in ISO 8601 form, such as 2024-01-31: their inputs are
+            year, month, week, day, weekday, day of the year, whether a month, quarter or year
+            begins or ends, the elapsed days, and the time of day if there is one.
         target_kind: null infers it: texts and at most 20 different integers are classes.
         test_path: a file with the official test set; test_fraction is not used then.
         delimiter: the separator of the cells; null: the most frequent of , ; | and tab in the
@@ -158,6 +218,7 @@ class TableFile(TableData):
         features: list[str] | None = None,
         ignore: list[str] | None = None,
         categorical: list[str] | None = None,
+        dates: list[str] | None = None,
         target_kind: Literal["class", "value"] | None = None,
         test_path: Path | None = None,
         delimiter: str | None = None,
@@ -173,9 +234,10 @@ class TableFile(TableData):
     ):
         path = path.expanduser()
         self.delimiter = delimiter
+        self.dates = dates or []
         table = self.read(path)
         labels = choose_features(table, target, features, ignore or [], path)
-        columns = feature_columns(table, labels, categorical or [], path)
+        columns = feature_columns(table, labels, categorical or [], path, self.dates)
         answers = target_cells(require_column(table, target, path), target, target_kind, path)
         del table  # its texts, so that the columns are in memory once
         sizes = {"train": len(answers)}
@@ -200,7 +262,12 @@ class TableFile(TableData):
         """Append the rows of the official test set to the columns, and return their targets."""
         table = read_table(path, self.delimiter)
         for label, column in columns.items():
-            cells = require_column(table, label, path)
+            source, part = date_source(label, self.dates)
+            cells = require_column(table, source, path)
+            if part is not None:
+                test_dates = date_part_column(cells, source, part, path)
+                columns[label] = concatenate(column, test_dates)
+                continue
             test_column = as_column(cells, label, path, text=isinstance(column, Texts))
             columns[label] = concatenate(column, test_column)
         return target_cells(require_column(table, target, path), target, kind, path)
@@ -294,6 +361,8 @@ class Diamonds(TableFile):
             metrics are in dollars.
     """
 
+    label = "price"
+
     def __init__(
         self,
         path: Path | None = None,
@@ -362,6 +431,8 @@ class Flights(TableFile):
         categories: one_hot: an input of 0 or 1 for each text; index: one input, for models that
             embed categories.
     """
+
+    label = "late"
 
     def __init__(
         self,
@@ -447,6 +518,29 @@ def weekdays(table: Table, path: Path) -> Any:
     return pyarrow.array(names).take(pyarrow.array((codes % len(names)).numpy()))
 
 
+def encode_table(
+    table: Table, fitted: Sequence[dict[str, Any]], path: Path, skipped: int = 0
+) -> Tensor:
+    """Return the inputs of a table, shape (rows, inputs).
+
+    Args:
+        table: the columns; others than the fitted ones are ignored.
+        fitted: how each column becomes inputs, from the training.
+        path: the file, for errors.
+        skipped: rows of the file before those of the table, for errors.
+    """
+    columns: dict[str, Column] = {}
+    for column in fitted:
+        label = column["name"]
+        source = column.get("source", label)
+        cells = require_column(table, source, path)
+        if "part" in column:
+            columns[label] = date_part_column(cells, source, column["part"], path, skipped)
+            continue
+        columns[label] = as_column(cells, label, path, text="texts" in column, skipped=skipped)
+    return encode(columns, fitted)
+
+
 def check_column(label: str, column: Column, name: str) -> None:
     """Raise DataError for a column of numbers that float32 cannot hold as they are."""
     if not isinstance(column, Texts):
@@ -454,14 +548,39 @@ def check_column(label: str, column: Column, name: str) -> None:
         check_digits(numbers[:, None], f"{name}: the numbers of column {label!r}", "normalize=true")
 
 
+def date_source(label: str, dates: Sequence[str]) -> tuple[str, str | None]:
+    """Return the column of the file that an input column is made of, and the part of its dates."""
+    for source in dates:
+        part = label.removeprefix(f"{source}:")
+        if part in (*DATE_PARTS, *TIME_PARTS):
+            return source, part
+    return label, None
+
+
 def feature_columns(
-    table: Table, labels: Sequence[str], categorical: Sequence[str], path: Path
+    table: Table,
+    labels: Sequence[str],
+    categorical: Sequence[str],
+    path: Path,
+    dates: Sequence[str] = (),
 ) -> dict[str, Column]:
-    """Return the columns as numbers or texts; those in `categorical` as texts."""
-    for label in categorical:
+    """Return the columns as numbers or texts; those in `categorical` as texts.
+
+    A column in `dates` is replaced by the parts of its dates.
+    """
+    for label in (*categorical, *dates):
         require_column(table, label, path)
-    columns = {}
+    for label in dates:
+        if label not in labels:
+            raise DataError(
+                f"{paths.override('dates', [label])}: {label!r} is the target or left out, and no "
+                "feature"
+            )
+    columns: dict[str, Column] = {}
     for label in labels:
+        if label in dates:
+            columns.update(date_columns(table[label], label, path))
+            continue
         text = True if label in categorical else None
         advice = f", or {paths.override('categorical', [label])}"
         columns[label] = as_column(table[label], label, path, text, advice)

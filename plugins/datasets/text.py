@@ -9,10 +9,12 @@ import io
 import json
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +22,14 @@ from torch import Tensor
 from framework import (
     Data,
     DataError,
+    InputFile,
+    InputRows,
     NonNegativeInt,
     PositiveInt,
     Preparation,
     RaggedSplit,
     Rate,
+    Scale,
     Shape,
     datasets,
     did_you_mean,
@@ -34,10 +39,12 @@ from framework import (
 )
 
 from .preparations import Tokens
-from .readers.data_files import one_line, read_bytes, read_text
+from .readers.data_files import file_errors, one_line, open_unpacked, read_bytes, read_text
 from .readers.fetched import cache_folder, fetch_command
+from .readers.targets import known_classes
 from .readers.tokenizers import UNKNOWN, TokenizerPart, load_tokenizer
 
+MAX_LINE = 2**26  # characters
 Rows = Mapping[str, Tensor]
 """The row numbers of each split."""
 
@@ -48,6 +55,8 @@ class TextData(Data):
     The tokenizer is fitted on the training texts and kept in the run, for `predict`. A text is cut
     to its first `max_length` tokens; a text without tokens becomes one unknown token.
     """
+
+    input_suffixes = (".txt", ".csv", ".tsv", ".jsonl")
 
     def fit(
         self,
@@ -113,18 +122,66 @@ class TextData(Data):
             texts = [row[0] for row in read_rows(path, [facts.get("text", "text")])]
         if not any(texts):
             raise DataError(f"{path} has no texts; expected one in each line")
+        return encode_texts(texts, load_tokenizer(facts), facts["max_length"])
+
+    @classmethod
+    def read_chunks(cls, file: InputFile, facts: dict[str, Any]) -> Iterator[InputRows]:
+        """Yield the texts of a file as `read_inputs`, or those of standard input.
+
+        Standard input has a text in each line, or for runs with a column of texts the rows of a CSV
+        file; or JSON lines.
+        """
         tokenizer = load_tokenizer(facts)
-        max_length = facts["max_length"]
-        memory.check_room(8 * len(texts) * max_length, f"{len(texts)} texts of {max_length} tokens")
-        inputs = torch.zeros(len(texts), max_length, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            ids = encode(text, tokenizer, max_length)
-            inputs[row, : len(ids)] = ids
-        return inputs
+        texts: list[str] = []
+        ids: dict[str, list[Any]] = {name: [] for name in file.ids}
+        first = 1
+        for text, cells in text_rows(file, facts):
+            texts.append(text)
+            for name, value in cells.items():
+                ids[name].append(value)
+            if len(texts) == file.rows:
+                yield InputRows(encode_texts(texts, tokenizer, facts["max_length"]), ids, first)
+                first += len(texts)
+                texts = []
+                ids = {name: [] for name in file.ids}
+        if texts:
+            yield InputRows(encode_texts(texts, tokenizer, facts["max_length"]), ids, first)
+        elif first == 1:
+            raise DataError(f"{file.path} has no texts; expected one in each line")
+
+    @classmethod
+    def read_labelled(
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        settings: Mapping[str, Any],
+        scale: Scale | None = None,
+    ) -> RaggedSplit:
+        """Read the .txt files of PATH/CLASS/, or a file with a column of texts and of classes."""
+        if path.is_dir():
+            texts, names = read_text_folder(path)
+        else:
+            columns = [settings.get("text", "text"), settings.get("label", "label")]
+            texts, names = map(list, zip(*read_rows(path, columns), strict=True))
+        tokenizer = load_tokenizer(facts)
+        classes = known_classes(names, facts["classes"], str(path))
+        inputs = [encode(text, tokenizer, facts["max_length"]) for text in texts]
+        order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # for less padding
+        return RaggedSplit([inputs[row] for row in order], classes[order])
 
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         return Tokens(facts, facts["max_length"], classifies=True)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tensor:
+    """Return texts as token ids, padded with 0: shape (texts, max_length)."""
+    memory.check_room(8 * len(texts) * max_length, f"{len(texts)} texts of {max_length} tokens")
+    inputs = torch.zeros(len(texts), max_length, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids = encode(text, tokenizer, max_length)
+        inputs[row, : len(ids)] = ids
+    return inputs
 
 
 def encode(text: str, tokenizer: Any, max_length: int) -> Tensor:
@@ -329,21 +386,7 @@ class TextFolder(TextData):
         test_fraction: Rate = 0.15,
         split_seed: int = 0,
     ):
-        path = path.expanduser()
-        folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
-        if not folders:
-            raise DataError(
-                f"{path} has no folders; put the .txt files of each class into a folder with its "
-                "name"
-            )
-        texts = []
-        names = []
-        for folder in folders:
-            files = sorted(folder.glob("*.txt"))
-            if not files:
-                raise DataError(f"{folder} has no .txt file; add some, or remove the folder")
-            texts += [read_text(file) for file in files]
-            names += [folder.name] * len(files)
+        texts, names = read_text_folder(path.expanduser())
         classes, labels = number_classes(names)
         rows = split_texts(labels, val_fraction, test_fraction, split_seed)
         self.fit(texts, labels, classes, tokenizer, max_length, bucket, rows)
@@ -389,6 +432,28 @@ class TextTable(TextData):
         return {**super().facts(), "text": self.text}
 
 
+def read_text_folder(path: Path) -> tuple[list[str], list[str]]:
+    """Return the texts of PATH/CLASS/*.txt and their classes.
+
+    Raises:
+        DataError: there is no folder, or one without texts.
+    """
+    folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
+    if not folders:
+        raise DataError(
+            f"{path} has no folders; put the .txt files of each class into a folder with its name"
+        )
+    texts = []
+    names = []
+    for folder in folders:
+        files = sorted(folder.glob("*.txt"))
+        if not files:
+            raise DataError(f"{folder} has no .txt file; add some, or remove the folder")
+        texts += [read_text(file) for file in files]
+        names += [folder.name] * len(files)
+    return texts, names
+
+
 def number_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct classes, sorted, and the number of the class of each text."""
     classes = sorted(set(names))
@@ -418,9 +483,17 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the cells of each row."""
-    lines = io.StringIO(read_text(path), newline="")
+def csv_rows(
+    path: Path, lines: Iterable[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the cells of each row.
+
+    Args:
+        path: the file.
+        lines: its lines; None reads the file.
+    """
+    if lines is None:
+        lines = io.StringIO(read_text(path), newline="")
     limit = csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
@@ -436,9 +509,13 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(limit)
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line."""
-    for number, line in enumerate(io.StringIO(read_text(path), newline=""), 1):
+def json_rows(
+    path: Path, lines: Iterable[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line; see `csv_rows`."""
+    if lines is None:
+        lines = io.StringIO(read_text(path), newline="")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -448,6 +525,70 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f'{path}, line {number}: expected an object such as {{"text": ..., "label": ...}}'
             )
         yield number, row
+
+
+def text_rows(file: InputFile, facts: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the texts of a file, with the cells of `file.ids`, without reading it as a whole."""
+    path = file.path
+    column = facts.get("text", "text")
+    with open_lines(path, file.stream) as lines:
+        first = next(lines, "")
+        all_lines = chain([first], lines)
+        suffix = path.suffix
+        if file.stream is not None:
+            suffix = ".csv" if "text" in facts else ".txt"
+            suffix = ".jsonl" if first.lstrip().startswith("{") else suffix
+        if suffix == ".txt":
+            if file.ids:
+                raise DataError(f"--id {file.ids[0]}: {path} has no named columns")
+            for line in all_lines:
+                yield line.removesuffix("\n"), {}
+            return
+        readers = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": json_rows}
+        if suffix not in readers:
+            raise DataError(f"{path}: expected the suffix .txt, .csv, .tsv or .jsonl")
+        for number, row in readers[suffix](path, all_lines):
+            where = f"{path}, line {number}"
+            ids = {}
+            for name in file.ids:
+                if name not in row:
+                    raise DataError(f"{where} has no {name!r}; {did_you_mean(name, row)}")
+                ids[name] = row[name]
+            yield cell(row, column, where), ids
+
+
+@contextmanager
+def open_lines(path: Path, stream: IO[bytes] | None) -> Iterator[Iterator[str]]:
+    """Open a UTF-8 file, or a stream, as an iterator of lines."""
+    with open_unpacked(path, stream) as raw, file_errors(path):
+        text = io.TextIOWrapper(raw, "utf-8-sig")  # type: ignore[type-var]
+        try:
+            yield checked_lines(text, path)
+        finally:
+            with suppress(ValueError):  # the file is closed
+                text.detach()
+
+
+def checked_lines(text: IO[str], path: Path) -> Iterator[str]:
+    """Yield lines.
+
+    Raises:
+        DataError: a line is longer than MAX_LINE, or not UTF-8.
+    """
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = text.readline(MAX_LINE)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8 text (line {number} or later); save it as UTF-8"
+            ) from error
+        if not line:
+            return
+        if len(line) == MAX_LINE:
+            raise DataError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+        yield line
 
 
 def cell(row: Mapping[str, Any], column: str, where: str) -> str:

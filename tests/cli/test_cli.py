@@ -94,15 +94,16 @@ def test_predict_reads_a_file_and_writes_a_file(command, run, tmp_path):
     status, out, _ = command(f"predict {run} --input x.npz --output y.csv")
     assert (status, out) == (0, "50 predictions in y.csv\n")
     rows = [line.split(",") for line in (tmp_path / "y.csv").read_text().splitlines()]
-    assert rows[0][:2] == ["class", "index"]
-    named = np.array([row[0] for row in rows[1:]], int)
+    assert rows[0][:3] == ["row", "class", "class_index"]
+    assert [row[0] for row in rows[1:]] == [str(row) for row in range(1, 51)]
+    named = np.array([row[1] for row in rows[1:]], int)
     assert (named == digits.target[:50]).mean() > 0.7
     assert command(f"predict {run} --input x.npz --output y.jsonl")[0] == 0
     classes = [json.loads(line)["class"] for line in (tmp_path / "y.jsonl").open()]
-    assert classes == [row[0] for row in rows[1:]]
+    assert classes == [row[1] for row in rows[1:]]
     assert command(f"predict {run} --input x.npz --output y.npz")[0] == 0
     with np.load(tmp_path / "y.npz") as archive:
-        assert archive["index"].tolist() == named.tolist()
+        assert archive["class_index"].tolist() == named.tolist()
     assert command(f"predict {run} --input x.npz --output -")[1] == (tmp_path / "y.csv").read_text()
 
 

@@ -5,21 +5,17 @@ import re
 from pathlib import Path
 from signal import SIGINT
 
-import numpy as np
 import pytest
 import torch
 
 from framework.cli.output import (
-    check_output,
     metric_table,
     percent,
     print_result,
     print_values,
-    write_predictions,
 )
 from framework.contracts.state import Stop
 from framework.data.dataset import Loader, TensorSplit
-from framework.errors import FrameworkError
 from framework.experiment.experiment import data_advice
 from framework.experiment.result import Result
 from framework.training.process_times import ProcessTimes
@@ -144,78 +140,6 @@ def test_an_evaluation_prints_its_values_and_the_checkpoint(capsys):
         "test/accuracy  1",
         "from           c/best",
     ]
-
-
-COLUMNS = {"class": torch.tensor([1, 0]), "probability": torch.tensor([[0.25, 0.75], [0.5, 0.5]])}
-CLASSES = ["cat", "dog, big"]
-
-
-def test_predictions_are_written_as_csv(tmp_path, capsys):
-    assert write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.csv")) == 2
-    header = 'class,index,probability:cat,"probability:dog, big"\n'
-    text = f'{header}"dog, big",1,0.25,0.75\ncat,0,0.5,0.5\n'
-    assert (tmp_path / "y.csv").read_text() == text
-    write_predictions(COLUMNS, CLASSES, "-")
-    assert capsys.readouterr().out == text
-
-
-def test_predictions_are_written_as_json_lines(tmp_path):
-    write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.jsonl"))
-    first, _ = map(json.loads, (tmp_path / "y.jsonl").read_text().splitlines())
-    assert first == {
-        "class": "dog, big",
-        "index": 1,
-        "probability:cat": 0.25,
-        "probability:dog, big": 0.75,
-    }
-
-
-def test_predictions_may_have_any_type(tmp_path):
-    columns = {
-        "z": torch.tensor([1 + 2j]),
-        "yes": torch.tensor([True]),
-        "id": torch.tensor([2**53 + 1]),
-    }
-    for suffix in ("csv", "jsonl", "npz"):
-        assert write_predictions(columns, [], str(tmp_path / f"y.{suffix}")) == 1
-    assert (tmp_path / "y.csv").read_text() == f"z,yes,id\n(1+2j),True,{2**53 + 1}\n"
-    row = json.loads((tmp_path / "y.jsonl").read_text())
-    assert row == {"z": "(1+2j)", "yes": True, "id": 2**53 + 1}
-
-
-def test_predictions_are_written_as_an_archive(tmp_path):
-    write_predictions(COLUMNS, CLASSES, str(tmp_path / "y.npz"))
-    with np.load(tmp_path / "y.npz", allow_pickle=False) as archive:
-        assert archive["class"].tolist() == ["dog, big", "cat"]
-        assert archive["probability:cat"].tolist() == [0.25, 0.5]
-
-
-def test_columns_without_classes_are_numbered(tmp_path):
-    columns = {"output": torch.tensor([[1.0, 2.0, 3.0]]), "class": [4]}
-    write_predictions(columns, [], str(tmp_path / "y.csv"))
-    assert (tmp_path / "y.csv").read_text() == "output:0,output:1,output:2,class\n1.0,2.0,3.0,4\n"
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ("y.txt", "--output y.txt: expected a .csv, .jsonl or .npz file, or - for the terminal"),
-        ("y", "--output y: expected"),
-        ("no/y.csv", "--output no/y.csv: no folder no"),
-        ("folder.csv", "--output folder.csv: is a folder"),
-    ],
-)
-def test_an_invalid_output_is_refused(tmp_path, monkeypatch, output, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(FrameworkError, match="--output") as error:
-        check_output(output)
-    assert message in str(error.value)
-
-
-def test_an_output_that_cannot_be_written_is_an_error():
-    with pytest.raises(FrameworkError, match=r"--output /proc/y\.csv"):
-        write_predictions(COLUMNS, CLASSES, "/proc/y.csv")
 
 
 def test_the_kind_of_steps_that_was_kept_is_printed(capsys):

@@ -24,6 +24,11 @@ PLUGIN = textwrap.dedent(
             loss = torch.nn.functional.cross_entropy(outputs, targets)
             return loss * (1 + outputs.mean().square() * len(outputs))
 
+    @fw.callbacks.register("speaking")
+    class Speaking(fw.Callback):
+        def on_step_end(self, trainer):
+            print("a step")
+
     @fw.losses.register("noisy")
     class Noisy(OfTheBatch):
         def forward(self, outputs, targets):
@@ -117,3 +122,10 @@ def test_a_loss_that_depends_on_other_samples_is_found(plugin):
 def test_an_error_of_a_process_is_that_of_the_check(plugin):
     with pytest.raises(FrameworkError, match="this process fails"):
         checked("callbacks=[fails_in_check]", plugins=[plugin])
+
+
+def test_one_batch_is_overfitted_without_the_callbacks(plugin, capsys):
+    """A callback that prints a line for each step would print a hundred."""
+    lines = checked("callbacks=[speaking]", "strategy=single", plugins=[plugin])
+    assert any("overfit one batch" in line for line in lines)
+    assert 3 <= capsys.readouterr().out.count("a step") <= 6

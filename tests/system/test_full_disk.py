@@ -546,16 +546,16 @@ def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
 
 
 def test_predictions_are_written_atomically(tmp_path):
-    from framework.cli.output import write_predictions
+    from framework.experiment.prediction_files import Form, write_predictions
 
-    columns = {"value": torch.arange(1000.0)}
+    chunks = [({}, {"value": torch.arange(1000.0)})]
     for suffix in ("csv", "jsonl", "npz"):
         path = tmp_path / f"y.{suffix}"
         path.write_text("before")
-        with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match=FULL):
-            write_predictions(columns, [], str(path))
+        with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match="cannot be written"):
+            write_predictions(chunks, Form(), str(path))
         assert path.read_text() == "before"
-        assert write_predictions(columns, [], str(path)) == 1000
+        assert write_predictions(chunks, Form(), str(path)) == 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["y.csv", "y.jsonl", "y.npz"]
 
 

@@ -35,7 +35,7 @@ from framework.system.files import (
 from framework.system.locks import WriterLock, lock, locks_disabled
 
 LOCK = "sweep.lock"
-MAX_RUN_NAME = 80  # characters; TensorBoard lists runs in a narrow column
+MAX_RUN_NAME = 48  # characters; TensorBoard lists runs in a narrow column
 
 
 class SweepFolder:
@@ -207,12 +207,18 @@ def has_incomplete_line(file: BinaryIO) -> bool:
 
 
 def run_name(number: int, settings: Mapping[str, Any]) -> str:
-    """Return the name of a trial's run folder: 003_lr-0.01_seed-2."""
+    """Return the name of a trial's run folder: 003_lr-0.01_seed-2.
+
+    Settings that do not fit are left out; the table of the sweep and the run have all of them.
+    """
     names = short_keys(settings)
-    parts = [f"{number:03}"]
+    name = f"{number:03}"
     for key, value in settings.items():
-        parts.append(f"{names[key]}-{file_name_part(value)}")
-    return re.sub(r"\.{2,}", ".", "_".join(parts))[:MAX_RUN_NAME].rstrip("._-")
+        longer = f"{name}_{names[key]}-{file_name_part(value)}"
+        if len(longer) > MAX_RUN_NAME and "_" in name:
+            break
+        name = longer
+    return re.sub(r"\.{2,}", ".", name)[:MAX_RUN_NAME].rstrip("._-")
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -228,5 +234,5 @@ def file_name_part(value: Any) -> str:
     if value is None:
         text = "null"
     elif isinstance(value, float):
-        text = f"{value:g}"
+        text = f"{value:.3g}"
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).replace("+", "").strip("-") or "x"

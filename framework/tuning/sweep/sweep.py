@@ -23,7 +23,12 @@ from framework.composition.compose import (
 )
 from framework.composition.hydra_internals import compose_config, launcher_in_use, set_up_sweeper
 from framework.composition.override_checks import hydra_fault
-from framework.composition.override_syntax import of_hydra, override_key
+from framework.composition.override_syntax import (
+    of_hydra,
+    override_key,
+    parse,
+    swept_values,
+)
 from framework.composition.sections import HYDRA_PLUGINS, section_settings
 from framework.composition.spec import Reader
 from framework.contracts.direction import Direction, metric_directions
@@ -43,6 +48,7 @@ from .trial_runner import PlanLines, TrialRunner
 
 Explain = Callable[[Exception], Sequence[str]]
 Report = Callable[[Path, Sequence[Trial], Objectives], None]
+MAX_FOLDER = 64  # characters of the joined names of experiments
 NOT_COMPARED = re.compile(
     r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
 )
@@ -168,8 +174,23 @@ def prepare_sweep(composing: Composing, config: Any, task: Any, explain: Explain
     }
     root = Path(sections["run"]["root"])
     experiment = config.hydra.runtime.choices.get("experiment") or "default"
+    if "experiment" in swept:
+        experiment = joined_experiments(composing.overrides.typed["experiment"])
     open_folder = partial(open_sweep, root, experiment, section.name, tree["resume"], request)
     return TrialRunner(composing, task, explain, section, objectives, open_folder)
+
+
+def joined_experiments(override: str) -> str:
+    """Return the name of the folder of a sweep over experiments: base+wide, or base+9_more.
+
+    Args:
+        override: such as "experiment=base,wide".
+    """
+    names = [str(name) for name in swept_values(parse(override)[1])]
+    if not names:  # of glob(*)
+        return "experiments"
+    joined = "+".join(names)
+    return joined if len(joined) <= MAX_FOLDER else f"{names[0]}+{len(names) - 1}_more"
 
 
 def read_objectives(section: Sweep, directions: Mapping[str, Direction]) -> dict[str, Direction]:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,10 +160,17 @@ class TrialRunner:
         job.sweep = path
         job.experiment = path.name
         run = job.spec.sections["run"]
-        run["name"] = run["name"] or run_name(number, job.settings)
+        run["name"] = run["name"] or self.run_name(number, job.settings)
         run["root"] = path.parent
         job.spec.tree["run"] = {"root": str(path.parent), "name": run["name"]}
         return job
+
+    def run_name(self, number: int, settings: Mapping[str, Any]) -> str:
+        """Return the name of a trial's run folder: that of a sweep which is resumed stays."""
+        for row in self.folder.trials():
+            if row.number == number and row.folder and row.settings == settings:
+                return row.folder
+        return run_name(number, settings)
 
     def run(self, job: Job) -> Trial:
         """Train and record a job, unless it is finished; a failure is recorded."""

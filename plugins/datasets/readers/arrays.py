@@ -100,11 +100,25 @@ def read_npy(file: Any, size: int, path: Path) -> Any:
     """
     import numpy
 
+    shape, _, dtype = read_npy_header(file, size, path)
+    check_memory(math.prod(shape) * dtype.itemsize, path)
+    file.seek(0)
+    return numpy.lib.format.read_array(file, allow_pickle=False)
+
+
+def read_npy_header(file: Any, size: int, path: Path) -> tuple[tuple[int, ...], bool, Any]:
+    """Return shape, whether the order is Fortran's, and type of an array; see `read_npy`.
+
+    Raises:
+        DataError: the array is larger than the file.
+    """
+    import numpy
+
     version = numpy.lib.format.read_magic(file)
     if version == (1, 0):
-        shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+        shape, is_fortran, dtype = numpy.lib.format.read_array_header_1_0(file)
     elif version == (2, 0):
-        shape, _, dtype = numpy.lib.format.read_array_header_2_0(file)
+        shape, is_fortran, dtype = numpy.lib.format.read_array_header_2_0(file)
     else:
         raise ValueError("the names of its fields are not ASCII")
     needed = math.prod(shape) * dtype.itemsize
@@ -113,9 +127,41 @@ def read_npy(file: Any, size: int, path: Path) -> Any:
             f"{path} is damaged: an array of shape {shape} has {needed:,} bytes, "
             "more than the file contains"
         )
-    check_memory(needed, path)
-    file.seek(0)
-    return numpy.lib.format.read_array(file, allow_pickle=False)
+    return shape, is_fortran, dtype
+
+
+def batch_chunks(path: Path, rows: int, facts: dict[str, Any]) -> Iterator[tuple[Tensor, int]]:
+    """Yield the inputs of a .npy or .npz file in chunks, and the number of rows before each.
+
+    The rows of a .npy file in C order are read chunk by chunk, those of another file at once. See
+    `read_batch`.
+    """
+    in_shape = tuple(facts["in_shape"])
+    with open_data(path) as file, array_errors(path):
+        start = file.peek(2)[:2]  # type: ignore[attr-defined]
+        is_whole = path.suffix != ".npy" or start == ZIP
+        if not is_whole:
+            size = os.fstat(file.fileno()).st_size
+            shape, is_fortran, dtype = read_npy_header(file, size, path)
+            is_one_input = math.prod(shape) == math.prod(in_shape)
+            is_whole = is_fortran or dtype.hasobject or not shape or is_one_input or not shape[0]
+        if not is_whole:
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            for first in range(0, shape[0], rows):
+                count = min(rows, shape[0] - first)
+                yield scaled_rows(file.read(count * row_bytes), shape, dtype, facts, path), first
+            return
+    yield read_batch(path, facts), 0
+
+
+def scaled_rows(
+    content: bytes, shape: tuple[int, ...], dtype: Any, facts: dict[str, Any], path: Path
+) -> Tensor:
+    """Return the bytes of some rows of an array of this shape and type as scaled inputs."""
+    import numpy
+
+    array = numpy.frombuffer(content, dtype).reshape(-1, *shape[1:])
+    return standardize(as_batch_of(numbers(array, str(path)), facts["in_shape"], path), facts)
 
 
 def read_array(path: Path, name: str | None = None) -> Tensor:

@@ -37,7 +37,12 @@ Column = Tensor | Texts
 
 
 def as_column(
-    cells: Any, label: str, path: Path, text: bool | None = None, advice: str = ""
+    cells: Any,
+    label: str,
+    path: Path,
+    text: bool | None = None,
+    advice: str = "",
+    skipped: int = 0,
 ) -> Column:
     """Return an Arrow column as numbers or as texts.
 
@@ -48,6 +53,7 @@ def as_column(
         text: True for texts, False for numbers; None infers it: texts if more than half of the
             cells are not numbers.
         advice: what to do about a cell that is not a number, added to the error.
+        skipped: rows of the file before these cells, for errors.
 
     Raises:
         DataError: a cell of a column of numbers is not a number.
@@ -62,8 +68,8 @@ def as_column(
         return as_texts(cells)
     row = int(invalid.nonzero()[0, 0])
     raise DataError(
-        f"{path}, row {row + 1}, column {label!r}: {cells[row].as_py()!r} is not a number; "
-        f"correct it{advice}"
+        f"{path}, row {skipped + row + 1}, column {label!r}: {cells[row].as_py()!r} is not a "
+        f"number; correct it{advice}"
     )
 
 

@@ -78,6 +78,39 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
+@contextmanager
+def open_unpacked(path: Path, stream: IO[bytes] | None = None) -> Iterator[IO[bytes]]:
+    """Open a file to read it piece by piece; a gzip file, or a zip file of one file, is unpacked.
+
+    Args:
+        path: the file.
+        stream: a stream that is read instead, such as standard input; it is not unpacked.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if stream is not None:
+        yield stream
+        return
+    with open_data(path) as file, file_errors(path):
+        if path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                member = only_member(archive, path)
+                if member.flag_bits & 1:
+                    raise DataError(f"{path} is encrypted; unpack it")
+                with archive.open(member) as packed:
+                    yield packed
+            return
+        start = file.peek(2)[:2]  # type: ignore[attr-defined]
+        if start == GZIP:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+            return
+        if path.suffix.lower() == ".gz" and start:
+            raise DataError(f"{path} is not a gzip file: it begins with {start.hex(' ')}")
+        yield file
+
+
 def read_text(path: Path) -> str:
     r"""Return the content of a UTF-8 file, with all line ends replaced by \n.
 
@@ -103,14 +136,20 @@ def parse_number(text: str) -> float | None:
 def read_zip(file: IO[bytes], path: Path) -> bytes:
     """Return the content of the one file in a zip file."""
     with zipfile.ZipFile(file) as archive:
-        members = [
-            member for member in archive.infolist() if not member.filename.startswith("__MACOSX")
-        ]
-        if len(members) != 1:
-            raise DataError(f"{path} contains {len(members)} files; unpack it and name one of them")
-        check_member(members[0], path)
-        with archive.open(members[0]) as packed:
+        member = only_member(archive, path)
+        check_member(member, path)
+        with archive.open(member) as packed:
             return read_packed(packed, path)
+
+
+def only_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+    """Return the one file in a zip file."""
+    members = [
+        member for member in archive.infolist() if not member.filename.startswith("__MACOSX")
+    ]
+    if len(members) != 1:
+        raise DataError(f"{path} contains {len(members)} files; unpack it and name one of them")
+    return members[0]
 
 
 def check_member(member: zipfile.ZipInfo, path: Path) -> None:

@@ -5,6 +5,7 @@ folder as plain JSON types:
 
 - of numbers: {"name", "fill", "mean", "std"}, or {"name", "fill", "knots"} for quantiles;
 - of texts: {"name", "texts"}, and "index" if they become one index;
+- of a part of dates: as of numbers, with "source", the name of the column, and "part";
 - "missing" if empty cells have an input, or a category, of their own.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from framework import DataError, paths
 
 from .columns import Column, Texts
+from .dates import look_like_dates
 from .scaling import mean_and_std
 
 Categories = Literal["one_hot", "index"]
@@ -64,9 +66,12 @@ def fit_texts(label: str, column: Texts, encoding: Encoding, name: str) -> dict[
     if not texts:
         raise empty_column(label, name)
     if len(texts) > encoding.max_categories:
+        dates = ""
+        if look_like_dates(texts):
+            dates = f"use the parts of its dates: {paths.override('dates', [label])}; or "
         raise DataError(
             f"{name}: column {label!r} has {len(texts)} different texts, more than "
-            f"max_categories={encoding.max_categories}; raise it, or leave the column out: "
+            f"max_categories={encoding.max_categories}; {dates}raise it, or leave the column out: "
             f"{paths.override('ignore', [label])}"
         )
     fitted: dict[str, Any] = {"name": label, "texts": texts}

@@ -133,6 +133,22 @@ def scaled(amounts: Tensor, scale: Scale | None) -> Tensor:
     return scale.transform(amounts).float()
 
 
+def scaled_as_before(amounts: Tensor, scale: Scale | None, name: str) -> Tensor:
+    """Return other amounts than those of the training as targets; see `scaled`.
+
+    Raises:
+        DataError: an amount cannot be scaled: it has no logarithm.
+    """
+    targets = scaled(amounts, scale)
+    if not targets.isfinite().all():
+        row = int((~targets.isfinite()).nonzero()[0, 0])
+        raise DataError(
+            f"{name}: the target of row {row + 1} is {amounts[row].tolist()}, which has no "
+            "logarithm; the targets of the training were scaled with log"
+        )
+    return targets
+
+
 def needs_float64(inputs: Tensor, per: Per = "feature") -> bool:
     """Return whether numbers must be scaled in float64, because float32 loses differences.
 

@@ -3,15 +3,15 @@
 import csv
 import io
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from framework import DataError, SettingError, did_you_mean
 
 from .columns import as_number
-from .data_files import file_errors, one_line, open_data, read_bytes
+from .data_files import check_memory, file_errors, one_line, open_data, open_unpacked, read_bytes
 
 Cells = Any
 """A column of a file: a pyarrow.ChunkedArray."""
@@ -20,6 +20,8 @@ Table = dict[str, Cells]
 NULL_VALUES = ["", "?", "NA", "na", "N/A", "n/a", "NaN", "NAN", "nan", "NULL", "null", "None"]
 """Spellings of an empty cell that Arrow reads as null; `as_text` knows the others."""
 
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".csv.zip", ".tsv", ".tsv.gz", ".parquet", ".pq")
+CHUNK_BYTES = 2**22  # of a CSV file that is read in chunks
 MIN_BLOCK_BYTES = 2**20  # of a CSV file that Arrow parses at once
 MIN_BLOCK_BYTES_PER_COLUMN = 2**12  # so that a block of thousands of columns has hundreds of rows
 MAX_BLOCK_BYTES = 2**31 - 1
@@ -46,6 +48,125 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
     return table
 
 
+def read_table_chunks(
+    path: Path,
+    rows: int,
+    columns: Sequence[str],
+    delimiter: str | None = None,
+    stream: IO[bytes] | None = None,
+) -> Iterator[Table]:
+    """Yield the columns of a CSV or Parquet file in chunks, which need little memory.
+
+    Args:
+        path: the file, see `read_table`.
+        rows: the number of rows of a chunk of a Parquet file; a chunk of a CSV file has
+            CHUNK_BYTES.
+        columns: the columns to read from a Parquet file.
+        delimiter: see `read_table`.
+        stream: a CSV file that is read instead of `path`, such as standard input.
+
+    Raises:
+        DataError: the file is missing or malformed, or has no rows.
+    """
+    if stream is None and path.is_dir():
+        raise DataError(f"{path} is a folder; expected a .csv or .parquet file")
+    if stream is None and path.suffix in (".parquet", ".pq"):
+        chunks = parquet_chunks(path, rows, columns)
+    else:
+        chunks = csv_chunks(path, delimiter, stream)
+    is_empty = True
+    for table in chunks:
+        if table and count_rows(table):
+            is_empty = False
+            yield table
+    if is_empty:
+        raise DataError(f"{path} has no rows")
+
+
+def csv_chunks(path: Path, delimiter: str | None, stream: IO[bytes] | None) -> Iterator[Table]:
+    """Yield the columns of a CSV file as texts, in chunks of about CHUNK_BYTES."""
+    header = b""
+    lines = 0
+    size = 0
+    with open_unpacked(path, stream) as file, file_errors(path):
+        for block in row_blocks(file, path):
+            try:
+                block.decode()
+            except UnicodeDecodeError as error:
+                place = size + error.start
+                raise DataError(
+                    f"{path} is not UTF-8 text (byte {place}); save it as UTF-8"
+                ) from error
+            if not header:
+                header = block[: end_of_header(block)]
+                yield read_csv_content(block, path, delimiter)
+            elif block.strip():
+                yield read_csv_content(header + block, path, delimiter, lines - header.count(b"\n"))
+            lines += block.count(b"\n")
+            size += len(block)
+
+
+def end_of_header(content: bytes) -> int:
+    """Return where the first row of CSV ends."""
+    end = 0
+    while True:
+        end = content.find(b"\n", end) + 1
+        if end == 0:
+            return len(content)
+        if content.count(b'"', 0, end) % 2 == 0:
+            return end
+
+
+def row_blocks(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yield the content of a CSV file in blocks of whole rows.
+
+    A line end is inside of a cell if the number of quotes before it is odd.
+    """
+    rest = b""
+    while True:
+        piece = file.read(CHUNK_BYTES)
+        if not piece:
+            break
+        rest += piece
+        check_memory(2 * len(rest), path)
+        end = end_of_rows(rest)
+        if end:
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def end_of_rows(content: bytes) -> int:
+    """Return where the last complete row of CSV ends; 0 if there is none."""
+    quotes = content.count(b'"')
+    end = len(content)
+    while True:
+        newline = content.rfind(b"\n", 0, end)
+        quotes -= content.count(b'"', newline + 1, end)
+        if newline < 0 or quotes % 2 == 0:
+            return newline + 1
+        end = newline
+
+
+def parquet_chunks(path: Path, rows: int, columns: Sequence[str]) -> Iterator[Table]:
+    """Yield some columns of a Parquet file, `rows` rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_data(path) as file, file_errors(path):
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            for label in columns:
+                require_column(dict.fromkeys(parquet.schema_arrow.names), label, path)
+            for batch in parquet.iter_batches(rows, columns=list(columns)):
+                table = pyarrow.Table.from_batches([batch])
+                cells = zip(table.column_names, table.columns, strict=True)
+                yield {label: plain_cells(column) for label, column in cells}
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
+
+
 def count_rows(table: Table) -> int:
     """Return the number of rows of a table with at least one column."""
     return len(next(iter(table.values())))
@@ -64,7 +185,20 @@ def require_column(table: Table, label: str, path: Path) -> Cells:
 
 def read_csv(path: Path, delimiter: str | None = None) -> Table:
     """Return the columns of a CSV file as texts; a cell that is one of NULL_VALUES is null."""
-    content = read_bytes(path)
+    return read_csv_content(read_bytes(path), path, delimiter)
+
+
+def read_csv_content(
+    content: bytes, path: Path, delimiter: str | None = None, skipped: int = 0
+) -> Table:
+    """Return the columns of the content of a CSV file as texts; see `read_csv`.
+
+    Args:
+        content: the header and rows.
+        path: the file, for errors.
+        delimiter: see `read_table`.
+        skipped: lines of the file between the header and the rows, for errors.
+    """
     first_line = re.match(rb"[^\r\n]*", content)[0]  # type: ignore[index]
     if not delimiter:
         delimiter = max((b",", b";", b"\t", b"|"), key=first_line.count).decode()
@@ -80,12 +214,12 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
         has_quotes = content.find(b'"', len(first_line)) >= 0
         if has_quotes:
             # Arrow accepts quotes that are not closed, and text after a closing quote.
-            check_rows(content, len(header), delimiter, path)
-        return parse_rows(content, header, delimiter, has_quotes, path)
+            check_rows(content, len(header), delimiter, path, skipped)
+        return parse_rows(content, header, delimiter, has_quotes, path, skipped)
 
 
 def csv_rows(
-    content: bytes, delimiter: str, path: Path
+    content: bytes, delimiter: str, path: Path, skipped: int = 0
 ) -> Generator[tuple[int, list[str]], None, None]:
     """Yield the line number and the cells of each row.
 
@@ -107,7 +241,9 @@ def csv_rows(
         reason = str(error)
         if reason == "unexpected end of data":  # csv.Error has neither a code nor subclasses
             reason = 'a quote (") is not closed'
-        raise DataError(f"{path}, line {first_line}: not well-formed CSV: {reason}") from error
+        raise DataError(
+            f"{path}, line {skipped + first_line}: not well-formed CSV: {reason}"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -132,15 +268,22 @@ def check_header(header: Sequence[str], path: Path) -> None:
         )
 
 
-def check_rows(content: bytes, columns: int, delimiter: str, path: Path) -> None:
+def check_rows(content: bytes, columns: int, delimiter: str, path: Path, skipped: int = 0) -> None:
     """Raise DataError for the first malformed row: its encoding, its quotes or its length."""
-    for line, row in csv_rows(content, delimiter, path):
+    for line, row in csv_rows(content, delimiter, path, skipped):
         if row and len(row) != columns:
-            raise DataError(f"{path}, line {line}: {len(row)} cells, but {columns} columns")
+            raise DataError(
+                f"{path}, line {skipped + line}: {len(row)} cells, but {columns} columns"
+            )
 
 
 def parse_rows(
-    content: bytes, header: Sequence[str], delimiter: str, has_quotes: bool, path: Path
+    content: bytes,
+    header: Sequence[str],
+    delimiter: str,
+    has_quotes: bool,
+    path: Path,
+    skipped: int = 0,
 ) -> Table:
     """Parse the rows after the header with Arrow.
 
@@ -174,7 +317,7 @@ def parse_rows(
             if "straddl" in str(error) and block_bytes < min(len(content), MAX_BLOCK_BYTES):
                 block_bytes *= 16
                 continue
-            check_rows(content, len(header), delimiter, path)
+            check_rows(content, len(header), delimiter, path, skipped)
             raise DataError(f"{path} is not well-formed CSV: {one_line(error)}") from error
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from framework import DataError, Shape, Target
+from framework import DataError, Shape, Target, short
 
 from .arrays import numbers
 from .columns import Texts
@@ -73,6 +73,39 @@ def as_targets(
     if not ((tensor == 0) | (tensor == 1)).all():
         raise DataError(f"{name}: targets of kind labels must be 0 or 1, one column for each label")
     return Targets(tensor, kind, list(classes) or [str(label) for label in range(tensor.shape[1])])
+
+
+def known_classes(values: Any, classes: Sequence[str], name: str) -> Tensor:
+    """Return the indices of targets among the classes of a training, shape (rows,).
+
+    Args:
+        values: texts or numbers, shape (rows,).
+        classes: the names of the classes.
+        name: the place of the targets, for errors.
+
+    Raises:
+        DataError: a target is none of the classes.
+    """
+    import numpy
+
+    if isinstance(values, Texts):
+        labels = values.known
+        codes = values.codes
+    else:
+        found, inverse = numpy.unique(numpy.asarray(values), return_inverse=True)
+        if found.dtype.kind == "f" and (found == found.round()).all():
+            found = found.astype(int)
+        labels = [str(label) for label in found.tolist()]
+        codes = torch.from_numpy(inverse.reshape(-1))
+    used = torch.unique(codes).tolist()
+    index_of = {label: index for index, label in enumerate(classes)}
+    for code in used:
+        if labels[code] not in index_of:
+            expected = short(", ".join(classes), 100, quote=False)
+            raise DataError(
+                f"{name}: {labels[code]!r} is no class of the run; expected one of {expected}"
+            )
+    return torch.tensor([index_of.get(label, -1) for label in labels])[codes]
 
 
 def looks_like_classes(values: Any) -> bool:

@@ -402,4 +402,8 @@ def test_a_text_file_is_predicted_from_the_command_line(command, folder):
     (folder.parent / "new.txt").write_text("miau miau\nbow wow bow\n")
     status, out, err = command("predict runs/default/a --input new.txt --output -")
     assert status == 0, err
-    assert [line.split(",")[0] for line in out.splitlines()] == ["class", "cat", "dog"]
+    assert [line.split(",")[:2] for line in out.splitlines()] == [
+        ["row", "class"],
+        ["1", "cat"],
+        ["2", "dog"],
+    ]

@@ -25,7 +25,7 @@ from framework.runs.sweep_files import Trial
 from framework.runtime.console import console
 from framework.tuning.sweep.display import LineDisplay, LiveTable, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, run_name
-from framework.tuning.sweep.sweep import shared_settings
+from framework.tuning.sweep.sweep import joined_experiments, shared_settings
 from framework.tuning.sweep.table import (
     best_trial,
     grouped,
@@ -199,12 +199,17 @@ def test_tensorboard_compares_the_trials(command):
             "003_model.activation-elu_activation-null",
         ),
         ({"model.blocks": ["flatten", {"name": "linear"}]}, "003_blocks-flatten-name-linear"),
-        ({"model.width": [64] * 100}, f"003_width-{'64-' * 23}6"),
+        ({"optimizer.lr": 0.00123456}, "003_lr-0.00123"),
+        ({"model.width": [64] * 100}, f"003_width-{'64-' * 12}64"),
+        (
+            {f"model.width_{name}": 100 for name in "abcd"},
+            "003_width_a-100_width_b-100_width_c-100",
+        ),
     ],
 )
 def test_a_run_folder_is_named_after_number_and_settings(settings, name):
     assert run_name(3, settings) == name
-    assert len(name) <= 80
+    assert len(name) <= 48
 
 
 def trial(number, loss, state="done", **settings):
@@ -316,3 +321,48 @@ def test_a_long_value_is_shortened_in_the_table():
     assert table_text(None) == "null"
     assert table_text(0.1) == "0.1"
     assert table_text("sgd") == "sgd"
+
+
+def test_a_sweep_over_experiments_has_a_folder_of_its_own(command, tmp_path):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "base.yaml").write_text("# The base.\nmodel: {name: mlp, width: 8}\n")
+    (folder / "wide.yaml").write_text("model: {name: mlp, width: 16}\n")
+    line = "-m experiment=base,wide trainer.max_steps=1 loggers=[json_lines] sweep.name=s"
+    status, _, err = command(f"train {line}")
+    assert status == 0, err
+    found = sorted(path.name for path in Path("runs/base+wide/s").glob("0*"))
+    assert found == ["000_experiment-base", "001_experiment-wide"]
+    status, out, _ = command(f"train {line} resume=auto")
+    assert status == 0
+    assert "of which 2 trials are finished" in out
+    listed = json.loads(command("list experiment --json")[1])
+    summaries = {each["name"]: each["summary"] for each in listed}
+    assert summaries["base"] == "The base."
+    assert summaries["wide"] == ""
+    assert "base" in command("list experiments")[1]
+
+
+def test_the_folder_of_many_experiments_has_a_short_name():
+    assert joined_experiments("experiment=base,wide") == "base+wide"
+    names = ",".join(f"experiment_{number}" for number in range(20))
+    assert joined_experiments(f"experiment={names}") == "experiment_0+19_more"
+
+
+def test_a_resumed_sweep_keeps_the_folders_of_its_trials(command):
+    """An older version gave the folders longer names; a trial that was stopped continues there."""
+    line = f"train {QUICK} -m optimizer.lr=0.00123456,0.01 sweep.name=s"
+    assert command(line)[0] == 0
+    folder = Path("runs/default/s")
+    before = "000_lr-0.00123456"
+    (folder / "000_lr-0.00123").rename(folder / before)
+    lines = (folder / "sweep.jsonl").read_text().replace("000_lr-0.00123", before).splitlines()
+    for index, line_of_trial in enumerate(lines):
+        if before in line_of_trial:
+            lines[index] = line_of_trial.replace('"state": "done"', '"state": "stopped"')
+    assert any('"stopped"' in each for each in lines)
+    (folder / "sweep.jsonl").write_text("\n".join([*lines, ""]))
+    status, _, err = command(f"{line} resume=auto")
+    assert status == 0, err
+    names = sorted(path.name for path in folder.glob("0*"))
+    assert names == [before, "001_lr-0.01"]
