@@ -62,6 +62,7 @@ FILE_COMMANDS = (
     "best",
     "rerun",
     "export",
+    "schema",
     "trust",
     "watch",
     "tell",

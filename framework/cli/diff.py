@@ -29,6 +29,7 @@ from framework.runtime.console import console
 from framework.runtime.plot import braille, evenly_spaced
 
 from . import help_texts
+from .json_output import print_json
 from .parsers import JSON, RUN, Parser
 
 MOST_RUNS = 8
@@ -53,7 +54,7 @@ def diff(arguments: list[str]) -> None:
         parser.error(f"diff: expected 2 to {MOST_RUNS} runs, got {len(args.runs)}")
     found = compare([run_files(run) for run in args.runs])
     if args.json:
-        print(json.dumps(found.as_dict(), indent=2, default=str))
+        print_json(found.as_dict())
         return
     metrics = chosen_metrics(found, args.curves)
     output = console()

@@ -10,6 +10,7 @@ from framework.errors.paths import expanded, pasted
 from framework.errors.terminal import print_line, printable, title
 
 from . import help_texts
+from .json_output import print_json
 from .parsers import JSON, RUN, command_line, composing, importing_torch
 
 if TYPE_CHECKING:
@@ -61,13 +62,11 @@ def explain_run(args: Any) -> None:
     """Explain a setting of a run."""
     with importing_torch():
         from framework.experiment.explain import explain_setting_of_run
-        from framework.registry.discovery import discover, output_for_programs
+        from framework.registry.discovery import discover
     from framework.runs.run_files import run_files
 
-    with output_for_programs(args.json):
-        discover(args.plugins, args.without_plugin)
-        run = run_files(args.run)
-        found = explain_setting_of_run(run, args.what)
+    discover(args.plugins, args.without_plugin)
+    found = explain_setting_of_run(run_files(args.run), args.what)
     print_explained(found, args.json)
 
 
@@ -79,7 +78,7 @@ def explain_speed_of(args: Any) -> None:
     run = run_files(args.run)
     speed = explain_speed(run)
     if args.json:
-        print(json.dumps(speed.as_dict(), indent=2))
+        print_json(speed.as_dict())
         return
     time = speed.time
     if time is not None and time.training:
@@ -104,15 +103,14 @@ def explain_nan_of(args: Any) -> None:
     """Repeat the step of a run that was not finite, and print where that began."""
     with importing_torch():
         from framework.experiment.replay import explain_nan
-        from framework.registry.discovery import discover, output_for_programs
+        from framework.registry.discovery import discover
     from framework.runs.run_files import run_files
 
-    with output_for_programs(args.json):
-        discover(args.plugins, args.without_plugin)
-        run = run_files(args.run)
-        found = explain_nan(run, args.output or run.path / "non_finite")
+    discover(args.plugins, args.without_plugin)
+    run = run_files(args.run)
+    found = explain_nan(run, args.output or run.path / "non_finite")
     if args.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print_json(found.as_dict())
         return
     for line in nan_lines(found):
         print_line(line)
@@ -211,7 +209,7 @@ def small_duration(seconds: float) -> str:
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     """Print a setting with all its places, or several settings with the place that counts."""
     if as_json:
-        print(json.dumps([each.as_dict() for each in found], indent=2, default=str))
+        print_json([each.as_dict() for each in found])
         return
     if len(found) == 1:
         print_places(found[0])

@@ -8,7 +8,8 @@ from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line
 
 from . import help_texts
-from .parsers import CHECKPOINT, RUN, Parser
+from .json_output import print_json
+from .parsers import CHECKPOINT, JSON, RUN, Parser
 
 OWN = ("safetensors", "torch_export", "onnx")
 
@@ -25,12 +26,15 @@ def export(arguments: list[str]) -> None:
     settings = "settings of the exporter, such as opset=20"
     parser.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE", help=settings)
     parser.add_argument("--checkpoint", **CHECKPOINT)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     typed = parse_settings(args.settings)
     trained = opened(args, typed)
     from framework.experiment.export import export_run
 
     exported = export_run(trained, args.to, args.output, typed)
+    if args.json:
+        print_json(exported)
     for name, size in exported.files.items():
         print_line(f"{size:>12,}  {shorter(exported.folder)}/{name}")
     print_line(

@@ -222,6 +222,15 @@ examples:
   framework board
   framework board --root runs/default --port 6007"""
 
+SCHEMA = """\
+examples:
+  framework schema --output conf/experiment.schema.json
+  framework schema --output conf/experiment.schema.json --plugins my_parts.py
+First line of conf/experiment/NAME.yaml, for editors with the YAML language
+server (in VS Code: the extension YAML by Red Hat):
+  # yaml-language-server: $schema=../experiment.schema.json
+The editor then completes names and settings, and marks wrong ones."""
+
 COMPLETION = """\
 examples:
   source <(framework completion bash)            for this shell only

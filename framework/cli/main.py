@@ -1,7 +1,6 @@
 """The command line: commands, their arguments, and exit statuses."""
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -23,7 +22,7 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, FrameworkError, did_you_mean, short
+from framework.errors import ConfigError, Facts, FrameworkError, did_you_mean, nearest, short
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -42,6 +41,7 @@ from framework.system.streams import prepare_streams, silence_broken_streams
 from . import help_texts
 from .explain import explain
 from .export import export
+from .json_output import json_output, print_json, record_error, wants_json
 from .parsers import (
     CHECKPOINT,
     JSON,
@@ -88,6 +88,21 @@ def is_alone_or_main(arguments: list[str]) -> bool:
 
 
 def exit_status_of(arguments: list[str]) -> int:
+    """Run a command, print its JSON document if it asks for one, and return the exit status."""
+    with json_output(wants_json(arguments)) as output:
+        status = status_of_command(arguments)
+        if output is None:
+            return status
+        output.is_main = is_alone_or_main(arguments)
+        try:
+            output.write(status)
+        except BrokenPipeError:
+            silence_broken_streams()
+            return 128 + signal.SIGPIPE
+    return status
+
+
+def status_of_command(arguments: list[str]) -> int:
     """Run a command, print the error that ends it, and return the exit status."""
     try:
         with no_exit(), printable_warnings(), importing_safely(arguments):
@@ -123,7 +138,7 @@ def importing_safely(arguments: list[str]) -> Iterator[None]:
     plugins = [word for before, word in pairwise(arguments) if before == "--plugins"]
     plugins += [word.partition("=")[2] for word in arguments if word.startswith("--plugins=")]
     with importing_from_elsewhere(os.curdir, plugins) as left_out:
-        if left_out and name in ("list", "show") and os.environ.get("PYTHONPATH"):
+        if left_out and name in ("list", "show", "schema") and os.environ.get("PYTHONPATH"):
             entries = ", ".join(escaped_path(shorter(entry)) for entry in left_out)
             reason = "this folder is not trusted (see `framework trust`)"
             note(f"no modules are imported from {entries}: {reason}")
@@ -153,6 +168,7 @@ def complain(error: Exception, arguments: list[str]) -> int:
             return status
         if not is_first:
             return status
+    record_error(error, status, "; ".join(error_lines(error)))
     if with_traceback:
         print_traceback(error)
     lines = [f"framework: {line}" for line in message_lines(lines)]
@@ -213,7 +229,9 @@ def run(arguments: list[str]) -> int:
         name = further[0]
         rest = ["--help"]
     if name not in COMMANDS:
-        raise FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
+        error = FrameworkError(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}")
+        facts = Facts(value=name, expected="a command", suggestion=nearest(name, COMMANDS))
+        raise error.with_facts(facts)
     if name not in ("train", "resume"):
         check_single_process(name)
     return COMMANDS[name].function(rest) or 0
@@ -231,7 +249,7 @@ def check_single_process(command: str) -> None:
 def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     """Print a value as JSON, or as a table."""
     if as_json:
-        print(json.dumps(value, indent=2))
+        print_json(value)
     else:
         from framework.runtime.console import console
 
@@ -252,6 +270,7 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--repeat", type=int, metavar="N", help=repeat)
     folds = "sweep over the N folds of a cross-validation"
     parser.add_argument("--folds", type=int, metavar="N", help=folds)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if args.repeat is not None:
         sweep_over(parser, args, "--repeat", "seed", args.repeat, range(args.repeat))
@@ -278,14 +297,16 @@ def train(arguments: list[str]) -> None:
                 inexact=composed.inexact,
             )
         if not in_sweep:
-            sys.exit(print_end(result))
+            sys.exit(print_end(result, args.json))
         return result
 
     if line.multirun:
         from framework.tuning.sweep.sweep import sweep
 
+        from .output import sweep_as_dict
+
         check_single_process("a sweep (each of its trials can have trainer.devices=N)")
-        sweep(line, job, error_lines)
+        sweep(line, job, error_lines, report=lambda *found: print_json(sweep_as_dict(*found)))
     else:
         compose(line, job)
 
@@ -302,13 +323,21 @@ def launch_processes(job: Any, started: float) -> Any:
     return result
 
 
-def print_end(result: Any) -> int:
-    """Print the result of a run, in its main process; return the exit status."""
+def print_end(result: Any, as_json: bool, **more: Any) -> int:
+    """Print the result of a run, in its main process; return the exit status.
+
+    Args:
+        result: of the run.
+        as_json: print it also as JSON.
+        more: further keys of the JSON document.
+    """
     if not result.is_main:
         return 0
-    from .output import print_result
+    from .output import print_result, result_as_dict
 
     print_result(result)
+    if as_json:
+        print_json(result_as_dict(result) | more)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -353,10 +382,8 @@ def plan(arguments: list[str]) -> None:
     def job(composed: Job) -> None:
         from framework.experiment.experiment import Experiment
         from framework.experiment.plan_text import render
-        from framework.registry.discovery import output_for_programs
 
-        with output_for_programs(args.json):
-            made = Experiment(composed.spec).plan()
+        made = Experiment(composed.spec).plan()
         print_json_or_table(args.json, asdict(made), lambda: render(made))
 
     if line.multirun:
@@ -371,11 +398,26 @@ def plan(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     """Run `framework check`."""
     parser = composing("check", "Test an experiment within seconds.", help_texts.CHECK)
-    line = command_line(parser, parser.parse_intermixed_args(arguments))
-    from framework.composition.compose import run_composed as compose
+    parser.add_argument("--json", **JSON)
+    args = parser.parse_intermixed_args(arguments)
+    line = command_line(parser, args)
+    from framework.composition.compose import Job, run_composed as compose
     from framework.experiment.check import run_check as check_experiment
 
-    compose(line, lambda job: check_experiment(job.spec, print_message))
+    parts: list[dict[str, Any]] = []
+
+    def say(text: str, seconds: float | None = None) -> None:
+        parts.append({"text": text, "seconds": seconds})
+        print_message(text if seconds is None else f"{text:<26}{seconds:8.1f} s")
+        if args.json:
+            print_json({"passed": False, "parts": parts})
+
+    def job(composed: Job) -> None:
+        check_experiment(composed.spec, say)
+        if args.json:
+            print_json({"passed": True, "parts": parts})
+
+    compose(line, job)
 
 
 def find(arguments: list[str]) -> None:
@@ -388,11 +430,17 @@ def find(arguments: list[str]) -> None:
     if args.target is None:
         parser.error(f"find: expected one of {', '.join(targets)}")
     line = command_line(parser, args)
-    from framework.composition.compose import run_composed as compose
+    from framework.composition.compose import Job, run_composed as compose
     from framework.experiment import find as finders
 
     show = finders.show_learning_rates if args.target == "lr" else finders.show_batch_sizes
-    compose(line, lambda job: show(job.spec, args.json))
+
+    def job(composed: Job) -> None:
+        found = show(composed.spec)
+        if args.json:
+            print_json(found)
+
+    compose(line, job)
 
 
 # commands on a run
@@ -406,6 +454,7 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
     inexact = "resume even if changed settings change the result"
     parser.add_argument("--inexact", action="store_true", help=inexact)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.experiment import train as train_experiment
@@ -427,8 +476,9 @@ def resume(arguments: list[str]) -> int:
     experiment = real_path(folder).parent.name
     if is_launcher(spec):
         job = Job(spec, experiment, [], inexact=args.inexact, traceback=args.traceback)
-        return print_end(launch_processes(job, STARTED))
-    return print_end(train_experiment(spec, experiment, [], STARTED, inexact=args.inexact))
+        return print_end(launch_processes(job, STARTED), args.json)
+    result = train_experiment(spec, experiment, [], STARTED, inexact=args.inexact)
+    return print_end(result, args.json)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -445,16 +495,13 @@ def evaluate(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.data is not None and args.split is not None:
         parser.error("give --split or --data, not both")
-    from framework.registry.discovery import output_for_programs  # slow; `--help` does not need it
-
-    with output_for_programs(args.json):
-        trained = opened_run(args)
-        if args.data is None:
-            values = trained.evaluate(args.split or "test")
-        else:
-            values = trained.evaluate_file(args.data)
+    trained = opened_run(args)
+    if args.data is None:
+        values = trained.evaluate(args.split or "test")
+    else:
+        values = trained.evaluate_file(args.data)
     if args.json:
-        print(json.dumps(values))
+        print_json(values)
     else:
         from .output import print_values
 
@@ -515,6 +562,22 @@ def show(arguments: list[str]) -> None:
         return part_tables.part_page(part, index, args.plugins, args.without_plugin)
 
     print_json_or_table(args.json, part, page)
+
+
+def schema(arguments: list[str]) -> None:
+    """Run `framework schema`."""
+    description = "Print the JSON schema of an experiment file, for editors."
+    parser = Parser("schema", description, help_texts.SCHEMA)
+    output = "write the schema to a file"
+    parser.add_argument("--output", type=expanded, metavar="FILE", help=output)
+    parser.add_argument("--json", **JSON)
+    parser.add_argument("--trust", **TRUST)
+    args = parser.parse_args(arguments)
+    index = read_catalogue(args)
+    with importing_torch():
+        from .schema import print_schema
+
+    print_schema(index, args.output, args.json)
 
 
 def read_catalogue(args: argparse.Namespace) -> Any:
@@ -588,6 +651,7 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("run", **RUN)
     overrides = "settings to change"
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
         from framework.experiment.rerun import prepare_rerun
@@ -600,10 +664,12 @@ def rerun(arguments: list[str]) -> int:
         print_message(line)
     if is_launcher(plan.spec):
         job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
-        return print_end(launch_processes(job, STARTED))
-    return print_end(
-        train_experiment(plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data)
-    )
+        result = launch_processes(job, STARTED)
+    else:
+        result = train_experiment(
+            plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data
+        )
+    return print_end(result, args.json, differences=list(plan.differences))
 
 
 # commands on folders of runs
@@ -723,6 +789,7 @@ COMMANDS = {
     ),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
+    "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "watch": Command(watch, "show runs and sweeps live in the terminal"),

@@ -5,13 +5,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from framework.errors.paths import pasted, real_path, shorter
 from framework.errors.terminal import print_line, title
 from framework.experiment.result import Result
 from framework.runs.folder import plugins_of
+from framework.runs.sweep_files import Trial
 from framework.runtime.clock import WAITING_FOR_DATA
 from framework.training.process_times import ProcessTimes
+from framework.tuning.sweep.table import Objectives, best_trial
 
 MOST_PROCESSES = 8  # whose waiting time is printed
 NOTABLE = 0.02  # how much slower than the mean a process is that is named
@@ -50,6 +53,51 @@ def print_result(result: Result, job: str | None = None) -> None:
                 arguments += f" --split {result.split}"
             print_line(f"measure  framework eval {arguments}")
         print_line(f"watch    framework board{root_option(result.folder)}")
+
+
+def result_as_dict(result: Result) -> dict[str, Any]:
+    """Return the result of a run for JSON; see conf/README.md."""
+    stopped = None
+    if result.stopped is not None:
+        stopped = {"by": result.stopped.by, "reason": result.stopped.reason}
+    return {
+        "run": str(result.folder),
+        "metrics": dict(result.metrics),
+        "weights": dict(result.weights),
+        "stopped": stopped,
+        "signal": None if result.signal is None else int(result.signal),
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "fit_steps": result.fit_steps,
+        "fit_seconds": result.fit_seconds,
+        "shares": dict(result.shares),
+        "advice": result.advice,
+    }
+
+
+def sweep_as_dict(folder: Path, trials: Sequence[Trial], objectives: Objectives) -> dict[str, Any]:
+    """Return the results of a sweep for JSON; see conf/README.md."""
+    best = best_trial(trials, objectives)
+    return {
+        "sweep": str(folder),
+        "objectives": dict(objectives),
+        "best": None if best is None else str(folder / best.folder),
+        "trials": [trial_as_dict(folder, trial) for trial in trials],
+    }
+
+
+def trial_as_dict(folder: Path, trial: Trial) -> dict[str, Any]:
+    """Return a trial of a sweep for JSON."""
+    return {
+        "number": trial.number,
+        "run": str(folder / trial.folder) if trial.folder else None,
+        "state": trial.state,
+        "settings": trial.settings,
+        "metrics": trial.metrics,
+        "steps": trial.steps,
+        "seconds": trial.seconds,
+        "error": trial.error or None,
+    }
 
 
 def effort(result: Result) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from framework.errors import FrameworkError, did_you_mean, nearest, short, suggestion
+from framework.errors import Facts, FrameworkError, did_you_mean, nearest, short, suggestion
 from framework.errors.paths import expanded
 from framework.errors.terminal import note
 
@@ -22,8 +22,12 @@ TRUST: dict[str, Any] = {
     "action": "store_true",
     "help": "load the plugins that conf/config.yaml names, for this command only",
 }
-JSON: dict[str, Any] = {"action": "store_true", "help": "print JSON"}
+JSON: dict[str, Any] = {
+    "action": "store_true",
+    "help": "print one JSON document on stdout, and everything else on stderr",
+}
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
+NO_FACTS = Facts()
 ARGPARSE_MISSING = "the following arguments are required: "
 
 
@@ -106,7 +110,9 @@ class Parser(argparse.ArgumentParser):
             if text not in choices:
                 value = short(text, quote=False)
                 advice = suggestion(text, choices)
-                self.error(f"{shown} {value}: expected one of {', '.join(choices)}{advice}")
+                expected = f"one of {', '.join(choices)}"
+                facts = Facts(shown, text, expected, suggestion=nearest(text, choices))
+                self.error(f"{shown} {value}: expected {expected}{advice}", facts)
             return text
 
         return checked
@@ -123,7 +129,8 @@ class Parser(argparse.ArgumentParser):
             try:
                 return kind(text)
             except ValueError:
-                self.error(f"{shown} {short(text, quote=False)}: expected {NUMBERS[kind]}")
+                message = f"{shown} {short(text, quote=False)}: expected {NUMBERS[kind]}"
+                self.error(message, Facts(shown, text, NUMBERS[kind]))
 
         return checked
 
@@ -160,31 +167,33 @@ class Parser(argparse.ArgumentParser):
                 self.error(error.message)
             option = error.argument_name.rpartition("/")[2]  # of "-m/--multirun"
             if error.message.startswith("ignored explicit argument"):
-                self.error(f"{option}: takes no value")
-            self.error(f"{option}: expected a value")
+                self.error(f"{option}: takes no value", Facts(option))
+            self.error(f"{option}: expected a value", Facts(option, expected="a value"))
         if unknown:
-            self.error(self.unknown_argument(unknown))
+            self.unknown_argument(unknown)
         return args
 
-    def unknown_argument(self, unknown: list[str]) -> str:
-        """Return the message for arguments that the command does not have."""
+    def unknown_argument(self, unknown: list[str]) -> NoReturn:
+        """Raise FrameworkError for arguments that the command does not have."""
         options = [word for word in unknown if word.startswith("-")]
         if not options:
-            return f"{self.command}: expected no argument {short(unknown[0], quote=False)}"
+            message = f"{self.command}: expected no argument {short(unknown[0], quote=False)}"
+            self.error(message, Facts(value=unknown[0]))
         option = options[0].partition("=")[0]
         known = [name for name in self.names if name.startswith("--")]
         if option.startswith("--") and "overrides" in self.names and nearest(option, known) is None:
             advice = "settings have no dashes: write KEY=VALUE"
         else:
             advice = did_you_mean(option, known)
-        return f"{option}: there is no such option; {advice}"
+        facts = Facts(option, suggestion=nearest(option, known))
+        self.error(f"{option}: there is no such option; {advice}", facts)
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str, facts: Facts = NO_FACTS) -> NoReturn:
         """Raise FrameworkError."""
         missing = message.removeprefix(ARGPARSE_MISSING)
         if missing != message:
             message = f"{self.command}: missing argument {missing}"
-        raise FrameworkError(f"{message} (see `{self.prog} --help`)")
+        raise FrameworkError(f"{message} (see `{self.prog} --help`)").with_facts(facts)
 
 
 def composing(
@@ -227,6 +236,8 @@ def command_line(parser: Parser, args: argparse.Namespace) -> Any:
     """Return the parsed arguments as a `CommandLine`."""
     if bool(args.multirun) + bool(args.cfg) + bool(args.info) > 1:
         parser.error("give only one of -m, --cfg and --info")
+    if getattr(args, "json", False) and (args.cfg or args.info):
+        parser.error("give only one of --json, --cfg and --info")
     if args.resolve and not args.cfg:
         parser.error("--resolve requires --cfg")
     with importing_torch():

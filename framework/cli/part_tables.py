@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.composition.catalogue import Index
-from framework.errors import SettingError, UnknownName, did_you_mean
+from framework.errors import Facts, SettingError, UnknownName, did_you_mean, nearest
 from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
@@ -42,7 +42,8 @@ def kind_of(index: Index, kind: str) -> str:
         if kind in (name, about["key"], f"{name}s", f"{name}es"):
             return str(name)
     suggestion = did_you_mean(kind, index.kinds, most=20)
-    raise UnknownName(f"there is no kind of parts {kind!r}; {suggestion}")
+    error = UnknownName(f"there is no kind of parts {kind!r}; {suggestion}")
+    raise error.with_facts(Facts(value=kind, suggestion=nearest(kind, index.kinds)))
 
 
 def find_part(index: Index, target: str) -> Part:
@@ -66,9 +67,12 @@ def find_part(index: Index, target: str) -> Part:
         raise SettingError(f"{target!r} is ambiguous: give {several}")
     if not found and slash:
         names_by_kind = {kind: names_of(index, kind) for kind in index.kinds}
-        raise UnknownName(no_part(kinds[0], name, names_by_kind))
+        facts = Facts(value=name, suggestion=nearest(name, names))
+        raise UnknownName(no_part(kinds[0], name, names_by_kind)).with_facts(facts)
     if not found:
-        raise UnknownName(f"there is no part {target!r}; {did_you_mean(target, names)}")
+        facts = Facts(value=target, suggestion=nearest(target, names))
+        error = UnknownName(f"there is no part {target!r}; {did_you_mean(target, names)}")
+        raise error.with_facts(facts)
     return found[0]
 
 

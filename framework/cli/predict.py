@@ -9,7 +9,8 @@ from framework.errors.terminal import note, print_line, printable, printable_lin
 from framework.system.streams import set_errors
 
 from . import help_texts
-from .parsers import CHECKPOINT, RUN, Parser, opened_run
+from .json_output import print_json
+from .parsers import CHECKPOINT, JSON, RUN, Parser, opened_run
 
 SAMPLING = ("length", "temperature", "top_k", "top_p", "seed")
 """Options that need --prompt."""
@@ -40,6 +41,8 @@ def predict(arguments: list[str]) -> None:
             sys.stdout.write(piece)
     else:
         print_line(f"{rows} predictions in {args.output}")
+        if args.json:
+            print_json({"output": args.output, "rows": rows})
     return None
 
 
@@ -76,6 +79,7 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
     option("--top-p", type=float, metavar="P", help=top_p)
     option("--seed", type=int, metavar="N", help="with --prompt: seed of the sampling (default 0)")
     option("--checkpoint", **CHECKPOINT)
+    option("--json", **JSON | {"help": "print JSON: the file and the number of rows, or the text"})
     args = parser.parse_args(arguments)
     from_file = args.input is not None and args.output is not None
     one_of_the_files = (args.input is None) != (args.output is None)
@@ -85,6 +89,8 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
         for name in SAMPLING:
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} requires --prompt")
+    if args.json and args.output == "-":
+        parser.error("--json: expected a file, as in --output predictions.jsonl")
     return args
 
 
@@ -98,3 +104,5 @@ def generate(args: argparse.Namespace) -> None:
     if known != args.prompt:
         note(f"the vocabulary does not contain all of the prompt; the model reads {known!r}")
     print(printable_lines(text))
+    if args.json:
+        print_json({"prompt": known, "text": text})

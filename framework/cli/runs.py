@@ -1,6 +1,5 @@
 """`framework runs` and `framework best`: list, choose, label and remove runs."""
 
-import json
 import math
 import shutil
 import sys
@@ -32,6 +31,7 @@ from framework.runs.run_table import (
 )
 
 from . import help_texts
+from .json_output import print_json
 from .parsers import JSON, Parser, ask
 
 ROOT: dict[str, Any] = {"nargs": "?", "type": expanded, "default": Path("runs"), "metavar": "ROOT"}
@@ -76,6 +76,8 @@ def runs(arguments: list[str]) -> int:
         root = root / BIN
         if not root.is_dir():
             note(f"the bin of {args.root} is empty")
+            if args.json:
+                print_json({"schema": SCHEMA, "root": str(root), "runs": []})
             return 0
     table = read_table(root)
     chosen = filtered(table, args.where)
@@ -86,7 +88,7 @@ def runs(arguments: list[str]) -> int:
     elif args.reverse:
         rows.reverse()
     if args.json:
-        print_json(table, rows[: args.limit or None])
+        print_rows_as_json(table, rows[: args.limit or None])
         return 0
     columns = chosen_columns(table, rows, args.columns)
     if not rows:
@@ -324,12 +326,11 @@ def print_problems(table: RunTable, chosen: Iterable[RunEntry]) -> None:
 # JSON
 
 
-def print_json(table: RunTable, rows: Sequence[RunRow]) -> None:
-    """Print rows as JSON, one on a line; see conf/README.md for the form."""
-    lines = [json.dumps(row_json(table, row), default=str) for row in rows]
-    print(f'{{"schema": {SCHEMA}, "root": {json.dumps(str(table.root))}, "runs": [')
-    print(",\n".join(lines))
-    print("]}")
+def print_rows_as_json(table: RunTable, rows: Sequence[RunRow]) -> None:
+    """Print rows as JSON; see conf/README.md for the form."""
+    found = [row_json(table, row) for row in rows]
+    content = {"schema": SCHEMA, "root": str(table.root), "runs": found}
+    print_json(content, indent=None)  # there may be 10,000 rows
 
 
 def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
@@ -430,7 +431,7 @@ def best(arguments: list[str]) -> int:
     if args.json:
         content = {"schema": SCHEMA, "path": str(path), "metric": metric, "direction": direction}
         counts = {"value": value.value, "step": value.step, "compared": len(ranked)}
-        print(json.dumps(content | counts))
+        print_json(content | counts)
         return 0
     print(path)
     compared = f"the best of {len(ranked):,} runs"
@@ -520,6 +521,7 @@ def tag(arguments: list[str]) -> int:
     parser.add_argument("tags", nargs="+", metavar="TAG", help="a word")
     parser.add_argument("--remove", action="store_true", help="remove the tags instead")
     parser.add_argument("--root", **ROOT_OPTION)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     files = RunFiles(find_run_folder(args.root, args.run))
     tags = list(files.labels.tags)
@@ -540,7 +542,14 @@ def tag(arguments: list[str]) -> int:
         raise SettingError(f"{files.path}: expected at most {MOST_TAGS} tags")
     write_labels(files, Labels(tags, files.labels.note))
     print_line(f"{files.path}: {', '.join(tags) or 'no tags'}")
+    print_labels(args.json, files.path, tags, files.labels.note)
     return 0
+
+
+def print_labels(as_json: bool, run: Path, tags: Sequence[str], text: str) -> None:
+    """Print the tags and the note of a run as JSON, if that is wanted."""
+    if as_json:
+        print_json({"path": str(run), "tags": list(tags), "note": text or None})
 
 
 def add_note(arguments: list[str]) -> int:
@@ -549,12 +558,14 @@ def add_note(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("text", metavar="TEXT", help="the note; '' removes it")
     parser.add_argument("--root", **ROOT_OPTION)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
     if len(args.text) > MOST_NOTE:
         raise SettingError(f"note: expected at most {MOST_NOTE:,} characters")
     files = RunFiles(find_run_folder(args.root, args.run))
     write_labels(files, Labels(files.labels.tags, args.text))
     print_line(f"{files.path}: {args.text or 'no note'}")
+    print_labels(args.json, files.path, files.labels.tags, args.text)
     return 0
 
 
@@ -570,10 +581,15 @@ def remove(arguments: list[str]) -> int:
     parser = Parser("runs remove", "Move runs and sweeps to the bin.", help_texts.RUNS_REMOVE)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or sweep")
     parser.add_argument("--root", **ROOT_OPTION)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     paths = [find_run_folder(args.root, name, sweeps=True) for name in dict.fromkeys(args.runs)]
+    moved = []
     for path, target in zip(paths, remove_runs(args.root, paths), strict=True):
         print_line(f"{path} is now {target}")
+        moved.append({"path": str(path), "bin": str(target)})
+    if args.json:
+        print_json({"removed": moved})
     return 0
 
 
@@ -583,9 +599,14 @@ def restore(arguments: list[str]) -> int:
     name = "name before it was removed, such as default/first"
     parser.add_argument("runs", nargs="+", metavar="NAME", help=name)
     parser.add_argument("--root", **ROOT_OPTION)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
+    restored = []
     for text in args.runs:
-        print_line(f"{restore_run(args.root, relative_name(args.root, text))} is restored")
+        restored.append(str(restore_run(args.root, relative_name(args.root, text))))
+        print_line(f"{restored[-1]} is restored")
+    if args.json:
+        print_json({"restored": restored})
     return 0
 
 
@@ -599,21 +620,27 @@ def empty(arguments: list[str]) -> int:
     """Run `framework runs empty`."""
     parser = Parser("runs empty", "Delete the removed runs.", help_texts.RUNS_REMOVE)
     parser.add_argument("--root", **ROOT_OPTION)
+    parser.add_argument("--json", **JSON)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     args = parser.parse_args(arguments)
     count = len(removed_runs(args.root))
     if count == 0:
         note(f"the bin of {args.root} is empty")
+        if args.json:
+            print_json({"deleted": 0})
         return 0
     if not args.yes:
-        if not sys.stdin.isatty():
+        if args.json or not sys.stdin.isatty():
             raise FrameworkError(
                 "runs empty: cannot ask without a terminal; --yes deletes the runs"
             )
         if not ask(f"Delete {count} removed runs in {args.root / BIN}? [y/N] "):
             print("not deleted")
             return 1
-    print_line(f"{empty_bin(args.root)} runs deleted")
+    deleted = empty_bin(args.root)
+    print_line(f"{deleted} runs deleted")
+    if args.json:
+        print_json({"deleted": deleted})
     return 0
 
 

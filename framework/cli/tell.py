@@ -22,7 +22,8 @@ from framework.runs.requests import (
 from framework.runs.run_files import RunFiles, run_files
 
 from . import help_texts
-from .parsers import RUN, Parser
+from .json_output import print_json
+from .parsers import JSON, RUN, Parser
 
 SECONDS = 60.0  # that the run has to reach the end of a step
 POLL_SECONDS = 0.1
@@ -37,6 +38,7 @@ def tell(arguments: list[str]) -> None:
     parser.add_argument("commands", nargs="+", metavar="COMMAND", help=commands)
     timeout = f"how long to wait for the end of a step (default: {SECONDS:.0f})"
     parser.add_argument("--timeout", type=float, default=SECONDS, metavar="SECONDS", help=timeout)
+    parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if not 0 < args.timeout < float("inf"):
         parser.error(f"--timeout {args.timeout}: expected seconds, more than 0")
@@ -44,7 +46,10 @@ def tell(arguments: list[str]) -> None:
     run = run_files(args.run).path
     check_owner(run)
     check_running(run)
-    for row in answers(run, parsed, args.timeout):
+    rows = answers(run, parsed, args.timeout)
+    if args.json:
+        print_json({"run": str(run), "events": rows})
+    for row in rows:
         print_line(row_text(row))
         if row["do"] == "stop":
             print_line(f"resume   framework resume {pasted(run)}")

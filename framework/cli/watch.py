@@ -25,7 +25,8 @@ from framework.runtime.console import console
 from framework.runtime.plot import braille, evenly_spaced
 
 from . import help_texts
-from .parsers import Parser
+from .json_output import print_json
+from .parsers import JSON, Parser
 
 REFRESH_SECONDS = 1.0
 SEARCH_SECONDS = 5.0  # between two searches for new runs
@@ -64,8 +65,14 @@ def watch(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="*", default=[], type=expanded, metavar="RUN", help=runs)
     root = "folder of runs, in which the default is found (default: runs)"
     parser.add_argument("--root", type=expanded, default=Path("runs"), metavar="DIR", help=root)
+    once = "print the present state as JSON, once"
+    parser.add_argument("--json", **JSON | {"help": once})
     args = parser.parse_args(arguments)
     watched = Watched(args.runs, args.root)
+    if args.json:
+        watched.refresh(budget=math.inf)
+        print_json({"runs": [run_as_dict(run) for run in watched.runs]})
+        return
     screen = console()
     if screen.is_terminal and not screen.is_dumb_terminal:
         View(watched, screen).show()
@@ -206,6 +213,37 @@ def snapshot(runs: Sequence[LiveRun]) -> Iterator[str]:
         for metric in metrics_of([run]):
             curve = run.metrics.curves[metric]
             yield f"  {title(metric)} {curve_summary(curve)}"
+
+
+def run_as_dict(run: LiveRun) -> dict[str, Any]:
+    """Return the present state of a run for JSON; see conf/README.md."""
+    step, age = run.checkpoint or (None, None)
+    metrics = {}
+    for metric in metrics_of([run]):
+        curve = run.metrics.curves[metric]
+        lowest, lowest_step = curve.lowest or (None, None)
+        highest, highest_step = curve.highest or (None, None)
+        metrics[metric] = {
+            "last": curve.last,
+            "lowest": lowest,
+            "lowest_step": lowest_step,
+            "highest": highest,
+            "highest_step": highest_step,
+        }
+    return {
+        "path": str(run.path),
+        "state": run.state,
+        "reason": run.reason or None,
+        "step": run.step,
+        "total_steps": run.total_steps or None,
+        "samples_per_second": run.samples_per_second,
+        "eta_seconds": run.eta_seconds,
+        "checkpoint_step": step,
+        "checkpoint_age": age,
+        "processes": run.processes or None,
+        "metrics": metrics,
+        "warnings": list(run.warnings()),
+    }
 
 
 def facts(run: LiveRun) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ from framework.registry.discovery import (
     located,
     plugin_files,
 )
+from framework.registry.json_types import setting_type
 from framework.registry.plain_values import plain_value, readable
 from framework.registry.registry import Entry, Registry
 from framework.registry.schema import Setting, names_parts
@@ -50,9 +51,11 @@ class Index:
     """All parts, and the other keys of an experiment, in plain types (JSON).
 
     Attributes:
-        kinds: kind -> {"key", "many", "doc", "parts": {name: the result of `part_as_dict`}}.
+        kinds: kind -> {"key", "many", "composed", "doc", "parts"}; the parts are by name, as
+            `part_as_dict` returns them.
         sections: other top-level keys -> their settings; [] for a plain value such as `seed`.
         experiments: names for `experiment=`.
+        plain: the keys of `sections` with a plain value -> a setting, as `setting_as_dict`.
         chosen: config key -> the part, or parts, of the default experiment.
         broken: messages about installed plugins that do not load.
         not_trusted: plugins in config files that are not loaded, as the folder is not trusted.
@@ -60,6 +63,7 @@ class Index:
 
     kinds: dict[str, dict[str, Any]]
     sections: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    plain: dict[str, dict[str, Any]] = field(default_factory=dict)
     experiments: list[str] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
@@ -288,6 +292,7 @@ def build_index(
     sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
     sections |= {name: {} for name in PLAIN}
     index = read_index(sections, experiments_in(all_folders), chosen_in(all_folders))
+    index.plain = {name: setting_as_dict(setting) for name, setting in PLAIN.items()}
     index.broken = broken
     index.not_trusted = [plugin for plugin in not_trusted if plugin not in listed]
     installed = leave_out(without, installed_plugins())
@@ -335,13 +340,17 @@ def read_index(
         kinds[name] = {
             "key": registry.kind.key,
             "many": registry.kind.many,
+            "composed": registry.kind.composed,
             "doc": registry.kind.doc,
             "parts": {entry.name: part_as_dict(entry) for entry in registry},
         }
     settings = {}
     for name, section in (sections or {}).items():
         settings[name] = [setting_as_dict(setting) for setting in section.values()]
-    return Index(kinds, settings, sorted(experiments), dict(chosen or {}))
+    found = Index(kinds, settings)
+    found.experiments = sorted(experiments)
+    found.chosen = dict(chosen or {})
+    return found
 
 
 def part_as_dict(entry: Entry) -> dict[str, Any]:
@@ -367,7 +376,8 @@ def part_as_dict(entry: Entry) -> dict[str, Any]:
 def setting_as_dict(setting: Setting) -> dict[str, Any]:
     """Return a setting in plain types.
 
-    Its keys are `name`, `type`, `doc` and `required`, and where they apply:
+    Its keys are `name`, `type`, `doc`, `required` and `schema` (the JSON schema of its values), and
+    where they apply:
 
     - `default`, or `default_text` for a default that a config cannot hold;
     - `part` and `many`: the kind of part that it names, and whether it is a list of them;
@@ -378,6 +388,7 @@ def setting_as_dict(setting: Setting) -> dict[str, Any]:
         "type": setting.type_text,
         "doc": setting.doc,
         "required": setting.required,
+        "schema": setting_type(setting),
     }
     is_typeable = setting.is_typeable if setting.part is None else names_parts(setting.default)
     if not setting.required and is_typeable:

@@ -15,7 +15,7 @@ import yaml
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from framework.errors import ConfigError, RunError
+from framework.errors import ConfigError, Facts, Problem, RunError
 from framework.errors.paths import shorter
 from framework.registry.registry import Registry
 from framework.system.files import read_bytes
@@ -158,10 +158,10 @@ def check_lists(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
         if registry.kind.many and isinstance(parts, list):
             items = without_name(parts)
             if items:
-                yield (
-                    f"{shorter(file)}:{line_of(file, (key,))}: {key}: "
-                    f"expected a name or {{name: ..., ...}}, got {items[0]}"
-                )
+                place = f"{shorter(file)}:{line_of(file, (key,))}"
+                expected = "a name or {name: ..., ...}"
+                message = f"{place}: {key}: expected {expected}, got {items[0]}"
+                yield Problem(message, Facts(key, items[0], expected, place))
 
 
 def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
@@ -169,11 +169,15 @@ def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
     hydra_paths: dict[tuple[str, ...], None] = {}
     for path in leaf_paths(content):
         if IMPORTS & set(path):
-            yield f"{'.'.join(path)}: {NO_IMPORTS} ({shorter(file)}:{line_of(file, path)})"
+            place = f"{shorter(file)}:{line_of(file, path)}"
+            key = ".".join(path)
+            yield Problem(f"{key}: {NO_IMPORTS} ({place})", Facts(key, source=place))
         if path[0] == "hydra" and not is_for_sweeps(path):
             hydra_paths[path[:2]] = None
     for path in hydra_paths:
-        yield f"{'.'.join(path)}: {NO_HYDRA_SETTINGS} ({shorter(file)}:{line_of(file, path)})"
+        place = f"{shorter(file)}:{line_of(file, path)}"
+        key = ".".join(path)
+        yield Problem(f"{key}: {NO_HYDRA_SETTINGS} ({place})", Facts(key, source=place))
 
 
 def is_for_sweeps(path: Sequence[str]) -> bool:

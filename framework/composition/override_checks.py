@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from framework.errors import did_you_mean, nearest, with_article
+from framework.errors import Facts, Problem, did_you_mean, nearest, with_article
 from framework.errors.paths import quoted_override
 
 from .hydra_internals import IntervalSweep, Override, plugin_options
@@ -216,9 +216,11 @@ def expected_names(key: str, names: list[str]) -> str:
 def unknown_option(key: str, name: str, files: Iterable[str], folders: Iterable[Path]) -> str:
     """Return the message that a group has no part, or no config file, of this name."""
     if key in groups():
-        return groups()[key].unknown(name)
+        registry = groups()[key]
+        return Problem(registry.unknown(name), registry.unknown_facts(name))
     if list(files):
-        return f"there is no experiment {name!r}; {did_you_mean(name, files)}"
+        facts = Facts(value=name, expected="name of an experiment", suggestion=nearest(name, files))
+        return Problem(f"there is no experiment {name!r}; {did_you_mean(name, files)}", facts)
     searched = ", ".join(str(folder / "experiment") for folder in folders)
     return (
         f"there is no experiment {name!r}: no {name}.yaml in {searched} "

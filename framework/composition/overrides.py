@@ -18,13 +18,14 @@ unknown keys reach `spec.Reader`, which reports all problems at once.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
 
+from framework.errors import Facts, Problem
 from framework.registry.registry import Registry
 
 from .hydra_groups import ALSO, NONE
@@ -98,12 +99,14 @@ def rewrite(
         try:
             text, override = parse(argument)
         except HydraException:
-            found.problems.append(f"{argument}: {syntax_problem(argument)} ({COMMAND_LINE})")
+            message = f"{argument}: {syntax_problem(argument)} ({COMMAND_LINE})"
+            facts = Facts(value=argument, expected="KEY=VALUE", source=COMMAND_LINE)
+            found.problems.append(Problem(message, facts))
             continue
         record_override(found, text, override)
         problems = find_problems(text, override, folders, multirun, shows)
         for problem in problems:
-            found.problems.append(f"{text}: {problem} ({COMMAND_LINE})")
+            found.problems.append(typed_problem(text, override, problem))
         if problems:
             found.refused += refused_paths(override)
             continue
@@ -126,6 +129,21 @@ def rewrite(
         if path in found.typed:
             found.notes.append(f"{name} in {text} has no effect: {found.typed[path]} overrides it")
     return found
+
+
+def typed_problem(text: str, override: Override, problem: str) -> Problem:
+    """Return a problem of an override with its facts.
+
+    Args:
+        text: the override as typed.
+        override: the parsed override.
+        problem: what is wrong with it; a Problem may have further facts.
+    """
+    facts = problem.facts if isinstance(problem, Problem) else Facts()
+    key = dotted(override.key_or_group)
+    value = text.partition("=")[2] if facts.value is None else facts.value
+    known = replace(facts, setting=key, value=value, source=COMMAND_LINE)
+    return Problem(f"{text}: {problem} ({COMMAND_LINE})", known)
 
 
 def record_override(found: Overrides, text: str, override: Override) -> None:

@@ -2,11 +2,20 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from framework.errors import ConfigError, SettingError, did_you_mean, short, with_article
+from framework.errors import (
+    ConfigError,
+    Facts,
+    Problem,
+    SettingError,
+    did_you_mean,
+    nearest,
+    short,
+    with_article,
+)
 from framework.errors.paths import quoted_override, with_homes
 from framework.registry.annotations import members, strip
 from framework.registry.older_defaults import is_old_text, means_default
@@ -65,6 +74,7 @@ OLD_TEXT = (
     "was written by an earlier version in place of a value that a config cannot hold, perhaps the "
     "default: remove the line to use the default"
 )
+NO_FACTS = Facts()
 UNSET: Any = object()
 """Marks a setting that a maker leaves out, so that the default in the part's signature applies."""
 
@@ -172,6 +182,7 @@ class Reader:
                 value,
                 f"expected the name of {with_article(kind.name)}, "
                 "or a mapping with its `name` and settings",
+                Facts(expected=f"name of {with_article(kind.name)}"),
             )
             return None
         registry = Registry.every[kind.name]
@@ -184,7 +195,8 @@ class Reader:
             )
             return None
         if not isinstance(name, str) or name not in registry:
-            self.problem(path, name, registry.unknown(str(name)))
+            unknown = registry.unknown(str(name))
+            self.problem(path, name, unknown, registry.unknown_facts(name))
             return None
         entry = registry.get(name)
         values = {key: item for key, item in value.items() if key != "name"}
@@ -254,7 +266,8 @@ class Reader:
             return self.expand_home(checked, path) if of_section else checked
         if setting.required:
             name = self.shown_name(path.rpartition(".")[0], owner)
-            self.problem(path, None, f"{name} needs a value ({setting.type_text}); give {path}=...")
+            message = f"{name} needs a value ({setting.type_text}); give {path}=..."
+            self.problem(path, None, message, Facts(expected=setting.type_text))
             return UNSET
         return setting.initial() if of_section else UNSET  # a Maker applies the part's defaults
 
@@ -294,7 +307,8 @@ class Reader:
         if value == {"name": None}:  # from a sweep over null and names
             value = None
         if value is None and "null" not in setting.type_text:
-            self.problem(path, None, f"expected {setting.type_text}, got null")
+            message = f"expected {setting.type_text}, got null"
+            self.problem(path, None, message, Facts(expected=setting.type_text))
         return self.part(kind, path, value, default)
 
     def nested_parts(self, path: str, setting: Setting, value: Any) -> Any:
@@ -305,7 +319,8 @@ class Reader:
         if value is setting.default and not names_parts(value):
             return UNSET
         if not isinstance(value, list | tuple):
-            self.problem(path, value, f"expected {setting.type_text}")
+            message = f"expected {setting.type_text}"
+            self.problem(path, value, message, Facts(expected=setting.type_text))
             return []
         makers = []
         for number, item in enumerate(value):
@@ -343,7 +358,8 @@ class Reader:
             if isinstance(value, Mapping) and value.keys() == {"name"}:
                 # `task.loss=hinge` was rewritten for a part; for this task it is a text
                 return self.value(setting, value["name"], path)
-            self.problem(path, value, f"{error}{self.quoting(setting, value, path)}")
+            message = f"{error}{self.quoting(setting, value, path)}"
+            self.problem(path, value, message, error.facts)
             return setting.default
         is_text = isinstance(converted, str | Path)
         if type(value) is int and is_text and self.is_altered(value, path):
@@ -437,14 +453,17 @@ class Reader:
         owners = [section for section in SECTIONS if key in section_settings(section)]
         owners += [choice for choice in Registry.by_key() if self.has(choice, key)]
         path, value = as_typed(key, value)
+        facts = NO_FACTS
         if key in IMPORTS:
             message = NO_IMPORTS
         elif owners:
+            facts = Facts(suggestion=f"{owners[0]}.{path}")
             advice = quoted_override(f"{owners[0]}.{path}={short(value, quote=False)}")
             message = f"is a setting of {owners[0]}: write {advice}"
         else:
+            facts = Facts(suggestion=nearest(key, known))
             message = f"an experiment has no key {key!r}; {did_you_mean(key, known, most=30)}"
-        self.problem(path, value, message)
+        self.problem(path, value, message, facts)
 
     def has(self, choice: str, key: str) -> bool:
         """Return whether the part that the experiment chooses of a kind has this setting."""
@@ -458,6 +477,7 @@ class Reader:
         """Report a setting that a part or section does not have."""
         name = self.shown_name(path.rpartition(".")[0], owner)
         others = parts_with(key, owner)
+        facts = NO_FACTS
         if key in IMPORTS:
             message = NO_IMPORTS
         elif isinstance(owner, Entry) and key in signature_parameters(owner.part):
@@ -468,16 +488,18 @@ class Reader:
         elif isinstance(owner, str) and key in Registry.by_key():
             typed, value = as_typed(key, value)
             path = f"{owner}.{typed}"
+            facts = Facts(suggestion=typed)
             advice = quoted_override(f"{typed}={short(value, quote=False)}")
             message = f"{key} is a key of its own: write {advice}"
         elif others:
             more = " ..." if len(others) > 4 else ""
             message = f"{key} is a setting of {', '.join(others[:4])}{more}, not of {name}"
         elif schema:
+            facts = Facts(suggestion=nearest(str(key), schema))
             message = f"{name} has no setting {key!r}; {did_you_mean(str(key), schema, most=20)}"
         else:
             message = f"{name} has no settings"
-        self.problem(path, value, message)
+        self.problem(path, value, message, facts)
 
     def shown_name(self, path: str, owner: Entry | str) -> str:
         """Return the name of a section or part for a message; an alias if that was given.
@@ -493,11 +515,14 @@ class Reader:
                 return str(name)
         return owner.name
 
-    def problem(self, path: str, value: Any, message: str) -> None:
+    def problem(self, path: str, value: Any, message: str, facts: Facts = NO_FACTS) -> None:
         """Record a problem as `path=value: message (place)`, without the value if it is None.
 
         Typed settings of a part whose own name is a problem belong to no known part, so that
         nothing can be said about them.
+
+        Args:
+            facts: what is known besides path, value and place.
         """
         source = self.source(path)
         for refused in self.source.refused:
@@ -505,7 +530,8 @@ class Reader:
                 return
         shown = path if value is None else f"{path}={short(value, quote=False)}"
         place = f" ({source})" if source else ""
-        self.problems.append(f"{shown}: {message}{place}")
+        known = replace(facts, setting=path, value=value, source=source or None)
+        self.problems.append(Problem(f"{shown}: {message}{place}", known))
 
 
 def as_typed(key: str, value: Any) -> tuple[str, Any]:

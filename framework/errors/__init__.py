@@ -2,18 +2,60 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
 from reprlib import Repr
-from typing import Any
+from typing import Any, Self
 
 from .terminal import printable, shortened
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a problem besides its text; None for what is not known.
+
+    Attributes:
+        setting: the path of a setting, such as "optimizer.lr", or an option, such as "--port".
+        value: its value.
+        expected: the type, range or choices of a correct value, in words.
+        source: where the value was written: "command line", or a file and a line.
+        suggestion: a correct name that is similar.
+    """
+
+    setting: str | None = None
+    value: Any = None
+    expected: str | None = None
+    source: str | None = None
+    suggestion: str | None = None
+
+
+class Problem(str):
+    """A line of a message with the facts about its problem."""
+
+    facts: Facts
+
+    def __new__(cls, text: str, facts: Facts) -> Self:
+        problem = super().__new__(cls, text)
+        problem.facts = facts
+        return problem
+
+    @classmethod
+    def of(cls, text: str) -> "Problem":
+        """Return a text as a problem, of which nothing else is known if it is only a text."""
+        return text if isinstance(text, Problem) else cls(text, Facts())
 
 
 class FrameworkError(Exception):
     """A user error. The command line prints it without traceback and exits with status 2."""
 
     exit_status = 2
+    facts = Facts()
+
+    def with_facts(self, facts: Facts) -> Self:
+        """Set the facts about the problem, and return the error."""
+        self.facts = facts
+        return self
 
     def with_text(self, text: str) -> "FrameworkError":
         """Return an error of the same class and attributes with another text.
@@ -50,11 +92,23 @@ class ConfigError(FrameworkError):
     """
 
     def __init__(self, problems: Iterable[str]):
-        self.problems = list(map(printable, problems))
+        self.problems: list[str] = []
+        for problem in problems:
+            text = printable(problem)
+            if isinstance(problem, Problem):
+                text = Problem(text, problem.facts)
+            self.problems.append(text)
         super().__init__("\n".join(self.problems))
 
     def with_text(self, text: str) -> "ConfigError":
         return ConfigError(text.splitlines())
+
+
+def problems_of(error: FrameworkError) -> list[Problem]:
+    """Return the problems of an error: those of a ConfigError, otherwise one."""
+    if not isinstance(error, ConfigError) or not error.problems:
+        return [Problem(str(error) or type(error).__name__, error.facts)]
+    return [Problem.of(text) for text in error.problems]
 
 
 class PluginError(FrameworkError):

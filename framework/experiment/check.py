@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load as load_tensors, save as tensors_as_bytes
@@ -66,7 +66,19 @@ class StopAfter(Callback):
             trainer.stop("check", "tried")
 
 
-def run_check(spec: Spec, say: Callable[[str], None]) -> None:
+class Say(Protocol):
+    """Prints a line of the check."""
+
+    def __call__(self, text: str, seconds: float | None = None) -> None:
+        """Print a line.
+
+        Args:
+            text: what was done.
+            seconds: how long it took, where that is measured.
+        """
+
+
+def run_check(spec: Spec, say: Say) -> None:
     """Train two steps with a validation, save and resume after the first, and overfit one batch.
 
     Then take a step on two processes, unless the experiment does not support several. No files
@@ -105,11 +117,11 @@ def run_check(spec: Spec, say: Callable[[str], None]) -> None:
     check_step_of_processes(spec, data, say)
 
 
-def timed(say: Callable[[str], None], part: str, run: Callable[[], Any]) -> Any:
+def timed(say: Say, part: str, run: Callable[[], Any]) -> Any:
     """Run a part of the check and print its seconds."""
     began = time.perf_counter()
     result = run()
-    say(f"{part:<26}{time.perf_counter() - began:8.1f} s")
+    say(part, time.perf_counter() - began)
     return result
 
 
@@ -271,7 +283,7 @@ class Gradients(Callback):
                 self.values[name] = gradient.to("cpu", copy=True).contiguous()
 
 
-def check_step_of_processes(spec: Spec, data: Data, say: Callable[[str], None]) -> None:
+def check_step_of_processes(spec: Spec, data: Data, say: Say) -> None:
     """Compare the gradients of a step on two processes with those of one.
 
     Args:

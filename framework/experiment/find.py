@@ -1,6 +1,5 @@
 """Find a learning rate or a batch size before a long run."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from framework.composition.spec import Spec
 from framework.contracts.callback import Callback
 from framework.contracts.context import Context
 from framework.errors import RunError
-from framework.registry.discovery import output_for_programs
 from framework.runtime.memory import OutOfMemory
 from framework.runtime.plot import braille
 from framework.runtime.threads import intra_op_threads
@@ -224,13 +222,9 @@ def fit_arguments(built: Experiment) -> dict[str, Any]:
     }
 
 
-def show_learning_rates(spec: Spec, as_json: bool) -> None:
-    """Print the curve of a learning rate range test, and the suggested rate."""
-    with output_for_programs(as_json):
-        found = find_learning_rate(spec)
-    if as_json:
-        print(json.dumps(asdict(found)))
-        return
+def show_learning_rates(spec: Spec) -> dict[str, Any]:
+    """Print the curve of a learning rate range test and the suggested rate; return them."""
+    found = find_learning_rate(spec)
     top = min(max(found.losses), 2 * found.losses[0])
     losses = [min(loss, top) for loss in found.losses]
     lines = braille(losses, CURVE_COLUMNS, CURVE_ROWS)
@@ -242,22 +236,18 @@ def show_learning_rates(spec: Spec, as_json: bool) -> None:
     print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss decreases fastest")
     print(f"         the loss is lowest at {found.lowest:.2g}; do not use a larger learning rate")
+    return asdict(found)
 
 
-def show_batch_sizes(spec: Spec, as_json: bool) -> None:
-    """Print the speed of each batch size when it is measured, and the suggested one."""
+def show_batch_sizes(spec: Spec) -> dict[str, Any]:
+    """Print the speed of each batch size when it is measured, and the suggested one; return all."""
     speeds = []
-    with output_for_programs(as_json):
-        for speed in find_batch_size(spec):
-            speeds.append(speed)
-            if not as_json:
-                print_speed(speed)
+    for speed in find_batch_size(spec):
+        speeds.append(speed)
+        print_speed(speed)
     size = suggested(speeds).batch_size
-    if as_json:
-        measured = [asdict(speed) for speed in speeds]
-        print(json.dumps({"measured": measured, "suggestion": size}))
-    else:
-        print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % faster")
+    print(f"suggest  loader.batch_size={size}; a larger one is less than 5 % faster")
+    return {"measured": [asdict(speed) for speed in speeds], "suggestion": size}
 
 
 def print_speed(speed: Speed) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from framework.errors import SettingError, short, suggestion
+from framework.errors import Facts, SettingError, nearest, short
 
 from .annotations import (
     LISTS,
@@ -41,19 +41,20 @@ class Mismatch(Exception):
 
 def mismatch_error(value: Any, annotation: Any) -> SettingError:
     """Return the error of a value that does not have the annotated type."""
-    return SettingError(
-        f"expected {describe_type(annotation)}, got {short(value)}"
-        f"{similar_member(value, annotation)}"
-    )
+    expected = describe_type(annotation)
+    similar = similar_member(value, annotation)
+    advice = "" if similar is None else f"; did you mean {similar!r}?"
+    error = SettingError(f"expected {expected}, got {short(value)}{advice}")
+    return error.with_facts(Facts(value=value, expected=expected, suggestion=similar))
 
 
-def similar_member(value: Any, annotation: Any) -> str:
-    """Return "; did you mean 'SOFT'?" for a misspelt member of an enumeration, else ""."""
+def similar_member(value: Any, annotation: Any) -> str | None:
+    """Return the member of an enumeration that is similar to a misspelt one, such as "SOFT"."""
     names: list[str] = []
     for each in members(annotation):
         if is_enum(each):
             names += each.__members__
-    return suggestion(value, names) if isinstance(value, str) else ""
+    return nearest(value, names) if isinstance(value, str) else None
 
 
 def converted(value: Any, annotation: Any) -> Any:

@@ -18,7 +18,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from linecache import getlines
 from pkgutil import resolve_name
@@ -28,11 +28,13 @@ from framework.errors import (
     BuildError,
     ContractError,
     DuplicateName,
+    Facts,
     FrameworkError,
     PartExit,
     SettingError,
     UnknownName,
     did_you_mean,
+    nearest,
     short,
     with_article,
 )
@@ -151,7 +153,7 @@ class Registry:
         """
         entry = self._entries.get(self._aliases.get(name, name))
         if entry is None:
-            raise UnknownName(self.unknown(name))
+            raise UnknownName(self.unknown(name)).with_facts(self.unknown_facts(name))
         return entry
 
     def build(self, name: str, *given: Any, **arguments: Any) -> Any:
@@ -190,6 +192,17 @@ class Registry:
         for kind, registry in Registry.every.items():
             names[kind] = [*registry._entries, *registry._aliases]
         return no_part(self.kind.name, name, names)
+
+    def unknown_facts(self, name: object, setting: str | None = None) -> Facts:
+        """Return the facts of an unknown name.
+
+        Args:
+            name: the unknown name.
+            setting: where it was written.
+        """
+        similar = nearest(str(name), [*self._entries, *self._aliases])
+        expected = f"name of {with_article(self.kind.name)}"
+        return Facts(setting, name, expected, suggestion=similar)
 
     def forget_unloaded(self) -> None:
         """Remove the parts of modules that are not loaded because their import failed."""
@@ -296,9 +309,11 @@ class Entry:
         """
         for name in settings:
             if name not in self.settings:
-                raise SettingError(
+                error = SettingError(
                     f"{self} has no setting {name!r}; {did_you_mean(name, self.settings)}"
                 )
+                similar = nearest(name, self.settings)
+                raise error.with_facts(Facts(name, settings[name], suggestion=similar))
         result = {}
         for name, setting in self.settings.items():
             if name not in settings:
@@ -306,7 +321,8 @@ class Entry:
             try:
                 result[name] = as_makers(setting, setting.convert(settings[name]))
             except FrameworkError as error:
-                raise error.with_text(f"{self}: {name}: {error}") from None
+                named = error.with_text(f"{self}: {name}: {error}")
+                raise named.with_facts(replace(error.facts, setting=name)) from None
         return result
 
     def defaults(self, without: Container[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from framework.errors import SettingError, did_you_mean
+from framework.errors import Facts, SettingError, did_you_mean, nearest
 
 from .run_files import Value
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
@@ -141,9 +141,11 @@ class RunTable:
             names = ", ".join(ending[:4])
             raise SettingError(f"{place}: {text!r} may be {names}; give the complete name")
         known_names = [*FIELDS, *self.metrics, *self.settings]
-        raise SettingError(
+        error = SettingError(
             f"{place}: there is no column {text!r}; {did_you_mean(text, known_names)}"
         )
+        similar = nearest(text, known_names)
+        raise error.with_facts(Facts(place, text, "name of a column", suggestion=similar))
 
     def title(self, column: Column) -> str:
         """Return the heading of a column: `lr` for optimizer.lr if no other setting ends in lr."""

@@ -29,6 +29,7 @@ class Part(torch.nn.ReLU):
 """
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
 INFORMING = ["list", "list activation", "show relu", "complete -- train activation=", "list --json"]
+INFORMING += ["schema"]
 
 
 @pytest.fixture(autouse=True)
@@ -441,5 +442,6 @@ def test_a_folder_with_a_name_that_is_not_utf8_can_be_trusted(folder, command):
 
 def test_commands_that_only_print_do_not_run_parts():
     informing = {name for name, each in COMMANDS.items() if not each.runs_parts}
-    reading = {"diff", "watch", "tell"}
-    assert informing == {"list", "show", "data", "trust", "board", "completion"} | reading
+    reading = {"diff", "watch", "tell", "runs", "best"}
+    printing = {"list", "show", "schema", "completion"}
+    assert informing == {"data", "trust", "board"} | reading | printing

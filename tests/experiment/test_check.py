@@ -69,7 +69,11 @@ def plugin(tmp_path_factory):
 def checked(*overrides, plugins=()):
     """Return the lines of a check."""
     lines = []
-    run_check(composed([*SMALL, *overrides], plugins), lines.append)
+
+    def say(text, seconds=None):
+        lines.append(text if seconds is None else f"{text:<26}{seconds:8.1f} s")
+
+    run_check(composed([*SMALL, *overrides], plugins), say)
     return lines
 
 

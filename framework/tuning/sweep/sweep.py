@@ -36,7 +36,7 @@ from framework.errors import ConfigError, DiskFull, FrameworkError, RunError, di
 from framework.errors.terminal import print_line
 from framework.experiment.result import Result
 from framework.registry.registry import Registry
-from framework.runs.sweep_files import REQUEST
+from framework.runs.sweep_files import REQUEST, Trial
 from framework.runtime.console import console
 from framework.system.signals import Interrupt, interruptible
 
@@ -47,6 +47,7 @@ from .table import Objectives, results_table, summary
 from .trial_runner import PlanLines, TrialRunner
 
 Explain = Callable[[Exception], Sequence[str]]
+Report = Callable[[Path, Sequence[Trial], Objectives], None]
 MAX_FOLDER = 64  # characters of the joined names of experiments
 NOT_COMPARED = re.compile(
     r"\+*(resume|sweep\.name|run\.root|hydra/launcher|hydra\.(?!sweeper\.params))"
@@ -61,6 +62,7 @@ def sweep(
     task: Callable[[Job], Result | None],
     explain: Explain = lambda error: [str(error)],
     plan: PlanLines | None = None,
+    report: Report | None = None,
 ) -> None:
     """Compose a sweep, run a task on each of its jobs, and print a table of the results.
 
@@ -71,6 +73,7 @@ def sweep(
         task: trains a job.
         explain: returns the lines of an error message.
         plan: yields lines about the jobs, which are printed instead of running them.
+        report: called with the folder, the trials and the objectives at the end.
 
     Raises:
         ConfigError: the experiment, the sweep or one of its jobs has problems.
@@ -97,11 +100,13 @@ def sweep(
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         with nullcontext() if launcher is None else launcher_in_use(launcher):
             sweeper = set_up_sweeper(sweeper, hydra, config, runner)
-            interrupt = run_sweeper(sweeper, runner, overrides)
+            interrupt = run_sweeper(sweeper, runner, overrides, report)
     exit_or_raise(runner, interrupt.received)
 
 
-def run_sweeper(sweeper: Sweeper, runner: TrialRunner, overrides: list[str]) -> Interrupt:
+def run_sweeper(
+    sweeper: Sweeper, runner: TrialRunner, overrides: list[str], report: Report | None
+) -> Interrupt:
     """Run a sweeper, and print the results also after an error; return the signal handler."""
     try:
         with interruptible() as interrupt:
@@ -109,6 +114,8 @@ def run_sweeper(sweeper: Sweeper, runner: TrialRunner, overrides: list[str]) -> 
     finally:
         if runner.opened is not None:
             print_results(runner.opened, runner.objectives)
+            if report is not None:
+                report(runner.opened.path, runner.opened.trials(), runner.objectives)
             runner.opened.release()
     return interrupt
 
