@@ -181,7 +181,7 @@ def print_table(table: RunTable, rows: Sequence[RunRow], columns: Sequence[Colum
             blank = " " * (widths[number] - width_of(text))
             is_number = columns[number].kind == "metric" or columns[number].key in NUMBERS
             cells.append(blank + text if is_number else text + blank)
-        print(GAP.join(cells).rstrip())
+        print_line(GAP.join(cells).rstrip())
     if left_out:
         names = ", ".join(reversed(left_out))
         print_line(f"left out for lack of width: {names} (--columns chooses)")
@@ -433,7 +433,7 @@ def best(arguments: list[str]) -> int:
         counts = {"value": value.value, "step": value.step, "compared": len(ranked)}
         print_json(content | counts)
         return 0
-    print(path)
+    print(printable(path) if sys.stdout.isatty() else path)  # exact for a shell
     compared = f"the best of {len(ranked):,} runs"
     note(f"{metric} {value.value:.4g} after step {value.step:,}, {compared}")
     return 0

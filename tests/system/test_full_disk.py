@@ -184,7 +184,7 @@ def test_a_run_on_a_full_disk_fails_with_the_reason_and_resumes_exactly(tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises((RunError, CheckpointError), match="File too large") as raised:
-            fit(folder, saving(), Limit(4, 600))
+            fit(folder, saving(), Limit(4, 3_500))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     state = status(folder)
