@@ -519,7 +519,7 @@ PRINTING = {
     "traceback.print_exception",
     "traceback.print_exc",
 }
-SAFE = {"printable", "printable_lines", "message_line", "json.dumps", "version"}
+SAFE = {"printable", "printable_lines", "message_line", "json.dumps", "as_json", "version"}
 
 
 def unescaped(tree):
