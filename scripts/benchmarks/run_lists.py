@@ -34,6 +34,7 @@ def time_lists(rounds: int, runs: int) -> int:
         root = Path(folder, "runs")
         write_runs(root, runs)
         framework = [sys.executable, "-m", "framework"]
+        trials = sorted((root / "default" / "sweep0000").glob("*_seed-*"))[:2]
         where = "optimizer=adamw and val/accuracy>0.9"
         commands = {
             "framework --version": ["--version"],
@@ -47,6 +48,7 @@ def time_lists(rounds: int, runs: int) -> int:
             ],
             "framework runs --expand --json": ["runs", "--expand", "--json"],
             "framework best": ["best"],
+            "framework diff of two trials": ["diff", *map(str, trials)],
         }
         cold = seconds([*framework, "runs"], folder)
         index_bytes = (root / INDEX).stat().st_size
