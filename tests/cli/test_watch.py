@@ -72,7 +72,7 @@ def test_the_view_of_several_runs(root):
     assert any("ValueError: no" in line for line in texts(view, 100, 40))
     assert not any("\x1b" in line for line in texts(view, 100, 40))
     view.press("down")
-    assert any("was killed" in line for line in texts(view, 100, 40))
+    assert any("ended without a result" in line for line in texts(view, 100, 40))
     assert view.press("x")
     assert not view.press("q")
 
