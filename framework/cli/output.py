@@ -20,6 +20,8 @@ from framework.system.files import unwritable, write_file
 from framework.system.streams import set_errors
 from framework.training.process_times import ProcessTimes
 
+from .units import duration
+
 MOST_PROCESSES = 8  # whose waiting time is printed
 NOTABLE = 0.02  # how much slower than the mean a process is that is named
 
@@ -107,13 +109,6 @@ def steps_text(steps: int) -> str:
     if steps == 1:
         return "1 step"
     return f"{steps:,} steps"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in seconds or minutes."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min"
 
 
 def run_arguments(run: Path) -> str:
