@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from framework.errors import SettingError, did_you_mean
+from framework.errors import SettingError, suggestion
 
 from .run_files import Value
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
@@ -36,6 +36,7 @@ NOT_COMPARED = ("run", "plugins", "sweep")
 """Sections that do not belong to the settings in which runs differ."""
 MOST_SETTINGS = 8  # columns
 MOST_LOOKED_AT = 1000  # runs by which the heading of a column is chosen
+MOST_LISTED = 12  # metrics, in the message on an unknown column
 MOST_METRICS = 4  # columns besides the monitored metric
 
 
@@ -140,10 +141,13 @@ class RunTable:
         if ending:
             names = ", ".join(ending[:4])
             raise SettingError(f"{place}: {text!r} may be {names}; give the complete name")
-        known_names = [*FIELDS, *self.metrics, *self.settings]
-        raise SettingError(
-            f"{place}: there is no column {text!r}; {did_you_mean(text, known_names)}"
-        )
+        available = [*FIELDS, *self.metrics, *self.settings]
+        last_words = [key.rpartition(".")[2] for key in self.settings]
+        advice = suggestion(text, [*available, *last_words])
+        if not advice:
+            listed = ", ".join([*FIELDS, *self.metrics[:MOST_LISTED]])
+            advice = f"; expected a setting such as optimizer.lr, or one of {listed}"
+        raise SettingError(f"{place}: there is no column {text!r}{advice}")
 
     def title(self, column: Column) -> str:
         """Return the heading of a column: `lr` for optimizer.lr if no other setting ends in lr."""
