@@ -98,9 +98,8 @@ class Parser:
 
     def error(self, position: int, expected: str, found: str) -> SettingError:
         """Return the error of an expression that is wrong at a position."""
-        return SettingError(
-            f"{self.place(position)}: expected {expected}, got {found if found == END else repr(found)}"
-        )
+        got = found if found == END else repr(found)
+        return SettingError(f"{self.place(position)}: expected {expected}, got {got}")
 
     def place(self, position: int) -> str:
         """Return the beginning of a message on a position."""
