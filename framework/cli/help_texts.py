@@ -97,7 +97,7 @@ the experiment file name."""
 DIFF = """\
 examples:
   framework diff runs/default/first runs/default/second
-  framework diff runs/digits/sweep/000* runs/digits/sweep/001* --curves val/loss
+  framework diff runs/default/first runs/default/second --curves val/loss
   framework diff A B C --json
 Prints the settings that differ, with the file and line or the override that
 gave each value; differences of the code, of versions and of the data; the
@@ -182,7 +182,7 @@ data.target=late"""
 
 WATCH = """\
 examples:
-  framework watch                         the runs that are running, or the latest
+  framework watch                         the running runs, or the latest one
   framework watch runs/default/first runs/default/second
   framework watch runs/default/my_sweep   the trials of a sweep as a table
   framework watch | cat                   print the present state once
@@ -194,7 +194,7 @@ TELL = """\
 examples:
   framework tell runs/default/first checkpoint
   framework tell runs/default/first set optimizer.lr=1e-4
-  framework tell runs/default/first set optimizer.lr=1e-4 optimizer.weight_decay=0
+  framework tell default/first set optimizer.lr=1e-4 optimizer.weight_decay=0
   framework tell runs/default/first pause         continue lets it go on
   framework tell runs/default/first stop          saves; `resume` continues it
 The run carries out the commands at the end of a step, all of them or none, and

@@ -35,7 +35,7 @@ from .run_files import (
 from .sweep_files import REQUEST, ROWS, read_request, trial_of_row
 
 INDEX = ".index.json"
-SCHEMA = 1
+SCHEMA = 2
 MOST_INDEX = 128 * 2**20  # bytes; 10,000 runs with 12 metrics have 9 MB
 MOST_METRICS_BYTES = 256 * 2**20  # of a metrics.jsonl; reading them takes seconds
 MOST_DEPTH = 4  # folders between the root and a run
