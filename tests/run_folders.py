@@ -36,6 +36,7 @@ def write_run(
     status="done",
     started="2026-12-01T09:00:00+0000",
     processes=1,
+    reason=None,
     **settings,
 ):
     """Write a run folder with a value of val/loss every 10 steps; return the folder."""
@@ -47,7 +48,7 @@ def write_run(
     directions = {"loss": "min", "accuracy": "max"}
     provenance = {"time": started, "git_commit": None, "directions": directions}
     (path / "provenance.json").write_text(json.dumps(provenance))
-    content = {"status": status, "reason": None, "step": 10 * len(losses), "wall_seconds": 2.5}
+    content = {"status": status, "reason": reason, "step": 10 * len(losses), "wall_seconds": 2.5}
     (path / "status.json").write_text(json.dumps(content | {"processes": processes}))
     with open(path / "metrics.jsonl", "w") as file:
         for number, loss in enumerate(losses, 1):

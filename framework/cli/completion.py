@@ -55,18 +55,18 @@ compdef _framework framework
 
 FILE_COMMANDS = (
     "resume",
-    "diff",
+    "rerun",
     "eval",
     "predict",
+    "export",
     "runs",
     "best",
-    "rerun",
-    "export",
-    "schema",
-    "trust",
+    "diff",
     "watch",
     "tell",
     "board",
+    "schema",
+    "trust",
 )
 """Commands whose words fish completes with the names of files."""
 

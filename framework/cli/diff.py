@@ -31,6 +31,7 @@ from framework.runtime.plot import braille, evenly_spaced
 from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, RUN, Parser
+from .units import duration, small_duration
 
 MOST_RUNS = 8
 MOST_CURVES = 3
@@ -223,9 +224,9 @@ def time_value(name: str, value: Any) -> Any:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return value
     if name == "seconds_per_step":
-        return f"{value * 1e3:.3g} ms"
+        return small_duration(value)
     if name in ("training_seconds", "total_seconds"):
-        return f"{value:,.1f} s"
+        return duration(value)
     return f"{value:,.0f}"
 
 
@@ -233,7 +234,7 @@ def curve_panels(found: Diff, metric: str, width: int) -> Iterator[RenderableTyp
     """Yield the curves of a metric side by side, with common axes."""
     curves = [curves_of(run, [metric])[metric] for run in found.runs]
     points = [point for curve in curves for point in curve.points if math.isfinite(point[1])]
-    if not points:
+    if len({step for step, _ in points}) < 2:  # the table of metrics has this value
         return
     low = min(value for _, value in points)
     high = max(value for _, value in points)

@@ -12,6 +12,7 @@ from framework.errors.terminal import print_line, printable, title
 from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, RUN, command_line, composing, importing_torch
+from .units import duration, small_duration
 
 if TYPE_CHECKING:
     from framework.experiment.explain import Explained
@@ -29,7 +30,7 @@ def explain(arguments: list[str]) -> None:
         help_texts.EXPLAIN,
         argument=("WHAT", "a setting such as optimizer.lr, or speed, or nan"),
     )
-    parser.add_argument("--run", **RUN | {"metavar": "RUN", "help": "explain a setting of a run"})
+    parser.add_argument("--run", **RUN | {"metavar": "RUN", "help": "explain this run"})
     output = "folder for the files that repeat the step (default: RUN/non_finite)"
     parser.add_argument("--output", type=expanded, metavar="DIR", help=f"with nan: {output}")
     parser.add_argument("--json", **JSON)
@@ -38,10 +39,11 @@ def explain(arguments: list[str]) -> None:
         parser.error(f"explain: expected a setting before the overrides, got {args.what}")
     if args.run is not None and args.overrides:
         parser.error(f"--run {args.run}: expected no overrides, got {args.overrides[0]}")
-    if args.what in ("speed", "nan") and args.run is None:
-        if len(args.overrides) != 1:
-            parser.error(f"explain {args.what}: expected the folder of one run")
-        args.run = expanded(args.overrides[0])
+    if args.what in ("speed", "nan"):
+        if args.run is None:
+            if len(args.overrides) != 1:
+                parser.error(f"explain {args.what}: expected the folder of one run")
+            args.run = expanded(args.overrides[0])
         explain_speed_of(args) if args.what == "speed" else explain_nan_of(args)
         return
     if args.run is not None:
@@ -167,8 +169,8 @@ def backward_lines(step: "Finding") -> Iterator[str]:
     if step.parameter is not None:
         count, total = step.parameters
         lines.append(
-            f"of {count} of {total} parameters the gradient is not finite; the first one is "
-            f"{title(step.parameter)}"
+            f"the gradients of {count} of {total} parameters are not finite; the first one is that "
+            f"of {title(step.parameter)}"
         )
     for number, line in enumerate(lines):
         yield f"{'' if number else 'backward':<11}{line}"
@@ -188,22 +190,6 @@ def print_activities(activities: Sequence["Activity"]) -> None:
         seconds = f"{small_duration(each.seconds):>9}"
         rows.append((f"  {each.name}", seconds, f"{each.share:6.1%}"))
     print_rows(rows)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def small_duration(seconds: float) -> str:
-    """Return a duration also in microseconds or milliseconds."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else duration(seconds)
 
 
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:

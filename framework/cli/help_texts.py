@@ -254,7 +254,7 @@ Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
 is the best value; also val/loss:last, :min, :max, and :step of the best) and
 name, experiment, state, reason, step, total_steps, started, updated, time,
 processes, sweep, tags, note, problems.
-States: running; stale (its process has ended without a word); failed; stopped;
+States: running; stale (its process ended without a result); failed; stopped;
 done; unknown (status.json is missing or damaged).
 A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
 

@@ -757,6 +757,7 @@ def completion(arguments: list[str]) -> None:
 COMMANDS = {
     "train": Command(train, "train an experiment", composes=True, runs_parts=True),
     "resume": Command(resume, "continue a run that was interrupted", runs_parts=True),
+    "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),
     "plan": Command(
         plan,
         "print layers, parameters, steps and memory, without training",
@@ -770,6 +771,15 @@ COMMANDS = {
         runs_parts=True,
     ),
     "find": Command(find, "find a learning rate or a batch size", composes=True, runs_parts=True),
+    "eval": Command(
+        evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
+    ),
+    "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
+    "export": Command(
+        export, "write a trained model as files without the framework", runs_parts=True
+    ),
+    "runs": Command(runs, "list, label and remove runs"),
+    "best": Command(best, "print the folder of the best run"),
     "diff": Command(diff, "print the differences between runs"),
     "explain": Command(
         explain,
@@ -777,24 +787,14 @@ COMMANDS = {
         composes=True,
         runs_parts=True,
     ),
-    "eval": Command(
-        evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
-    ),
-    "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
-    "runs": Command(runs, "list, label and remove runs"),
-    "best": Command(best, "print the folder of the best run"),
-    "rerun": Command(rerun, "train a new run with the config of another", runs_parts=True),
-    "export": Command(
-        export, "write a trained model as files without the framework", runs_parts=True
-    ),
-    "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
-    "show": Command(show, "show a part: its settings, defaults and source"),
-    "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
-    "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
-    "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "watch": Command(watch, "show runs and sweeps live in the terminal"),
     "tell": Command(tell, "stop, pause, save or change a running run"),
     "board": Command(board, "start TensorBoard on the runs"),
+    "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
+    "show": Command(show, "show a part: its settings, defaults and source"),
+    "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
+    "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
+    "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),
     "completion": Command(completion, "print a script for completion with TAB"),
 }
 """All commands, in the order of `framework --help`."""

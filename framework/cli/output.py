@@ -16,6 +16,8 @@ from framework.runtime.clock import WAITING_FOR_DATA
 from framework.training.process_times import ProcessTimes
 from framework.tuning.sweep.table import Objectives, best_trial
 
+from .units import duration
+
 MOST_PROCESSES = 8  # whose waiting time is printed
 NOTABLE = 0.02  # how much slower than the mean a process is that is named
 
@@ -148,13 +150,6 @@ def steps_text(steps: int) -> str:
     if steps == 1:
         return "1 step"
     return f"{steps:,} steps"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in seconds or minutes."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min"
 
 
 def run_arguments(run: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from framework.errors import FrameworkError, RunError, SettingError
 from framework.errors.paths import expanded, pasted
 from framework.errors.terminal import note, print_line, printable, shortened
+from framework.runs.folder import DEFAULT_ROOT
 from framework.runs.run_bin import (
     BIN,
     empty_bin,
@@ -20,7 +21,7 @@ from framework.runs.run_bin import (
 )
 from framework.runs.run_files import MOST_NOTE, MOST_TAGS, TAG, Labels, RunFiles, Value
 from framework.runs.run_filter import parse_filter
-from framework.runs.run_index import RunEntry, list_runs
+from framework.runs.run_index import MISSING, RunEntry, list_runs
 from framework.runs.run_table import (
     Column,
     RunRow,
@@ -33,11 +34,12 @@ from framework.runs.run_table import (
 from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, Parser, ask
+from .units import duration
 
-ROOT: dict[str, Any] = {"nargs": "?", "type": expanded, "default": Path("runs"), "metavar": "ROOT"}
+ROOT: dict[str, Any] = {"nargs": "?", "type": expanded, "metavar": "ROOT"}
 ROOT_OPTION: dict[str, Any] = {
     "type": expanded,
-    "default": Path("runs"),
+    "default": DEFAULT_ROOT,
     "metavar": "DIR",
     "help": "folder of runs (default: runs)",
 }
@@ -56,7 +58,8 @@ def runs(arguments: list[str]) -> int:
         return ACTIONS[arguments[0]](arguments[1:])
     parser = Parser("runs", "List, label and remove runs.", help_texts.RUNS)
     actions = f"folder of runs (default: runs), or one of the actions {', '.join(ACTIONS)}"
-    parser.add_argument("root", **ROOT, help=actions)
+    parser.add_argument("folder", **ROOT, help=actions)
+    parser.add_argument("--root", **ROOT_OPTION | {"help": "the same as ROOT"})
     parser.add_argument("--where", **WHERE)
     sort = "column to sort by; a metric sorts the best first (default: the newest first)"
     parser.add_argument("--sort", metavar="COLUMN", help=sort)
@@ -71,11 +74,11 @@ def runs(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 0:
         parser.error(f"--limit {args.limit}: expected 0 or more")
-    root = args.root
+    root = args.folder or args.root
     if args.bin:
         root = root / BIN
         if not root.is_dir():
-            note(f"the bin of {args.root} is empty")
+            note(f"the bin of {root.parent} is empty")
             if args.json:
                 print_json({"schema": SCHEMA, "root": str(root), "runs": []})
             return 0
@@ -187,6 +190,8 @@ def print_table(table: RunTable, rows: Sequence[RunRow], columns: Sequence[Colum
         print_line(f"left out for lack of width: {names} (--columns chooses)")
 
 
+SENTENCES = ("reason", "note", "problems")
+"""Fields whose beginning matters; in a pipe they are complete."""
 NUMBERS = ("step", "total_steps", "time", "processes")
 """Fields that are aligned to the right."""
 
@@ -244,7 +249,10 @@ def cell(table: RunTable, row: RunRow, column: Column) -> str:
         return printable(value)
     if column.key == "time":
         return duration(value)
-    return shortened(printable(", ".join(value) if isinstance(value, list) else value), MOST_CELL)
+    text = printable(", ".join(value) if isinstance(value, list) else value)
+    if len(text) <= MOST_CELL or (column.key in SENTENCES and not sys.stdout.isatty()):
+        return text
+    return f"{text[: MOST_CELL - 3]}..." if column.key in SENTENCES else shortened(text, MOST_CELL)
 
 
 def swept_text(table: RunTable, row: RunRow, column: Column) -> str:
@@ -292,16 +300,6 @@ def setting_text(value: Any) -> str:
     if value == {}:
         return "yes"
     return shortened(printable(value), MOST_CELL)
-
-
-def duration(seconds: float) -> str:
-    """Return a time such as 8.2 s, 12:30 min or 3:05 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60:,}:{minutes % 60:02} h"
 
 
 def print_summary(table: RunTable, rows: Sequence[RunRow], limit: int | None) -> None:
@@ -400,7 +398,8 @@ def finite(value: float) -> float | None:
 def best(arguments: list[str]) -> int:
     """Run `framework best`."""
     parser = Parser("best", "Print the folder of the best run.", help_texts.BEST)
-    parser.add_argument("root", **ROOT, help="folder of runs (default: runs)")
+    parser.add_argument("folder", **ROOT, help="folder of runs (default: runs)")
+    parser.add_argument("--root", **ROOT_OPTION | {"help": "the same as ROOT"})
     metric = "metric to compare (default: the one that the runs rank checkpoints by)"
     parser.add_argument("--metric", help=metric)
     mode = "whether low or high values are better (default: the metric decides)"
@@ -408,7 +407,7 @@ def best(arguments: list[str]) -> int:
     parser.add_argument("--where", **WHERE)
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
-    table = read_table(args.root)
+    table = read_table(args.folder or args.root)
     chosen = filtered(table, args.where)
     if not chosen:
         raise RunError(nothing(table, args.where))
@@ -425,6 +424,7 @@ def best(arguments: list[str]) -> int:
     ranked = ranked_runs(chosen, metric, direction)
     if not ranked:
         raise RunError(f"no run in {table.root} has a finite value of {metric}")
+    ranked = without_damaged(ranked)
     check_comparable([run for run, _ in ranked], table.root)
     run, value = first_with_checkpoint(table.root, ranked)
     path = table.root / run.name
@@ -434,7 +434,7 @@ def best(arguments: list[str]) -> int:
         print_json(content | counts)
         return 0
     print(printable(path) if sys.stdout.isatty() else path)  # exact for a shell
-    compared = f"the best of {len(ranked):,} runs"
+    compared = f"the best of {run_count(len(ranked))}"
     note(f"{metric} {value.value:.4g} after step {value.step:,}, {compared}")
     return 0
 
@@ -453,6 +453,22 @@ def ranked_runs(
     return sorted(found, key=lambda pair: sign * pair[1].value)
 
 
+def without_damaged(ranked: list[tuple[RunEntry, Value]]) -> list[tuple[RunEntry, Value]]:
+    """Return the runs whose data and task are known; all of them if none is known."""
+    readable = [pair for pair in ranked if pair[0].settings.get("data") is not MISSING]
+    skipped = len(ranked) - len(readable)
+    if not readable:
+        return ranked
+    if skipped:
+        note(f"skipped, because their config cannot be read: {run_count(skipped)}")
+    return readable
+
+
+def run_count(count: int) -> str:
+    """Return a number of runs as text."""
+    return "1 run" if count == 1 else f"{count:,} runs"
+
+
 def first_with_checkpoint(
     root: Path, ranked: Sequence[tuple[RunEntry, Value]]
 ) -> tuple[RunEntry, Value]:
@@ -460,7 +476,8 @@ def first_with_checkpoint(
     for skipped, (run, value) in enumerate(ranked):
         if has_checkpoint(root / run.name):
             if skipped:
-                note(f"skipped, because they have no checkpoint: {skipped:,} better runs")
+                count = f"{run_count(skipped)} with better values"
+                note(f"skipped, because they have no checkpoint: {count}")
             return run, value
     note("no run has a checkpoint, so that none can be evaluated")
     return ranked[0]
@@ -477,9 +494,12 @@ def monitored_metric(runs: Sequence[RunEntry]) -> str:
         if run.monitor is not None and run.monitor in run.series:
             counts[run.monitor] = counts.get(run.monitor, 0) + 1
     if not counts:
-        raise SettingError("no run ranks its checkpoints by a metric: choose one with --metric")
+        raise SettingError(
+            "no run has values of the metric that it ranks its checkpoints by: choose one with "
+            "--metric"
+        )
     if len(counts) > 1:
-        texts = ", ".join(f"{metric} ({count} runs)" for metric, count in counts.items())
+        texts = ", ".join(f"{metric} ({run_count(count)})" for metric, count in counts.items())
         raise SettingError(f"the runs monitor different metrics: {texts}; choose one with --metric")
     return next(iter(counts))
 
@@ -488,11 +508,16 @@ def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:
     """Raise RunError if runs have different data or tasks: their metrics cannot be compared."""
     counts: dict[str, int] = {}
     for run in runs:
-        words = [f"{key}={setting_text(run.settings.get(key))}" for key in ("data", "task")]
+        values = [(key, run.settings.get(key)) for key in ("data", "task")]
+        words = [
+            f"{key}={'?' if value is MISSING else setting_text(value)}" for key, value in values
+        ]
         label = " and ".join(words)
         counts[label] = counts.get(label, 0) + 1
     if len(counts) > 1:
-        texts = ", ".join(f"{label} ({count} runs)" for label, count in list(counts.items())[:3])
+        texts = ", ".join(
+            f"{label} ({run_count(count)})" for label, count in list(counts.items())[:3]
+        )
         example = next(iter(counts))
         raise RunError(
             f"the runs in {root} differ in data or task, so that their metrics cannot be compared: "

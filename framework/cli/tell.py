@@ -64,7 +64,7 @@ def check_running(run: Path) -> None:
         return
     if state == "running":
         raise RunError(f"{run} is not in training: it is {short(status, quote=False)}")
-    meaning = " (its process has ended without a result)" if state == "stale" else ""
+    meaning = " (its process ended without a result)" if state == "stale" else ""
     raise RunError(f"{run} is not running: it is {state}{meaning}")
 
 

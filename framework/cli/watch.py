@@ -18,7 +18,7 @@ from rich.text import Text
 from framework.errors import RunError
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable, shortened, title
-from framework.runs.folder import resolve_run
+from framework.runs.folder import in_default_root, resolve_run
 from framework.runs.live import Curve, LiveRun
 from framework.runs.run_files import RunFiles, is_run, is_sweep, run_files
 from framework.runtime.console import console
@@ -98,12 +98,12 @@ class Watched:
     """
 
     def __init__(self, paths: Sequence[Path], root: Path):
-        self.paths = list(paths)
+        self.paths = [in_default_root(path) for path in paths]
         self.root = root
         self.runs: list[LiveRun] = []
         self.searched = -math.inf
         self.next_read = 0
-        for path in paths:
+        for path in self.paths:
             if not is_sweep(path):
                 run_files(path)
         self._search()

@@ -20,7 +20,7 @@ from framework.contracts.task import Task, check_tensor_output
 from framework.data.dataset import Data, Loader, Scale, check_data, splits_of
 from framework.data.folds import take_fold
 from framework.data.workers import stack_samples
-from framework.errors import BuildError, DataError, FrameworkError, short
+from framework.errors import BuildError, DataError, FrameworkError, did_you_mean, short
 from framework.errors.torch_errors import batch_norm_reason, is_batch_norm
 from framework.errors.user_code import describe, reason_of, text_of, user_errors, user_place
 from framework.registry.annotations import strip
@@ -76,7 +76,9 @@ def build_loader(
     """
     chosen = splits_of(data).get(split)
     if chosen is None:
-        raise DataError(f"{type(data).__name__} has no {split} split")
+        known = [name for name, each in splits_of(data).items() if each is not None]
+        advice = did_you_mean(split, known)
+        raise DataError(f"{type(data).__name__} has no {split} split; {advice}")
     image_model = model if len(data.in_shape) == 3 else None
     return Loader(
         chosen, **spec.sections["loader"], shuffle=shuffle, seed=spec.seed, model=image_model

@@ -176,6 +176,19 @@ class Experiment:
         trainer.metrics = self.metrics  # loggers are opened before `fit` and need their names
         return trainer
 
+    def fit_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Trainer.fit` for the training of the experiment."""
+        return {
+            "model": self.model,
+            "data": self.train_batches,
+            "val": None if self.data.val is None else self.batches("val"),
+            "task": self.task,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "metrics": self.metrics,
+            "batch_size": self.train_batches.batch_size,
+        }
+
     def threads(self) -> int:
         """Return the number of threads for an operation on the CPU."""
         if self.spec.sections["trainer"]["shards"] is not None:
@@ -295,18 +308,8 @@ class Prepared:
 
     def fit_arguments(self) -> dict[str, Any]:
         """Return the arguments of `Trainer.fit`."""
-        built = self.built
-        return {
-            "model": built.model,
-            "data": built.train_batches,
-            "val": None if built.data.val is None else built.batches("val"),
-            "task": built.task,
-            "optimizer": built.optimizer,
-            "schedule": built.schedule,
-            "metrics": built.metrics,
-            "batch_size": built.train_batches.batch_size,
-            "resume": None if self.resumed is None else self.resumed.training,
-        }
+        resume = None if self.resumed is None else self.resumed.training
+        return self.built.fit_arguments() | {"resume": resume}
 
     def release(self) -> None:
         """Release the lock of the folder, for another process or another object of this one."""

@@ -131,7 +131,7 @@ def explained(
 
     Args:
         tree: the experiment.
-        setting: the path.
+        setting: the path; its last word is enough if only one setting ends in it.
         written: by path, the places in config files and on the command line; None if not recorded.
         spec: of the experiment; None if it cannot be checked.
 
@@ -149,6 +149,14 @@ def explained(
     if not chosen:
         known = {path.removesuffix(".name") for path in leaves}
         known |= {path.partition(".")[0] for path in leaves}
+        ending = sorted(path for path in known if path.endswith(f".{setting}"))
+        if len(ending) == 1:
+            return explained(tree, ending[0], written, spec)
+        if ending:
+            names_text = ", ".join(ending[:4])
+            raise FrameworkError(
+                f"explain {setting}: expected the complete name of a setting: {names_text}"
+            )
         raise FrameworkError(
             f"explain {setting}: the experiment has no such setting; {did_you_mean(setting, known)}"
         )

@@ -433,7 +433,7 @@ def example_script(exporter: Exporter, model: ExportedModel, preparation: Prepar
         "import numpy as np",
         *imports,
         "",
-        "file = sys.argv[1]",
+        "file = sys.argv[1] if len(sys.argv) > 1 else sys.exit(__doc__)",
         "here = Path(__file__).parent",
         f'about = json.loads((here / "{METADATA}").read_text("utf-8"))',
         preparation.example,

@@ -177,7 +177,7 @@ def replay(run: RunFiles, output: Path | None, say: Callable[[str], None]) -> Re
         with intra_op_threads(threads or built.threads()), finder.recording(built.task):
             try:
                 with trainer:
-                    trainer.fit(**fit_arguments(built), resume=state)
+                    trainer.fit(**built.fit_arguments(), resume=state)
             except Found:
                 pass
     result.finding = finder.finding
@@ -283,20 +283,6 @@ def make_trainer(built: Experiment, finder: "Finder", folder: Path) -> Trainer:
         callbacks=[finder, *built.transforms, *callbacks, steering],
         folder=folder,
     )
-
-
-def fit_arguments(built: Experiment) -> dict[str, Any]:
-    """Return the arguments of `Trainer.fit`."""
-    return {
-        "model": built.model,
-        "data": built.train_batches,
-        "val": None if built.data.val is None else built.batches("val"),
-        "task": built.task,
-        "optimizer": built.optimizer,
-        "schedule": built.schedule,
-        "metrics": built.metrics,
-        "batch_size": built.train_batches.batch_size,
-    }
 
 
 class Finder(Callback):

@@ -25,6 +25,11 @@ EXPECTED = (
     "expected an array or tensor of samples, a text or a list of texts, the path of a file or a "
     "list of paths, images, or rows of a table (a DataFrame, a list of dicts, a dict of columns)"
 )
+ARRAY_FILE = "inputs.npy"
+TEXTS_FILE = "inputs.jsonl"
+TABLE_FILE = "inputs.parquet"
+FILES = {ARRAY_FILE: "the array", TEXTS_FILE: "the texts", TABLE_FILE: "the table"}
+"""What the temporary files contain, for messages."""
 
 
 class TrainedModel:
@@ -149,7 +154,14 @@ def files_of(inputs: Any, facts: Mapping[str, Any]) -> Iterator[list[Path]]:
         try:
             yield write_inputs(inputs, facts, Path(folder))
         except DataError as error:
-            raise DataError(str(error).replace(f"{folder}/", "predict: ")) from error
+            raise DataError(without_files(str(error), folder)) from error
+
+
+def without_files(message: str, folder: str) -> str:
+    """Return an error about temporary files as one about the inputs of the user."""
+    for file, inputs in FILES.items():
+        message = message.replace(f"{folder}/{file}", f"predict: {inputs}")
+    return message.replace(f"{folder}/", "predict: ")
 
 
 def as_paths(inputs: Any) -> list[Path] | None:
@@ -222,14 +234,14 @@ def write_array(inputs: Any, folder: Path) -> Path:
         raise DataError(f"predict: {EXPECTED}: {error}") from error
     if array.dtype.kind not in "biuf" or array.size == 0 or array.ndim == 0:
         raise DataError(f"predict: {EXPECTED}, got {short(inputs)}")
-    path = folder / "inputs.npy"
+    path = folder / ARRAY_FILE
     numpy.save(path, array, allow_pickle=False)
     return path
 
 
 def write_texts(texts: Sequence[str], facts: Mapping[str, Any], folder: Path) -> Path:
     """Write texts as JSON lines, so that they may contain line breaks."""
-    path = folder / "inputs.jsonl"
+    path = folder / TEXTS_FILE
     column = facts.get("text") or "text"
     with path.open("w", encoding="utf-8") as file:
         for text in texts:
@@ -272,6 +284,6 @@ def write_table(columns: Mapping[str, Any], folder: Path) -> Path:
     lengths = {len(array) for array in arrays.values()}
     if len(lengths) != 1:
         raise DataError(f"predict: expected columns of one length, got {sorted(lengths)}")
-    path = folder / "inputs.parquet"
+    path = folder / TABLE_FILE
     pyarrow.parquet.write_table(pyarrow.table(arrays), path)
     return path

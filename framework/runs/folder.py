@@ -35,6 +35,7 @@ from framework.system.files import (
 from framework.system.git import commit_and_diff
 from framework.system.locks import WriterLock, lock
 
+DEFAULT_ROOT = Path("runs")
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LARGEST_SIZE = 2**48  # elements of a sample; more do not fit into any memory
 MOST_DIMENSIONS = 64  # torch's limit
@@ -48,7 +49,7 @@ class RunFolder:
     """A new folder for a run, locked for this process, below `root`."""
 
     def __init__(
-        self, root: Path = Path("runs"), name: str | None = None, *, experiment: str = "default"
+        self, root: Path = DEFAULT_ROOT, name: str | None = None, *, experiment: str = "default"
     ):
         """Create the folder root/experiment/name.
 
@@ -284,10 +285,12 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def resolve_run(folder: Path) -> Path:
-    """Resolve the folder `best` of a sweep, which holds links, to the run in the same sweep.
+    """Return the folder of a run that a user names.
 
-    The links are not followed: the name of the run is read from one of them, and must be that of a
-    folder in the sweep.
+    A relative path that does not exist is looked up in the folder `runs`, so that the names which
+    `framework runs` prints can be used. The folder `best` of a sweep, which holds links, is
+    resolved to the run in the same sweep. The links are not followed: the name of the run is read
+    from one of them, and must be that of a folder in the sweep.
 
     Args:
         folder: of a run, or of a checkpoint in one; any other folder is returned unchanged.
@@ -295,6 +298,7 @@ def resolve_run(folder: Path) -> Path:
     Raises:
         RunError: the `best` of a sweep leads elsewhere.
     """
+    folder = in_default_root(folder)
     if folder.parent.name == "checkpoints":
         return resolve_run(folder.parent.parent) / "checkpoints" / folder.name
     sweep = folder.absolute().parent
@@ -313,6 +317,13 @@ def resolve_run(folder: Path) -> Path:
             f"{link} is a symbolic link to {target!r}; expected a run of the sweep {sweep}"
         )
     return run
+
+
+def in_default_root(path: Path) -> Path:
+    """Return the folder in `runs` with a name that does not exist here; otherwise the path."""
+    if not path.is_absolute() and not os.path.lexists(path) and (DEFAULT_ROOT / path).is_dir():
+        return DEFAULT_ROOT / path
+    return path
 
 
 def run_advice(folder: Path) -> str:

@@ -269,7 +269,7 @@ class LiveRun:
     def warnings(self) -> Iterator[str]:
         """Yield what a user should look at."""
         if self.state == "stale":
-            yield "its process was killed; `framework resume` continues the run"
+            yield "its process ended without a result; `framework resume` continues the run"
         if self.problem:
             yield self.problem
         updated = self.updated

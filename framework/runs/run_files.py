@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -234,19 +235,25 @@ class RunFiles:
         monitor = self.settings.get("callbacks.checkpoint.monitor")
         return monitor if isinstance(monitor, str) else None
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, skipped: Counter[str] | None = None) -> Iterator[Row]:
         """Yield the lines of metrics.jsonl; incomplete and damaged ones are skipped.
 
         A missing file yields nothing. A file that is refused (a link, larger than `most_metrics`)
         is a problem.
+
+        Args:
+            skipped: see `read_rows`.
         """
+        skipped = Counter() if skipped is None else skipped
         try:
             with open_file(self.path, METRICS, most=self.most_metrics):
                 pass
-            for content in read_rows(self.path, METRICS):
+            for content in read_rows(self.path, METRICS, skipped):
                 row = metrics_row(content)
                 if row is not None:
                     yield row
+                else:
+                    skipped["damaged"] += 1
         except FileNotFoundError:
             return
         except (OSError, RunError) as error:
@@ -256,8 +263,14 @@ class RunFiles:
     def series(self) -> dict[str, Series]:
         """A summary of each metric: its last, lowest and highest value."""
         found: dict[str, Series] = {}
-        for row in self.rows():
+        skipped: Counter[str] = Counter()
+        for row in self.rows(skipped):
             add_row(found, row)
+        if skipped["damaged"]:
+            count = skipped["damaged"]
+            self.problems.append(f"{METRICS}: skipped {count:,} damaged line{'s'[: count != 1]}")
+        if skipped["incomplete"] and self.status.get("status") == "done":
+            self.problems.append(f"{METRICS}: the last line is incomplete")
         if len(found) >= MOST_SERIES:
             self.problems.append(f"{METRICS}: only the first {MOST_SERIES:,} metrics are read")
         return found

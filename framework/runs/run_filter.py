@@ -27,6 +27,7 @@ TOKEN = re.compile(
     r"""|(?P<word>[^\s=!<>~()"']+))"""
 )
 MOST_CHARACTERS = 10_000
+END = "the end"
 MOST_NESTED = 50  # parentheses and `not`
 
 
@@ -92,12 +93,13 @@ class Parser:
                 kind = text.lower()
             tokens.append(Token(kind, text, start))
             position = match.end()
-        tokens.append(Token("end", "the end", len(self.text) + 1))
+        tokens.append(Token("end", END, len(self.text) + 1))
         return tokens
 
     def error(self, position: int, expected: str, found: str) -> SettingError:
         """Return the error of an expression that is wrong at a position."""
-        return SettingError(f"{self.place(position)}: expected {expected}, got {found!r}")
+        got = found if found == END else repr(found)
+        return SettingError(f"{self.place(position)}: expected {expected}, got {got}")
 
     def place(self, position: int) -> str:
         """Return the beginning of a message on a position."""

@@ -35,7 +35,7 @@ from .run_files import (
 from .sweep_files import REQUEST, ROWS, read_request, trial_of_row
 
 INDEX = ".index.json"
-SCHEMA = 1
+SCHEMA = 2
 MOST_INDEX = 128 * 2**20  # bytes; 10,000 runs with 12 metrics have 9 MB
 MOST_METRICS_BYTES = 256 * 2**20  # of a metrics.jsonl; reading them takes seconds
 MOST_DEPTH = 4  # folders between the root and a run
@@ -240,7 +240,7 @@ def list_runs(root: Path) -> RunList:
         RunError: there is no such folder, or it is the folder of one run.
     """
     if not root.is_dir():
-        raise RunError(f"there is no folder of runs {root}")
+        raise RunError(f"there is no folder {root}; expected a folder of runs")
     if is_run(root):
         raise RunError(f"{root} is the folder of one run; expected a folder of runs")
     with paused_collection():
@@ -277,7 +277,7 @@ def walk(root: Path, index: Index, listing: RunList) -> Iterator[Found]:
     Args:
         root: the folder.
         index: the runs and sweeps that are known.
-        listing: receives the sweeps and problems.
+        listing: receives the sweeps, and problems such as links.
     """
     pending = [""]
     folders = 0
@@ -296,6 +296,8 @@ def walk(root: Path, index: Index, listing: RunList) -> Iterator[Found]:
             if sweep is None or sweep.stamp != found.stamp:
                 sweep = read_sweep(root, found)
             listing.sweeps[name] = sweep
+        else:
+            listing.problems += links_in(entries)
         for entry in entries:
             if entry.name.startswith(".") or not is_folder(entry):
                 continue
@@ -318,6 +320,16 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
         return False
+
+
+def links_in(entries: Iterable[os.DirEntry[str]]) -> list[str]:
+    """Return a line for each symbolic link to a folder, which may be a run that is not listed."""
+    found = []
+    for entry in entries:
+        with suppress(OSError):
+            if entry.is_symlink() and entry.is_dir() and not entry.name.startswith("."):
+                found.append(f"{entry.path}: a symbolic link, not followed")
+    return sorted(found)
 
 
 def stamp_of(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from framework.errors import Facts, SettingError, did_you_mean, nearest
+from framework.errors import Facts, SettingError, nearest, suggestion
 
 from .run_files import Value
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
@@ -36,6 +36,7 @@ NOT_COMPARED = ("run", "plugins", "sweep")
 """Sections that do not belong to the settings in which runs differ."""
 MOST_SETTINGS = 8  # columns
 MOST_LOOKED_AT = 1000  # runs by which the heading of a column is chosen
+MOST_LISTED = 12  # metrics, in the message on an unknown column
 MOST_METRICS = 4  # columns besides the monitored metric
 
 
@@ -140,11 +141,15 @@ class RunTable:
         if ending:
             names = ", ".join(ending[:4])
             raise SettingError(f"{place}: {text!r} may be {names}; give the complete name")
-        known_names = [*FIELDS, *self.metrics, *self.settings]
-        error = SettingError(
-            f"{place}: there is no column {text!r}; {did_you_mean(text, known_names)}"
-        )
-        similar = nearest(text, known_names)
+        available = [*FIELDS, *self.metrics, *self.settings]
+        last_words = [key.rpartition(".")[2] for key in self.settings]
+        options = [*available, *last_words]
+        advice = suggestion(text, options)
+        if not advice:
+            listed = ", ".join([*FIELDS, *self.metrics[:MOST_LISTED]])
+            advice = f"; expected a setting such as optimizer.lr, or one of {listed}"
+        error = SettingError(f"{place}: there is no column {text!r}{advice}")
+        similar = nearest(text, options)
         raise error.with_facts(Facts(place, text, "name of a column", suggestion=similar))
 
     def title(self, column: Column) -> str:

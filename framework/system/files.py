@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -434,21 +435,28 @@ def too_large(path: Path, nodes: int) -> RunError:
     )
 
 
-def read_rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def read_rows(
+    folder: Path, name: str, skipped: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with a JSON object per line.
 
     Lines that are incomplete, not a JSON object, not UTF-8, or longer than 16 MB are skipped.
+
+    Args:
+        folder: the folder of the file.
+        name: of the file.
+        skipped: receives the numbers of lines that are "incomplete" and "damaged".
 
     Raises:
         RunError, OSError: as `open_file` does.
     """
     with open_file(folder, name, most=MOST_ROWS_BYTES) as file:
         while line := file.readline(MOST_LINE_BYTES):
-            if not line.endswith(b"\n"):
-                continue
-            row = parse_row(line)
+            row = parse_row(line) if line.endswith(b"\n") else None
             if row is not None:
                 yield row
+            elif skipped is not None:
+                skipped["damaged" if line.endswith(b"\n") else "incomplete"] += 1
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

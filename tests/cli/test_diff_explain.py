@@ -46,4 +46,9 @@ def test_the_output_of_two_runs(command):
     assert "steps" in out
     status, out, _ = command("explain optimizer.lr --run runs/default/two --json")
     assert json.loads(out)[0]["places"][0]["source"] == "command line"
+    _, short_name, _ = command("explain lr --run default/two")
+    assert short_name.startswith("optimizer.lr = 0.1\n")
+    assert "steps" in command("explain speed --run default/one")[1]
+    _, _, err = command("explain name --run default/one")
+    assert err.count("\n") == 1
     assert command("explain nan runs/default/two")[0] != 0

@@ -157,8 +157,9 @@ def test_damaged_runs_are_listed_with_notes(runs):
     Path("runs/default/größe 漢字").symlink_to("/etc")
     status, out, err = runs("runs")
     assert status == 0
-    assert len(err.splitlines()) == 2
+    assert len(err.splitlines()) == 3
     assert "config.yaml" in err
+    assert "größe 漢字: a symbolic link, not followed" in err
     [second] = [line for line in out.splitlines() if line.startswith("default/second")]
     assert second.split()[1] == "unknown"
 
@@ -225,7 +226,41 @@ def test_best_skips_runs_without_a_checkpoint(runs):
     shutil.rmtree("runs/default/grid/001_lr-0.2/checkpoints")
     status, out, err = runs("best")
     assert (status, out) == (0, "runs/default/first\n")
-    assert "1 better runs" in err
+    assert "1 run with better values" in err
+
+
+def test_best_skips_runs_whose_config_cannot_be_read(runs):
+    Path("runs/default/grid/001_lr-0.2/config.yaml").write_text("a: [1")
+    status, out, err = runs("best --root runs")
+    assert (status, out) == (0, "runs/default/first\n")
+    assert "config cannot be read: 1 run\n" in err
+
+
+def test_a_root_is_given_by_position_or_by_option(runs):
+    expected = runs("runs runs/default/grid")[1]
+    assert "001_lr-0.2" in expected
+    assert runs("runs --root runs/default/grid")[1] == expected
+    assert "there is no folder nowhere" in runs("runs --root nowhere")[2]
+
+
+def test_an_unknown_column_is_explained(runs):
+    assert "did you mean 'lr'?" in runs("runs --where lrr=1")[2]
+    _, _, err = runs("runs --sort zzzzzz")
+    assert "one of name, experiment, state" in err
+    assert "val/loss" in err
+
+
+def test_a_reason_is_complete_in_a_pipe(runs):
+    reason = "Diverged: the loss is nan at step 3; a lower learning rate may help"
+    write_run("runs/default/nan", [], status="failed", reason=reason)
+    assert reason in runs("runs --where reason~nan --columns name,reason")[1]
+
+
+def test_runs_are_found_by_the_names_of_the_list(runs):
+    status, out, _ = runs("diff default/first default/grid/001_lr-0.2")
+    assert status == 0
+    assert out.splitlines()[0].split() == ["settings", "first", "001_lr-0.2"]
+    assert "no run folder default/third" in runs("diff default/first default/third")[2]
 
 
 def test_best_refuses_to_compare_different_data(runs):

@@ -72,7 +72,7 @@ def test_the_view_of_several_runs(root):
     assert any("ValueError: no" in line for line in texts(view, 100, 40))
     assert not any("\x1b" in line for line in texts(view, 100, 40))
     view.press("down")
-    assert any("was killed" in line for line in texts(view, 100, 40))
+    assert any("ended without a result" in line for line in texts(view, 100, 40))
     assert view.press("x")
     assert not view.press("q")
 
@@ -92,7 +92,7 @@ def test_pages_of_curves(root):
     assert texts(view, 80, 24)[1:] == second.split("\n")[1:]
 
 
-def test_a_sweep_is_a_table_of_its_trials(tmp_path):
+def test_a_sweep_is_a_table_of_its_trials(tmp_path, monkeypatch):
     sweep = tmp_path / "runs/default/sweep"
     for number in range(30):
         make_run(sweep / f"{number:03}_seed-{number}", values=2)
@@ -102,6 +102,8 @@ def test_a_sweep_is_a_table_of_its_trials(tmp_path):
     view = view_of(sweep)
     lines = texts(view, 100, 30)
     assert "30 done" in lines[0]
+    monkeypatch.chdir(tmp_path)
+    assert len(Watched([Path("default/sweep")], Path("runs")).runs) == 30
     assert "run (30)" in lines[1]
     assert "000_seed-0" in lines[2]
     view.press("up")

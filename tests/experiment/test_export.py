@@ -79,6 +79,8 @@ def test_the_example_gives_the_predictions_of_the_run_without_the_framework(
     assert isinstance(found, dict), found
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-5)
     assert found["class"] == [trained.facts["classes"][index] for index in expected["class"]]
+    assert "python example.py FILE" in isolated(exported.folder / "example.py")  # no traceback
+    assert "Traceback" not in isolated(exported.folder / "example.py")
     content = b"".join(path.read_bytes() for path in exported.folder.iterdir())
     assert str(run.parent.parent).encode() not in content
     assert os.path.dirname(fw.__file__).encode() not in content  # stack traces of the model

@@ -120,6 +120,8 @@ def test_evaluate_takes_a_split_a_name_or_batches(digits):
     assert digits.evaluate(test) == expected
     assert digits.evaluate(fw.datasets.build("digits")) == expected
     assert "val/loss" in digits.evaluate("val")
+    with pytest.raises(DataError, match="no tset split; did you mean 'test'"):
+        digits.evaluate("tset")
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*test.tensors), 100)
     assert digits.evaluate(batches) == pytest.approx(expected, rel=1e-5)
 
@@ -129,6 +131,7 @@ def test_inputs_of_another_form_are_refused(digits, inputs):
     with pytest.raises(DataError) as raised:
         digits.predict(inputs)
     assert "/" not in str(raised.value)  # no name of a temporary file
+    assert "inputs." not in str(raised.value)
     assert "expected" in str(raised.value) or "takes" in str(raised.value)
 
 

@@ -123,7 +123,7 @@ def test_the_state_of_a_run_that_was_killed(tmp_path):
     assert run.checkpoint[0] == 30
     assert run.process_text() == "2 processes, the slowest is rank 1, 25% waiting"
     first, *_, last = run.warnings()
-    assert first.startswith("its process was killed")
+    assert first.startswith("its process ended without")
     assert last == "careful"
 
 

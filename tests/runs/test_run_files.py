@@ -97,7 +97,7 @@ DAMAGE = {
     "config.yaml": b"a: *x\n",
     "status.json": b'{"status": 5',
     "provenance.json": b"[1]",
-    "metrics.jsonl": os.urandom(5000),
+    "metrics.jsonl": os.urandom(5000) + b"\n",
     "overrides.yaml": b"a: 1",
     "labels.json": b'{"tags": [5]}',
 }
@@ -116,11 +116,22 @@ def test_a_damaged_file_is_a_problem_that_names_it(file, tmp_path):
     run = write_run(tmp_path / "a")
     (run / file).write_bytes(DAMAGE[file])
     problems = read_all(RunFiles(run))
-    if file == "metrics.jsonl":  # its damaged lines are skipped, as after a kill
-        assert problems == []
-    else:
-        assert len(problems) == 1
-        assert problems[0].startswith(file)
+    assert len(problems) == 1
+    assert problems[0].startswith(file)
+
+
+@pytest.mark.parametrize("status", ["done", "running"])
+def test_skipped_lines_are_problems_unless_the_run_was_killed_while_it_wrote(status, tmp_path):
+    run = write_run(tmp_path / "a", [0.5], status=status)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('[1]\nno JSON\n{"val/loss": 1}\n{"step": 20, "val/lo')
+    files = RunFiles(run)
+    problems = read_all(files)
+    assert files.last("val/loss") == (0.5, 10)
+    expected = ["metrics.jsonl: skipped 3 damaged lines"]
+    if status == "done":
+        expected.append("metrics.jsonl: the last line is incomplete")
+    assert problems == expected
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo", "huge", "missing"])

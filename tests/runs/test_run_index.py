@@ -87,7 +87,7 @@ def damages(index):
     yield index[: len(index) // 2]
     yield os.urandom(1000)
     yield b"[" * 100_000
-    yield b'{"schema": 1}'
+    yield b'{"schema": 2}'
     for key in content:
         yield json.dumps(content | {key: 5}).encode()
         yield json.dumps(content | {key: [[5]]}).encode()
