@@ -11,7 +11,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, IterableDa
 
 from framework.errors import DataError, short
 from framework.runtime import seeds
-from framework.runtime.batch import Batch, map_tensors
+from framework.runtime.batch import Batch, map_tensors, tensors_of
 from framework.runtime.copy_stream import CopyStream
 from framework.runtime.memory_format import MemoryFormat
 
@@ -188,7 +188,7 @@ class ForeignLoader:
         """Yield batches, and set `first_batch`."""
         self.first_batch = []
         for batch in batches:
-            self.first_batch = [checksum(tensor) for tensor in batch]
+            self.first_batch = [checksum(tensor) for tensor in tensors_of(batch)]
             yield batch
             break
         yield from batches

@@ -432,6 +432,7 @@ def test_two_processes_carry_out_a_request_after_the_same_step(tmp_path):
     ]
 
 
+@pytest.mark.slow  # it compiles several steps
 def test_compiled_steps_use_a_changed_setting(monkeypatch):
     pytest.importorskip("torch._dynamo")
     # without dropout, whose random numbers differ in compiled code

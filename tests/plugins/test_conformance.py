@@ -221,6 +221,8 @@ def test_a_task_makes_a_loss_and_predictions_of_a_batch(entry):
 
     if str(entry) in NEED_TRAINED_MODEL:
         pytest.skip("it needs a trained model")
+    if str(entry) == "task/model_loss":
+        pytest.skip("it needs named fields and a model that returns its loss")
     task = build(entry)
     fitting = []
     for data in map(Small, TARGETS):

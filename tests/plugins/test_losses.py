@@ -119,7 +119,7 @@ def test_a_run_with_balanced_weights_finds_the_rare_class(command):
         assert status in (0, None), err
         status, _, err = command(f"predict runs/default/{name} --input a.npz --output {name}.npz")
         assert status in (0, None), err
-        recall[name] = recall_score(rare, np.load(f"{name}.npz")["index"])
+        recall[name] = recall_score(rare, np.load(f"{name}.npz")["class_index"])
     assert recall["plain"] < 0.5 < 0.75 < recall["balanced"]
 
 
