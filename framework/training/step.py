@@ -414,7 +414,7 @@ def select_step(  # noqa: PLR0913  # all by keyword, from one place
         if compile == "auto":
             step = MeasuredStep(eager, step, compile_choice, precision.device)
             if compile_choice.kind is not None:
-                print_note(f"compile=auto: {compile_choice.kind} steps, as the resumed run")
+                print_note(f"compile=auto: {compile_choice.kind} steps, as in the resumed run")
     elif compile == "auto":
         compile_choice.kind = "eager"
         print_note(f"compile=auto: eager steps, as {type(task).__name__} updates in phases")

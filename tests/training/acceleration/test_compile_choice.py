@@ -138,7 +138,7 @@ def test_a_fit_chooses_and_its_state_has_the_choice(uncompiled, capsys):
     for kind in ("compiled", "eager"):
         resumed = fit(MEASURED + 9, {**state, "compile": {"kind": kind}}, compile="auto")
         assert resumed.step_kind == kind
-        assert f"compile=auto: {kind} steps, as the resumed run" in capsys.readouterr().err
+        assert f"compile=auto: {kind} steps, as in the resumed run" in capsys.readouterr().err
         expected = fit(MEASURED + 9, state, compile={"compiled": "step", "eager": "off"}[kind])
         assert same(resumed.model, expected.model)
         assert expected.step_kind is None
