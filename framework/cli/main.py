@@ -35,7 +35,7 @@ from framework.errors.terminal import (
     printable_warnings,
 )
 from framework.errors.user_code import describe, internal_place, user_place
-from framework.system.signals import interruptible
+from framework.system.signals import interruptible, status_of_signal
 from framework.system.streams import prepare_streams, silence_broken_streams
 
 from . import help_texts
@@ -120,6 +120,8 @@ def status_of_command(arguments: list[str]) -> int:
             status = 128 + signal.SIGPIPE
         else:
             status = complain(error, arguments)
+    except ConfigError as error:  # perhaps of OmegaConf, which a signal has interrupted
+        status = status_of_signal(error) or complain(error, arguments)
     except Exception as error:
         status = complain(error, arguments)
     return status

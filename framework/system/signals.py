@@ -100,6 +100,24 @@ def ending_exception(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
+def status_of_signal(error: BaseException) -> int | None:
+    """Return the exit status of the signal whose exception an error has replaced, or None.
+
+    Code that is interrupted may fail while it cleans up, as that of OmegaConf does: then the error
+    is a consequence of the signal.
+    """
+    chain = [error]
+    for each in chain:  # the list grows during the loop
+        if isinstance(each, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        if isinstance(each, SystemExit) and each.code in [128 + number for number in ENDING]:
+            return int(each.code)
+        for earlier in (each.__cause__, each.__context__):
+            if earlier is not None and not any(earlier is other for other in chain):
+                chain.append(earlier)
+    return None
+
+
 def importing(frame: Any) -> bool:
     """Return whether a frame, or one of its callers, imports a module."""
     while frame is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -336,7 +337,7 @@ def test_only_the_last_document_is_printed(capsys):
 
 
 def test_a_closed_pipe_ends_the_command(tmp_path):
-    script = f"{sys.executable} -m framework list --json | head -c 10"
+    script = f"{shlex.quote(sys.executable)} -m framework list --json | head -c 10"
     ended = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, check=False)
     assert (len(ended.stdout), ended.stderr) == (10, b"")
 

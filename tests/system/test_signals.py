@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from framework.composition import hydra_internals
 from framework.system import signals
 from framework.system.signals import (
     ENDING,
@@ -19,6 +21,7 @@ from framework.system.signals import (
     forwarding,
     interruptible,
     received,
+    status_of_signal,
     stopping,
 )
 from waiting import wait_for
@@ -115,6 +118,35 @@ def test_a_signal_whose_exception_is_lost_stops_the_next_run():
             assert run.stops == [("signal", "SIGTERM", signal.SIGTERM)]
         assert got == [signal.SIGTERM]
     assert interrupt.received == signal.SIGTERM
+
+
+def error_in_cleanup(raised):
+    try:
+        try:
+            raise raised
+        finally:
+            None.missing  # noqa: B018  # fails, as cleaning up of interrupted code may
+    except AttributeError as error:
+        return error
+
+
+def test_an_error_that_replaces_the_exception_of_a_signal_has_its_status():
+    for raised, status in ((SystemExit(129), 129), (KeyboardInterrupt(), 130)):
+        assert status_of_signal(error_in_cleanup(raised)) == status
+    for other in (SystemExit(1), ValueError("x")):
+        assert status_of_signal(error_in_cleanup(other)) is None
+
+
+def test_an_interrupted_composition_ends_with_the_status_of_the_signal(command, monkeypatch):
+    def interrupted(*arguments, **settings):
+        config = OmegaConf.create({"seed": 1}, flags={"struct": True})
+        try:
+            raise SystemExit(129)
+        finally:
+            config.missing  # noqa: B018  # an error of OmegaConf
+
+    monkeypatch.setattr(hydra_internals, "compose_config", interrupted)
+    assert command("train") == (129, "", "")
 
 
 IN_DESTRUCTOR = """
