@@ -11,19 +11,30 @@ from distributed_runs import environment, free_port
 from framework.runtime import processes
 
 PROGRAM = """
+import time
+from contextlib import suppress
 from pathlib import Path
 import torch
 from framework.runtime import processes
 
 def threads():
-    names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
-    return sum("gloo" in name for name in names)
+    found = 0
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found += "gloo" in file.read_text()
+    return found
+
+def wait(are_there):  # threads set their names and end a moment later
+    end = time.monotonic() + 20
+    while (threads() > 0) != are_there and time.monotonic() < end:
+        time.sleep(0.01)
+    return threads()
 
 processes.connect(torch.device("cpu"), 30.0)
 import torch.distributed.nn.functional  # as an optimizer of torch does
-before = threads()
+before = wait(True)
 processes.disconnect()
-print(before, threads())
+print(before, wait(False))
 """
 
 
