@@ -1,6 +1,5 @@
 """`framework diff`: print the differences between runs."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from framework.runtime.plot import braille, evenly_spaced
 from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, RUN, Parser
-from .units import duration, small_duration
+from .units import duration, small_duration, value_text
 
 MOST_RUNS = 8
 MOST_CURVES = 3
@@ -155,7 +154,7 @@ def setting_cell(row: Row, index: int) -> Text:
     setting: Setting | None = row.values[index]
     if setting is None:
         return Text("-", "dim")
-    text = Text(value_text(setting.value))
+    text = Text(value_text(setting.value, LONGEST_VALUE))
     if setting.source != UNKNOWN:
         place, separator, rest = setting.source.partition(": ")
         source = f"{shorter(place)}{separator}{rest}" if place.startswith("/") else setting.source
@@ -166,14 +165,7 @@ def setting_cell(row: Row, index: int) -> Text:
 def text_cell(row: Row, index: int) -> Text:
     """Return a value."""
     value = row.values[index]
-    return Text("-", "dim") if value is None else Text(value_text(value))
-
-
-def value_text(value: Any) -> str:
-    """Return a value of a config or a JSON file in one line."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return printable(short(value, LONGEST_VALUE, quote=False))
+    return Text("-", "dim") if value is None else Text(value_text(value, LONGEST_VALUE))
 
 
 def metric_cell(row: Row, index: int, best: int | None) -> Text:

@@ -1,18 +1,16 @@
 """`framework explain`: where a setting comes from, where the time went, why a loss is NaN."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from framework.errors import short
 from framework.errors.paths import expanded, pasted
 from framework.errors.terminal import print_line, printable, title
 
 from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, RUN, command_line, composing, importing_torch
-from .units import duration, small_duration
+from .units import duration, small_duration, value_text
 
 if TYPE_CHECKING:
     from framework.experiment.explain import Explained
@@ -200,14 +198,19 @@ def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     if len(found) == 1:
         print_places(found[0])
         return
-    rows = [(each.setting, shown(each.value), each.source or "not known") for each in found]
+    rows = [
+        (each.setting, value_text(each.value, WIDEST_VALUE), each.source or "not known")
+        for each in found
+    ]
     print_rows(rows)
 
 
 def print_places(explained: "Explained") -> None:
     """Print a setting, and the places that give it a value, the one that is used first."""
-    print_line(f"{printable(explained.setting)} = {shown(explained.value)}")
-    print_rows([(f"  {shown(e.value)}", e.text, e.effect) for e in explained.places])
+    print_line(f"{printable(explained.setting)} = {value_text(explained.value, WIDEST_VALUE)}")
+    print_rows(
+        [(f"  {value_text(e.value, WIDEST_VALUE)}", e.text, e.effect) for e in explained.places]
+    )
     if explained.note:
         print_line(f"  {explained.note}")
 
@@ -220,10 +223,3 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [f"{printable(cell):<{width}}" for cell, width in zip(row, widths, strict=True)]
         print_line("  ".join(cells).rstrip())
-
-
-def shown(value: Any) -> str:
-    """Return a value of a config for a table."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return printable(short(value, WIDEST_VALUE, quote=False))

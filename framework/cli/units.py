@@ -1,4 +1,10 @@
-"""Durations as text, for all commands."""
+"""Durations and values of a config as text, for all commands."""
+
+import json
+from typing import Any
+
+from framework.errors import short
+from framework.errors.terminal import printable
 
 
 def duration(seconds: float) -> str:
@@ -15,3 +21,10 @@ def small_duration(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else duration(seconds)
+
+
+def value_text(value: Any, most: int) -> str:
+    """Return a value of a config or a JSON file in one line of at most `most` characters."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return printable(short(value, most, quote=False))

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from framework import SettingError, processes
+from framework import SettingError
 from framework.contracts.strategy import BatchStatistics, RowBatchNorm
 
-from .collectives import sum_over_processes, summed
+from .collectives import gathered, sum_over_processes, summed
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -96,7 +96,7 @@ class JointBatchNorm(torch.autograd.Function):
         centered = inputs - own_mean.view(shape)
         own_count = inputs.new_full(own_mean.shape, inputs.numel() / max(len(own_mean), 1))
         own = torch.stack([own_mean, centered.square().sum(axes), own_count])
-        means, deviations, counts = gathered(own).unbind(1)
+        means, deviations, counts = torch.stack(gathered(own)).unbind(1)
 
         count = counts.sum(0)
         mean = (means * counts).sum(0) / count
@@ -158,14 +158,6 @@ def axes_and_shape(inputs: Tensor) -> tuple[list[int], list[int]]:
     """Return the axes but that of channels, and the shape of channels to broadcast."""
     axes = [axis for axis in range(inputs.ndim) if axis != 1]
     return axes, [1, -1] + [1] * (inputs.ndim - 2)
-
-
-def gathered(own: Tensor) -> Tensor:
-    """Return a tensor of each process, stacked by rank (collective)."""
-    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    with processes.communicating():
-        distributed.all_gather(parts, own)
-    return torch.stack(parts)
 
 
 @torch.no_grad()

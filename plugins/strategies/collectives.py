@@ -37,6 +37,14 @@ def summed(tensor: Tensor) -> Tensor:
     return total
 
 
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """Return a tensor of each process, in the order of their ranks, without gradients."""
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    with processes.communicating():
+        distributed.all_gather(parts, tensor)
+    return parts
+
+
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Set tensors of any dtype and memory format on one device to those of the main process."""
     # New flat tensors of bytes: not every backend sends bool, complex or strided tensors.

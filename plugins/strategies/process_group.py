@@ -7,7 +7,7 @@ from torch import Tensor, distributed
 
 from framework import PositiveFloat, SettingError, Strategy, pairwise_sum, processes, pytree
 
-from .collectives import sum_over_processes, summed
+from .collectives import gathered, sum_over_processes, summed
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel
 
@@ -51,10 +51,7 @@ class ProcessGroup(Strategy):
         total = torch.empty_like(flat)
         elements = max(BUCKET_BYTES // tensor.element_size(), 1)
         for part, result in zip(flat.split(elements), total.split(elements), strict=True):
-            parts = [torch.empty_like(part) for _ in range(self.world_size)]
-            with processes.communicating():
-                distributed.all_gather(parts, part)
-            result.copy_(pairwise_sum(parts))
+            result.copy_(pairwise_sum(gathered(part)))
         return total.view(tensor.shape)
 
     def gather(self, value: Any) -> list[Any]:
