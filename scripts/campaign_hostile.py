@@ -613,10 +613,10 @@ def import_all() -> None:
     import framework.cli.board
     import framework.cli.main
     import framework.cli.output
-    import framework.experiment.check
+    import framework.experiment.dry_runs.check
     import framework.experiment.experiment
-    import framework.experiment.load
     import framework.experiment.plan
+    import framework.experiment.trained.load
     import framework.tuning.search.study
     import framework.tuning.sweep.sweep  # noqa: F401
     from framework.registry.discovery import discover

@@ -12,7 +12,7 @@ from rich.text import Text
 from framework.errors import FrameworkError, did_you_mean, short
 from framework.errors.paths import shorter
 from framework.errors.terminal import printable, title
-from framework.runs.diff import (
+from framework.runs.overview.diff import (
     UNKNOWN,
     Curve,
     Diff,

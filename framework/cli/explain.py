@@ -13,9 +13,9 @@ from .parsers import JSON, RUN, command_line, composing, importing_torch
 from .units import duration, small_duration, value_text
 
 if TYPE_CHECKING:
-    from framework.experiment.explain import Explained
-    from framework.experiment.replay import Finding, Replay
-    from framework.runs.speed import Activity
+    from framework.experiment.recorded.explain import Explained
+    from framework.experiment.recorded.replay import Finding, Replay
+    from framework.runs.overview.speed import Activity
 
 WIDEST_VALUE = 40
 
@@ -51,7 +51,7 @@ def explain(arguments: list[str]) -> None:
     from framework.composition.compose import Job, run_composed as compose
 
     def job(composed: Job) -> None:
-        from framework.experiment.explain import explain_setting
+        from framework.experiment.recorded.explain import explain_setting
 
         print_explained(explain_setting(composed.spec, args.what), args.json)
 
@@ -61,7 +61,7 @@ def explain(arguments: list[str]) -> None:
 def explain_run(args: Any) -> None:
     """Explain a setting of a run."""
     with importing_torch():
-        from framework.experiment.explain import explain_setting_of_run
+        from framework.experiment.recorded.explain import explain_setting_of_run
         from framework.registry.discovery import discover
     from framework.runs.run_files import run_files
 
@@ -72,8 +72,8 @@ def explain_run(args: Any) -> None:
 
 def explain_speed_of(args: Any) -> None:
     """Print where the time of a run went, and what to change."""
+    from framework.runs.overview.speed import explain_speed
     from framework.runs.run_files import run_files
-    from framework.runs.speed import explain_speed
 
     run = run_files(args.run)
     speed = explain_speed(run)
@@ -102,7 +102,7 @@ def explain_speed_of(args: Any) -> None:
 def explain_nan_of(args: Any) -> None:
     """Repeat the step of a run that was not finite, and print where that began."""
     with importing_torch():
-        from framework.experiment.replay import explain_nan
+        from framework.experiment.recorded.replay import explain_nan
         from framework.registry.discovery import discover
     from framework.runs.run_files import run_files
 

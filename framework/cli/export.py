@@ -30,7 +30,7 @@ def export(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     typed = parse_settings(args.settings)
     trained = opened(args, typed)
-    from framework.experiment.export import export_run
+    from framework.experiment.trained.export import export_run
 
     exported = export_run(trained, args.to, args.output, typed)
     if args.json:
@@ -46,7 +46,7 @@ def export(arguments: list[str]) -> None:
 def opened(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """Load the plugins, check the exporter before the run is read, and open the run."""
     from framework.errors.terminal import note
-    from framework.experiment.load import open_run
+    from framework.experiment.trained.load import open_run
     from framework.registry.discovery import discover
     from framework.registry.kinds import exporters
 

@@ -353,7 +353,7 @@ def train_process(arguments: list[str]) -> int:
     launch.redirect_output(folder)
     request = launch.read_request(folder)
     if request.check:
-        from framework.experiment.check import step_of_process
+        from framework.experiment.dry_runs.check import step_of_process
 
         step_of_process(request.spec, folder)
         return 0
@@ -404,7 +404,7 @@ def check(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     line = command_line(parser, args)
     from framework.composition.compose import Job, run_composed as compose
-    from framework.experiment.check import run_check as check_experiment
+    from framework.experiment.dry_runs.check import run_check as check_experiment
 
     parts: list[dict[str, Any]] = []
 
@@ -433,7 +433,7 @@ def find(arguments: list[str]) -> None:
         parser.error(f"find: expected one of {', '.join(targets)}")
     line = command_line(parser, args)
     from framework.composition.compose import Job, run_composed as compose
-    from framework.experiment import find as finders
+    from framework.experiment.dry_runs import find as finders
 
     show = finders.show_learning_rates if args.target == "lr" else finders.show_batch_sizes
 
@@ -463,10 +463,10 @@ def resume(arguments: list[str]) -> int:
         from framework.registry.discovery import discover
     from framework.composition.compose import Job
     from framework.composition.override_syntax import override_key
-    from framework.experiment.find_run import run_to_resume
     from framework.experiment.launch import is_launcher
-    from framework.experiment.load import read_spec_of
-    from framework.experiment.resume_overrides import apply_overrides
+    from framework.experiment.resumption.find_run import run_to_resume
+    from framework.experiment.resumption.resume_overrides import apply_overrides
+    from framework.experiment.trained.load import read_spec_of
     from framework.runs.folder import read_config
 
     discover(args.plugins, args.without_plugin)
@@ -656,7 +656,7 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     with importing_torch():
-        from framework.experiment.rerun import prepare_rerun
+        from framework.experiment.recorded.rerun import prepare_rerun
     from framework.composition.compose import Job
     from framework.experiment.experiment import train as train_experiment
     from framework.experiment.launch import is_launcher

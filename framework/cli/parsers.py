@@ -299,7 +299,7 @@ def sweep_over(
 def opened_run(args: argparse.Namespace) -> Any:
     """Load the plugins and the run that the arguments name."""
     with importing_torch():
-        from framework.experiment.load import open_run
+        from framework.experiment.trained.load import open_run
         from framework.registry.discovery import discover
     for problem in discover(args.plugins, args.without_plugin, tolerant=True):
         note(f"{problem}; its parts are left out")

@@ -21,7 +21,7 @@ def predict(arguments: list[str]) -> None:
     args = parse_predict(arguments)
     if args.prompt is not None:
         return generate(args)
-    from framework.experiment.prediction_files import choose_format, write_predictions
+    from framework.experiment.trained.prediction_files import choose_format, write_predictions
     from framework.registry.discovery import output_for_programs
 
     chosen = choose_format(args.output, args.format)
@@ -48,7 +48,7 @@ def predict(arguments: list[str]) -> None:
 
 def text_pieces(chosen: str, chunks: Any, form: Any) -> Iterator[str]:
     """Yield predictions as CSV, with control characters escaped, or as JSON lines."""
-    from framework.experiment.prediction_files import csv_pieces, json_pieces
+    from framework.experiment.trained.prediction_files import csv_pieces, json_pieces
 
     pieces = json_pieces(chunks, form) if chosen == "jsonl" else csv_pieces(chunks, form, printable)
     for piece in pieces:

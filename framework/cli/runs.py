@@ -11,6 +11,16 @@ from framework.errors import FrameworkError, RunError, SettingError
 from framework.errors.paths import expanded, pasted
 from framework.errors.terminal import note, print_line, printable, shortened
 from framework.runs.folder import DEFAULT_ROOT
+from framework.runs.overview.run_filter import parse_filter
+from framework.runs.overview.run_index import MISSING, RunEntry, list_runs
+from framework.runs.overview.run_table import (
+    Column,
+    RunRow,
+    RunTable,
+    sort_key,
+    state_counts,
+    sweep_states,
+)
 from framework.runs.run_bin import (
     BIN,
     empty_bin,
@@ -20,16 +30,6 @@ from framework.runs.run_bin import (
     restore_run,
 )
 from framework.runs.run_files import MOST_NOTE, MOST_TAGS, TAG, Labels, RunFiles, Value
-from framework.runs.run_filter import parse_filter
-from framework.runs.run_index import MISSING, RunEntry, list_runs
-from framework.runs.run_table import (
-    Column,
-    RunRow,
-    RunTable,
-    sort_key,
-    state_counts,
-    sweep_states,
-)
 
 from . import help_texts
 from .json_output import print_json

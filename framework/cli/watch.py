@@ -19,7 +19,7 @@ from framework.errors import RunError
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable, shortened, title
 from framework.runs.folder import in_default_root, resolve_run
-from framework.runs.live import Curve, LiveRun
+from framework.runs.overview.live import Curve, LiveRun
 from framework.runs.run_files import RunFiles, is_run, is_sweep, run_files
 from framework.runtime.console import console
 from framework.runtime.plot import braille, evenly_spaced

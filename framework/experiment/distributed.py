@@ -19,8 +19,8 @@ from framework.runtime import processes
 from framework.runtime.device import find_device
 from framework.training.validation import check_shared_batch
 
-from .config_changes import fingerprint
-from .resume import Resumed, open_folder
+from .resumption.config_changes import fingerprint
+from .resumption.resume import Resumed, open_folder
 from .run_facts import data_facts
 
 DIFFERENT = {

@@ -48,7 +48,6 @@ from .build import (
     first_input,
     image_advice,
 )
-from .config_changes import fingerprint, setting_leaves
 from .distributed import (
     agreed_signals,
     be_silent,
@@ -57,11 +56,12 @@ from .distributed import (
     connected,
     open_shared,
 )
-from .find_run import find_run
 from .log_start import first_batch, log_run_start
 from .model_limits import model_limits
 from .result import Result, read_result, weights_label
-from .resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer
+from .resumption.config_changes import fingerprint, setting_leaves
+from .resumption.find_run import find_run
+from .resumption.resume import INEXACT_ADVICE, Resumed, check_exact, check_fits, check_optimizer
 from .run_facts import content_changes, data_facts, fact_changes
 from .steering import OptimizerSettings, Steering
 from .weights import initialize_from, load_weights, shapes

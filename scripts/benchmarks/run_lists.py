@@ -16,7 +16,7 @@ from typing import NamedTuple
 from benchmarks.rounds import table
 from framework.composition.compose import CommandLine, Job, run_composed
 from framework.runs.folder import dump
-from framework.runs.run_index import INDEX
+from framework.runs.overview.run_index import INDEX
 
 TRIALS = 10  # of each sweep; half of the runs belong to sweeps
 VALIDATIONS = 30  # rows of val/... in each metrics.jsonl, and as many of train/...

@@ -12,7 +12,7 @@ from framework.cli.output import root_option, run_arguments
 from framework.cli.part_tables import find_part, overrides_for
 from framework.composition.catalogue import build_index
 from framework.errors.paths import typed
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from framework.registry.registry import Registry
 from framework.runs.folder import run_advice
 

@@ -16,7 +16,7 @@ import pytest
 
 from framework.cli.watch import View, Watched, chart, current_runs
 from framework.errors import RunError
-from framework.runs.live import Curve
+from framework.runs.overview.live import Curve
 from framework.runtime.console import PrintableConsole
 
 

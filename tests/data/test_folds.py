@@ -14,7 +14,7 @@ from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.folds import fold_of, take_fold
 from framework.errors import DataError
 from framework.experiment.experiment import train
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 
 
 def folds(count, **settings):

@@ -12,7 +12,7 @@ from framework import TensorSplit, Trainer
 from framework.cli.main import main
 from framework.errors import SettingError
 from framework.errors.paths import expanded, pasted, with_homes
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from framework.runs.folder import dump
 
 TINY = "trainer.max_steps=1 model.depth=1 model.width=4 loader.limit=1 loggers=[json_lines]"

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from framework.errors import FrameworkError, RunError
-from framework.experiment.check import run_check
+from framework.experiment.dry_runs.check import run_check
 from runs import composed
 
 SMALL = ("model.width=8", "loader.batch_size=20", "callbacks=[]")

@@ -17,7 +17,7 @@ from framework.composition.compose import CommandLine, run_composed
 from framework.errors import BuildError, DataError, RunError
 from framework.experiment.build import check_smallest_batch
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from runs import logged
 
 QUICK = [

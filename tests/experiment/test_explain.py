@@ -9,11 +9,11 @@ import pytest
 import framework as fw
 from framework.errors import FrameworkError, RunError
 from framework.experiment.experiment import Experiment
-from framework.experiment.explain import explain_setting, explain_setting_of_run
-from framework.experiment.replay import RECORD, load_step, replay
+from framework.experiment.recorded.explain import explain_setting, explain_setting_of_run
+from framework.experiment.recorded.replay import RECORD, load_step, replay
+from framework.runs.overview.speed import explain_speed
 from framework.runs.run_files import RunFiles
 from framework.runs.run_time import read_time
-from framework.runs.speed import explain_speed
 from runs import composed, cut_off_at, run_training
 
 SMALL = ("loader.batch_size=400", "callbacks=[checkpoint,non_finite]")

@@ -14,9 +14,9 @@ from torch import nn
 import framework as fw
 from framework.contracts.exporter import Exporter
 from framework.errors import FrameworkError, RunError, SettingError, UnknownName
-from framework.experiment import export
-from framework.experiment.export import export_run
-from framework.experiment.load import open_run
+from framework.experiment.trained import export
+from framework.experiment.trained.export import export_run
+from framework.experiment.trained.load import open_run
 from framework_plugins.datasets.builtin import load_digits
 from runs import run_training
 

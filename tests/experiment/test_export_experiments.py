@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import framework as fw
-from framework.experiment import export
-from framework.experiment.export import export_run
-from framework.experiment.load import open_run
+from framework.experiment.trained import export
+from framework.experiment.trained.export import export_run
+from framework.experiment.trained.load import open_run
 from runs import run_training
 from substitutes import DATA, EXPERIMENTS, register_data
 

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from framework.experiment.check import OVERFIT_STEPS
-from framework.experiment.find import Speed, suggested
+from framework.experiment.dry_runs.check import OVERFIT_STEPS
+from framework.experiment.dry_runs.find import Speed, suggested
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import torch
 import framework as fw
 from framework.data.input_rows import find_input_files, regrouped
 from framework.errors import DataError
-from framework.experiment.load import chunk_reader
+from framework.experiment.trained.load import chunk_reader
 from framework_plugins.datasets.array_data import ArrayData
 from framework_plugins.datasets.readers import tables
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from framework.errors import FrameworkError
-from framework.experiment.prediction_files import (
+from framework.experiment.trained.prediction_files import (
     Form,
     choose_format,
     csv_pieces,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from framework.errors import ConfigError, RunError
-from framework.experiment.rerun import prepare_rerun
+from framework.experiment.recorded.rerun import prepare_rerun
 from framework.runs.run_files import RunFiles
 
 SMALL = "trainer.max_steps=5 model.width=16 callbacks=[checkpoint]"

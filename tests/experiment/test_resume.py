@@ -13,8 +13,8 @@ import torch
 
 import framework as fw
 from framework.errors import RunError
-from framework.experiment.config_changes import compare_configs, fingerprint
 from framework.experiment.experiment import train
+from framework.experiment.resumption.config_changes import compare_configs, fingerprint
 from framework.experiment.weights import initialize_from
 from framework.runs.checkpoint import listed, load
 from framework.runs.run_files import status_of

@@ -14,9 +14,13 @@ from framework import TensorSplit, Trainer
 from framework.contracts.callback import follows_metrics
 from framework.data.dataset import Loader
 from framework.errors import RunError, SettingError
-from framework.experiment.config_changes import compare_configs, keeps_bits, observed_changes
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.resume_overrides import apply_overrides
+from framework.experiment.resumption.config_changes import (
+    compare_configs,
+    keeps_bits,
+    observed_changes,
+)
+from framework.experiment.resumption.resume_overrides import apply_overrides
 from framework.runs.checkpoint import listed, load
 from runs import composed, logged
 

@@ -23,7 +23,7 @@ import framework as fw
 from framework.composition.compose import CommandLine
 from framework.composition.spec import config_value, plain_settings, read_spec
 from framework.errors import BuildError, ConfigError, ContractError
-from framework.experiment.resume_overrides import apply_overrides
+from framework.experiment.resumption.resume_overrides import apply_overrides
 from framework.registry.annotations import Range
 from framework.registry.plain_values import identical_values, plain_value
 from framework.registry.registry import Registry

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from framework.runs.diff import Curve, compare, curves_of, plain, same_content, short_names
+from framework.runs.overview.diff import Curve, compare, curves_of, plain, same_content, short_names
 from framework.runs.run_files import RunFiles
 
 CONFIG = """\

@@ -22,11 +22,11 @@ from framework.composition.spec import read_spec
 from framework.errors import FrameworkError
 from framework.experiment.build import build_model
 from framework.experiment.experiment import train
-from framework.experiment.find_run import find_run, run_to_resume
-from framework.experiment.load import open_run, read_spec_of
 from framework.experiment.model_limits import model_limits
 from framework.experiment.result import last_values
-from framework.experiment.resume_overrides import apply_overrides
+from framework.experiment.resumption.find_run import find_run, run_to_resume
+from framework.experiment.resumption.resume_overrides import apply_overrides
+from framework.experiment.trained.load import open_run, read_spec_of
 from framework.registry.registry import Registry
 from framework.runs import checkpoint
 from framework.runs.checkpoint import (

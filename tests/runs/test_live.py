@@ -8,8 +8,8 @@ import time
 import pytest
 
 from framework.errors import RunError
-from framework.runs import live
-from framework.runs.live import LiveMetrics, LiveRun
+from framework.runs.overview import live
+from framework.runs.overview.live import LiveMetrics, LiveRun
 
 
 def line(step, **values):

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from framework.errors import RunError
+from framework.runs.overview.run_index import list_runs
 from framework.runs.run_bin import (
     BIN,
     empty_bin,
@@ -13,7 +14,6 @@ from framework.runs.run_bin import (
     removed_runs,
     restore_run,
 )
-from framework.runs.run_index import list_runs
 from framework.system.locks import WriterLock
 from run_folders import write_run, write_sweep
 

@@ -3,7 +3,7 @@
 import pytest
 
 from framework.errors import SettingError
-from framework.runs.run_filter import parse_filter
+from framework.runs.overview.run_filter import parse_filter
 
 RUN = {
     "optimizer": "adamw",

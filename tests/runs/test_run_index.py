@@ -7,9 +7,9 @@ import time
 import pytest
 
 from framework.errors import RunError
-from framework.runs import run_index
+from framework.runs.overview import run_index
+from framework.runs.overview.run_index import INDEX, MISSING, Settings, list_runs
 from framework.runs.run_files import Labels, RunFiles
-from framework.runs.run_index import INDEX, MISSING, Settings, list_runs
 from run_folders import write_run, write_sweep
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from framework.runs.overview.speed import explain_speed
 from framework.runs.run_files import RunFiles
 from framework.runs.run_time import RunTime, read_time
-from framework.runs.speed import explain_speed
 
 CONFIG = """\
 loader: {workers: 0, read: auto, batch_size: 32, eval_batch_size: 256}

@@ -547,7 +547,7 @@ def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
 
 
 def test_predictions_are_written_atomically(tmp_path):
-    from framework.experiment.prediction_files import Form, write_predictions
+    from framework.experiment.trained.prediction_files import Form, write_predictions
 
     chunks = [({}, {"value": torch.arange(1000.0)})]
     for suffix in ("csv", "jsonl", "npz"):

@@ -13,7 +13,7 @@ from framework.data.dataset import Loader
 from framework.data.workers import SeededSamples
 from framework.errors import FrameworkError
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from framework.runtime import seeds
 from framework.runtime.shapes import dry_run
 from framework.training.layer_table import model_undisturbed

@@ -14,8 +14,8 @@ from framework.composition.cached_composer import Composer
 from framework.composition.compose import Composing, Job
 from framework.errors import ConfigError, DiskFull, FrameworkError
 from framework.errors.terminal import print_line, print_traceback
-from framework.experiment.config_changes import fingerprint
 from framework.experiment.result import Result
+from framework.experiment.resumption.config_changes import fingerprint
 from framework.experiment.steering import TELL
 from framework.runs.sweep_files import Trial
 from framework.system.locks import lock_holder

@@ -16,8 +16,8 @@ import framework as fw
 from framework.composition.compose import CommandLine, run_composed as compose
 from framework.errors import DataError, RunError
 from framework.experiment.experiment import train
-from framework.experiment.load import open_run
 from framework.experiment.result import Result
+from framework.experiment.trained.load import open_run
 from framework_plugins.auroc import as_keys
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import framework as fw
 from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from runs import cut_off_at, require_data, run_training
 
 

@@ -17,7 +17,7 @@ from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Scale
 from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from framework_plugins.datasets.readers.fetched import data_folder
 from runs import cut_off_at
 

@@ -14,7 +14,7 @@ from framework.composition.compose import CommandLine, run_composed as compose
 from framework.data.dataset import Loader
 from framework.errors import BuildError, DataError
 from framework.experiment.experiment import Experiment, train
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from framework.runs.checkpoint import listed
 from framework.runtime.shapes import output_shape
 from framework_plugins.datasets.audio import (

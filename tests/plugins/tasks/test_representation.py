@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch.nn import functional as F
 
 import framework as fw
-from framework.experiment.load import open_run
+from framework.experiment.trained.load import open_run
 from regressions import assert_same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -32,6 +32,15 @@ from framework.data.input_rows import (
 from framework.errors import ConfigError, DataError, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
+from framework.experiment.build import (
+    build_data,
+    build_loader,
+    build_metrics,
+    build_model,
+    scale_of,
+)
+from framework.experiment.model_limits import model_limits
+from framework.experiment.weights import find_checkpoint, load_into
 from framework.registry.discovery import is_loaded
 from framework.runs import checkpoint
 from framework.runs.folder import (
@@ -45,10 +54,7 @@ from framework.runs.folder import (
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
-from .build import build_data, build_loader, build_metrics, build_model, scale_of
-from .model_limits import model_limits
 from .prediction_files import Form
-from .weights import find_checkpoint, load_into
 
 MAX_FLOAT32_OFFSET = 1000  # deviations between 0 and the mean of targets
 # Errors of a model that is built from the config of an untrusted source.

@@ -8,10 +8,9 @@ from framework.composition.origins import Origins
 from framework.composition.spec import Spec
 from framework.errors import ConfigError, FrameworkError, did_you_mean
 from framework.errors.paths import shorter
+from framework.experiment.resumption.config_changes import setting_leaves
+from framework.experiment.trained.load import read_spec_of
 from framework.runs.run_files import RunFiles
-
-from .config_changes import setting_leaves
-from .load import read_spec_of
 
 MOST_PLACES = 100  # of a setting in a provenance.json
 USED = "used"

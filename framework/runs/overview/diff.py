@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import RunError, short
-
-from .requests import EventReader, row_text
-from .run_files import RunFiles, Value
-from .run_time import read_time
+from framework.runs.requests import EventReader, row_text
+from framework.runs.run_files import RunFiles, Value
+from framework.runs.run_time import read_time
 
 LISTS = {"metrics": "metric", "transforms": "transform", "callbacks": "callback"}
 LISTS["loggers"] = "logger"

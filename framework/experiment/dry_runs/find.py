@@ -13,15 +13,14 @@ from framework.composition.spec import Spec
 from framework.contracts.callback import Callback
 from framework.contracts.context import Context
 from framework.errors import RunError
+from framework.experiment.experiment import Experiment
+from framework.experiment.plan import base_rate
+from framework.experiment.plan_text import CURVE_COLUMNS, CURVE_ROWS
 from framework.runtime.memory import OutOfMemory
 from framework.runtime.plot import braille
 from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
-
-from .experiment import Experiment
-from .plan import base_rate
-from .plan_text import CURVE_COLUMNS, CURVE_ROWS
 
 LOWEST_RATE = 1e-7
 HIGHEST_RATE = 10.0

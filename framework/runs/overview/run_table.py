@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from framework.errors import Facts, SettingError, nearest, suggestion
+from framework.runs.run_files import Value
 
-from .run_files import Value
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
 
 Statistic = Literal["best", "last", "min", "max", "step"]

@@ -22,6 +22,10 @@ from framework.contracts.context import Context
 from framework.contracts.strategy import Strategy
 from framework.data.dataset import Data, Loader, TensorSplit
 from framework.errors import DataError, RunError, SettingError
+from framework.experiment.distributed import check_processes, connected
+from framework.experiment.experiment import Experiment
+from framework.experiment.launch import RESULT, Request, run_request, write_request
+from framework.experiment.log_start import first_batch
 from framework.runs import checkpoint
 from framework.runtime import seeds
 from framework.runtime.batch import is_flat
@@ -29,11 +33,6 @@ from framework.runtime.threads import intra_op_threads
 from framework.system.files import open_file, write_file
 from framework.training.trainer import Trainer
 from framework.training.validation import check_shared_batch
-
-from .distributed import check_processes, connected
-from .experiment import Experiment
-from .launch import RESULT, Request, run_request, write_request
-from .log_start import first_batch
 
 OVERFIT_STEPS = 100  # at most, of overfitting one batch
 OVERFIT_SECONDS = 10.0  # at most, of overfitting one batch

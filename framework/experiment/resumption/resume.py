@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from framework.composition.spec import Spec
 from framework.errors import RunError, short
 from framework.errors.paths import override
+from framework.experiment.run_facts import unknown_content
+from framework.experiment.weights import is_useful, shapes
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, read_config
 from framework.runs.run_files import read_status, status_of
@@ -24,8 +26,6 @@ from framework.training.optimizer_state import (
 
 from .config_changes import compare_configs, is_path_of_data, keeps_bits, observed_changes
 from .find_run import MOST_NOTES, named_checkpoint
-from .run_facts import unknown_content
-from .weights import is_useful, shapes
 
 MOST_THREADS = 1024
 INEXACT_ADVICE = "undo the change, or allow it with --inexact"

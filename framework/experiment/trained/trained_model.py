@@ -15,10 +15,10 @@ from framework.data.accumulation import Source
 from framework.data.dataset import Data
 from framework.errors import DataError, short
 from framework.errors.paths import expanded
+from framework.experiment.build import build_data, build_metrics
 from framework.runs.folder import read_config
 from framework.runs.run_files import RunFiles
 
-from .build import build_data, build_metrics
 from .load import Trained, open_run
 
 EXPECTED = (

@@ -12,15 +12,14 @@ from framework.composition.spec import Spec
 from framework.data.dataset import Data
 from framework.errors import RunError, short
 from framework.errors.paths import expanded
+from framework.experiment.build import build_data
+from framework.experiment.launch import is_launcher
+from framework.experiment.resumption.resume_overrides import apply_overrides
+from framework.experiment.run_facts import content_changes, data_facts, fact_changes
+from framework.experiment.trained.load import read_spec_of
 from framework.registry.discovery import discover, located
 from framework.runs.folder import dump, git_state, machine, read_config, resolve_run
 from framework.runs.run_files import RunFiles
-
-from .build import build_data
-from .launch import is_launcher
-from .load import read_spec_of
-from .resume_overrides import apply_overrides
-from .run_facts import content_changes, data_facts, fact_changes
 
 FIXED = ("resume", "plugins", "sweep", "hydra")
 """Sections of a config that a new run does not take from another one."""

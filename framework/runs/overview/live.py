@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from framework.errors import RunError
+from framework.runs.run_files import METRICS, MOST_SERIES, RunFiles, metrics_row, number_in
 from framework.system.files import open_file, parse_row
-
-from .run_files import METRICS, MOST_SERIES, RunFiles, metrics_row, number_in
 
 MOST_POINTS = 2_000  # of a curve; with more, every second one is left out
 MOST_READ = 4 * 2**20  # bytes that one refresh reads

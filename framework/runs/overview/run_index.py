@@ -18,9 +18,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from framework.errors import RunError
-from framework.system.files import open_file, read_rows, write_file
-
-from .run_files import (
+from framework.runs.run_files import (
     METRICS,
     STATUS_FILE,
     RunFiles,
@@ -32,7 +30,8 @@ from .run_files import (
     number_in,
     state_of,
 )
-from .sweep_files import REQUEST, ROWS, read_request, trial_of_row
+from framework.runs.sweep_files import REQUEST, ROWS, read_request, trial_of_row
+from framework.system.files import open_file, read_rows, write_file
 
 INDEX = ".index.json"
 SCHEMA = 2

@@ -29,6 +29,12 @@ from framework.contracts.strategy import Strategy
 from framework.contracts.task import Step, Task
 from framework.errors import CheckpointError, FrameworkError, RunError, short
 from framework.errors.terminal import print_message
+from framework.experiment.build import build_model
+from framework.experiment.experiment import Experiment
+from framework.experiment.resumption.resume import threads_in
+from framework.experiment.steering import OptimizerSettings, Steering
+from framework.experiment.trained.load import read_spec_of
+from framework.experiment.weights import initialize_from
 from framework.registry.discovery import discover, is_loaded
 from framework.runs import checkpoint
 from framework.runs.folder import plugins_of
@@ -39,13 +45,6 @@ from framework.runtime.batch import Batch
 from framework.runtime.threads import intra_op_threads
 from framework.system.files import make_folder, open_file, read_bytes, read_json, write_file
 from framework.training.trainer import Trainer
-
-from .build import build_model
-from .experiment import Experiment
-from .load import read_spec_of
-from .resume import threads_in
-from .steering import OptimizerSettings, Steering
-from .weights import initialize_from
 
 RECORD = "non_finite.json"
 """The file in which the callback `non_finite` describes the step that it has found."""
@@ -521,7 +520,7 @@ step are in {file}; plugins of the run are loaded from their files.
 
 from pathlib import Path
 
-from framework.experiment.replay import load_step
+from framework.experiment.recorded.replay import load_step
 
 step = load_step(Path(__file__).with_name("{file}"))
 result = step.forward()

@@ -7,9 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from framework.errors import short
-
-from .run_files import RunFiles
-from .run_time import RunTime, read_time
+from framework.runs.run_files import RunFiles
+from framework.runs.run_time import RunTime, read_time
 
 WAITING_FOR_DATA = "waiting for data"  # the parts as the clock of a fit names them
 COMMUNICATION = "communication and waiting"

@@ -1,0 +1,1 @@
+"""The model of a run after training: loading, predictions, export."""

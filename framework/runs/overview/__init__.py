@@ -1,0 +1,1 @@
+"""What the commands show about runs: lists, filters, comparisons, speed, the live view."""
