@@ -92,8 +92,8 @@ if TYPE_CHECKING:
     )
     from .data.input_rows import InputFile, InputRows
     from .data.preparation import Axis, Preparation, RawInput
-    from .experiment.load import open_run as open_run  # the former name of `load`
-    from .experiment.trained_model import load
+    from .experiment.trained.load import open_run as open_run  # the former name of `load`
+    from .experiment.trained.trained_model import load
     from .training.trainer import Trainer
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
@@ -259,7 +259,7 @@ _NAMES = {
     "Trainer": "training.trainer",
     "Transform": "contracts.transform",
     "WindowSplit": "data.dataset",
-    "load": "experiment.trained_model",
+    "load": "experiment.trained.trained_model",
     # Not public: for the built-in plugins only.
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
@@ -277,7 +277,7 @@ _NAMES = {
     "model_undisturbed": "training.layer_table",
     "move_batch": "runtime.batch",
     "numbers_of": "runtime.gradients",
-    "open_run": "experiment.load",
+    "open_run": "experiment.trained.load",
     "pairwise_sum": "runtime.pairwise",
     "restore_optimizer": "training.optimizer_state",
     "select_rows": "runtime.batch",
