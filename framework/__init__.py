@@ -113,6 +113,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
         distributed_checkpoint as distributed_checkpoint,
+        drawing as drawing,
         dtensors as dtensors,
         memory as memory,
         processes as processes,
@@ -291,6 +292,7 @@ _NAMES = {
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
     "distributed_checkpoint": "runtime.distributed_checkpoint",
+    "drawing": "runtime.drawing",
     "dtensors": "runtime.dtensors",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",

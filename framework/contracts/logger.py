@@ -1,4 +1,4 @@
-"""The contract of a logger, which records scalars, texts and images of a run."""
+"""The contract of a logger, which records scalars, texts, images and more of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +46,44 @@ class Logger:
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """Record images, shape (N, C, H, W), values in [0, 1]."""
+
+    def audio(self, tag: str, waves: Tensor, rate: int, step: int) -> None:
+        """Record sounds.
+
+        Args:
+            tag: the name.
+            waves: amplitudes in [-1, 1], shape (N, samples).
+            rate: samples per second.
+            step: the optimizer steps done.
+        """
+
+    def pr_curve(self, tag: str, labels: Tensor, scores: Tensor, step: int) -> None:
+        """Record precision and recall of a binary decision at all thresholds.
+
+        Args:
+            tag: the name.
+            labels: whether a sample is positive, bool of shape (N,).
+            scores: the probability that it is, in [0, 1], shape (N,).
+            step: the optimizer steps done.
+        """
+
+    def embedding(
+        self,
+        tag: str,
+        vectors: Tensor,
+        labels: Sequence[str],
+        step: int,
+        images: Tensor | None = None,
+    ) -> None:
+        """Record points of a space of several dimensions; a later call for a tag replaces them.
+
+        Args:
+            tag: the name.
+            vectors: the points, shape (N, D).
+            labels: a text for each point.
+            step: the optimizer steps done.
+            images: a thumbnail for each point, shape (N, 1 or 3, H, W), values in [0, 1].
+        """
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:
         """Record the graph of the model, traced with inputs of shape (samples, *in_shape)."""

@@ -5,27 +5,30 @@ SIGKILL keeps everything that it logged, and no thread competes with training.
 """
 
 import io
+import math
 import os
 import re
 import socket
 import struct
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+import wave
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from framework import Logger, PositiveInt, files, loggers
-from framework.contracts.alignment import tensors_in
+
+from .tensorboard_graph import trace_graph
 
 STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
+WAV = 11  # AudioPluginData.WAV
+THRESHOLDS = 127  # of a curve of precision and recall, as in TensorBoard's own writer
+PROJECTOR_FILE = "projector_config.pbtxt"  # where the Projector page looks for it
 
 
 @loggers.register("tensorboard", aliases=["tb"])
@@ -44,6 +47,8 @@ class TensorBoard(Logger):
         self._step = 0
         self._resumed = False
         self._logged_tags: set[str] = set()
+        self._folder = Path()
+        self._embeddings: dict[str, dict[str, Any]] = {}
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file; readers then discard the records of earlier files after `step`."""
@@ -54,6 +59,8 @@ class TensorBoard(Logger):
             return
         self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
         self._file = EventFile(Path(folder))
+        self._folder = Path(folder)
+        self._embeddings = {}
         self._step = step
         self._logged_tags = set()
         if self._resumed:
@@ -95,6 +102,68 @@ class TensorBoard(Logger):
         strings += map(encode_png, images.detach().cpu())
         value = tensor_value(tag, "images", "DT_STRING", [len(strings)], string_val=strings)
         self._write(step, [value])
+
+    def audio(self, tag: str, waves: Tensor, rate: int, step: int) -> None:
+        """Record sounds (N, samples) in [-1, 1] under one tag, as WAV with 16 bits."""
+        from tensorboard.plugins.audio.plugin_data_pb2 import AudioPluginData
+
+        strings = []
+        for sound in waves.detach().cpu():
+            strings += [encode_wav(sound, rate), b""]  # the sound and its label
+        content = AudioPluginData(encoding=WAV).SerializeToString()
+        shape = [len(waves), 2]
+        value = tensor_value(tag, "audio", "DT_STRING", shape, content, string_val=strings)
+        self._write(step, [value])
+
+    def pr_curve(self, tag: str, labels: Tensor, scores: Tensor, step: int) -> None:
+        """Record precision and recall at evenly spaced thresholds."""
+        from tensorboard.plugins.pr_curve.plugin_data_pb2 import PrCurvePluginData
+
+        curve = precision_and_recall(labels, scores)
+        content = PrCurvePluginData(num_thresholds=THRESHOLDS).SerializeToString()
+        value = tensor_value(
+            tag,
+            "pr_curves",
+            "DT_FLOAT",
+            list(curve.shape),
+            content,
+            tensor_content=curve.float().numpy().tobytes(),
+        )
+        self._write(step, [value])
+
+    def embedding(
+        self,
+        tag: str,
+        vectors: Tensor,
+        labels: Sequence[str],
+        step: int,
+        images: Tensor | None = None,
+    ) -> None:
+        """Write points, labels and thumbnails as files that the Projector page reads."""
+        from google.protobuf.text_format import MessageToString
+        from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+        if self._file is None:
+            return
+        stem = "embeddings/" + re.sub(r"[^\w.-]+", "_", tag)
+        files.make_folder(self._folder / "embeddings")
+        rows = ("\t".join(f"{x:.6g}" for x in row) + "\n" for row in vectors.double().tolist())
+        files.write_file(self._folder, f"{stem}.tsv", "".join(rows))
+        names = (re.sub(r"\s+", " ", label) + "\n" for label in labels)
+        files.write_file(self._folder, f"{stem}.labels.tsv", "".join(names))
+        entry: dict[str, Any] = {
+            "tensor_name": f"{tag} (step {step})",
+            "tensor_shape": list(vectors.shape),
+            "tensor_path": f"{stem}.tsv",
+            "metadata_path": f"{stem}.labels.tsv",
+        }
+        if images is not None:
+            files.write_file(self._folder, f"{stem}.png", encode_png(sprite_sheet(images)))
+            height, width = images.shape[-2:]
+            entry["sprite"] = {"image_path": f"{stem}.png", "single_image_dim": [width, height]}
+        self._embeddings[tag] = entry
+        config = ProjectorConfig(embeddings=list(self._embeddings.values()))
+        files.write_file(self._folder, PROJECTOR_FILE, MessageToString(config))
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:
         """Record the graph for the first of `inputs`; if the model fails, record its error."""
@@ -287,97 +356,58 @@ def encode_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
-    """Return the graph of a model as a serialized GraphDef.
+def encode_wav(sound: Tensor, rate: int) -> bytes:
+    """Encode amplitudes (samples,) in [-1, 1] as a WAV file with 16 bits per sample."""
+    numbers = (sound.float().nan_to_num(0).clamp(-1, 1) * (2**15 - 1)).round().short()
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(numbers.numpy().astype("<i2").tobytes())
+    return buffer.getvalue()
 
-    One forward pass in eval mode records it and leaves the model unchanged.
+
+def precision_and_recall(labels: Tensor, scores: Tensor) -> Tensor:
+    """Count the decisions "score at least the threshold" at THRESHOLDS values from 0 to 1.
+
+    Args:
+        labels: whether a sample is positive, bool of shape (N,).
+        scores: in [0, 1], shape (N,).
+
+    Returns:
+        True positives, false positives, true negatives, false negatives, precision and recall:
+        shape (6, THRESHOLDS), float64 on the CPU. The precision without a positive decision is 1,
+        the recall without a positive sample is 0.
     """
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    positive = labels.bool().cpu()
+    last = THRESHOLDS - 1
+    # the number of thresholds that a score reaches, less one
+    reached = (scores.double().cpu().nan_to_num(0).clamp(0, 1) * last + 1e-9).long()
 
-    from framework import model_undisturbed
+    def at_least(chosen: Tensor) -> Tensor:
+        counts = reached[chosen].bincount(minlength=THRESHOLDS).double()
+        return counts.flip(0).cumsum(0).flip(0)
 
-    recorder = GraphRecorder(model, inputs)
-    hooks: list[RemovableHandle] = []
-    for name, module in model.named_modules():
-        hooks += recorder.add_hooks(name, module)
-    try:
-        with model_undisturbed(model), torch.no_grad(), recorder:
-            outputs = model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for number, tensor in enumerate(tensors_in(outputs)):
-        recorder.add_node(f"output_{number}" if number else "output", "output", [tensor], [])
-    return GraphDef(node=recorder.nodes, versions={"producer": 22}).SerializeToString()
+    true_positives = at_least(positive)
+    false_positives = at_least(~positive)
+    false_negatives = positive.sum() - true_positives
+    true_negatives = (~positive).sum() - false_positives
+    decided = true_positives + false_positives
+    precision = torch.where(decided > 0, true_positives / decided.clamp(min=1), 1.0)
+    recall = true_positives / positive.sum().clamp(min=1)
+    return torch.stack(
+        [true_positives, false_positives, true_negatives, false_negatives, precision, recall]
+    )
 
 
-class GraphRecorder(TorchFunctionMode):
-    """Records each call of a torch function as a node, named after the calling module."""
-
-    def __init__(self, model: nn.Module, inputs: Tensor):
-        super().__init__()
-        named_tensors = [*model.named_parameters(), *model.named_buffers()]
-        self.weight_names = {tensor: name for name, tensor in named_tensors}
-        self.nodes: list[dict[str, Any]] = []
-        self.scopes = [""]  # of the modules whose forward passes run, the innermost last
-        self.scope_of: dict[str, str] = {}
-        self.producers: dict[Tensor, str] = {}  # the node that returns a tensor
-        self.calls: Counter[str] = Counter()
-        self.add_node("input", "input", [], [inputs])
-
-    def add_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        """Make the forward pass of a module use its scope, such as "features/0 (Conv2d)/"."""
-        parent, _, leaf = name.rpartition(".")
-        label = leaf if isinstance(module, nn.Sequential) else f"{leaf} ({type(module).__name__})"
-        scope = f"{self.scope_of.get(parent, '')}{label}/" if name else ""
-        self.scope_of[name] = scope
-
-        def enter(module: nn.Module, inputs: Any) -> None:
-            self.scopes.append(scope)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.scopes.pop()
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        outputs = tensors_in(output)
-        if outputs:
-            operation = function.__name__.strip("_")
-            name = self.unique_name(self.scopes[-1] + operation)
-            self.add_node(name, operation, tensors_in((args, kwargs)), outputs)
-        return output
-
-    def unique_name(self, name: str) -> str:
-        """Return "linear" for the first call with this name, then "linear_2", "linear_3"."""
-        self.calls[name] += 1
-        return name if self.calls[name] == 1 else f"{name}_{self.calls[name]}"
-
-    def add_node(
-        self, name: str, operation: str, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        """Add a node with edges from its inputs; a weight becomes a node at its first use."""
-        for tensor in inputs:
-            if tensor in self.weight_names and tensor not in self.producers:
-                leaf = self.weight_names[tensor].rpartition(".")[2]
-                self.add_node(self.unique_name(self.scopes[-1] + leaf), "parameter", [], [tensor])
-        edges = [self.producers[tensor] for tensor in inputs if tensor in self.producers]
-        node: dict[str, Any] = {"name": name, "op": operation, "input": edges}
-        shapes = []
-        for tensor in outputs:
-            dimensions = [{"size": size} for size in tensor.shape]
-            shapes.append({"dim": dimensions})
-            self.producers[tensor] = name
-        if shapes:
-            node["attr"] = {"_output_shapes": {"list": {"shape": shapes}}}
-        self.nodes.append(node)
+def sprite_sheet(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as one square of images, row by row; the rest is black."""
+    side = math.ceil(math.sqrt(len(images)))
+    missing = side * side - len(images)
+    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+    rows = [torch.cat(list(row), 2) for row in padded.split(side)]
+    return torch.cat(rows, 1)
 
 
 def flatten_settings(

@@ -1,0 +1,272 @@
+"""Images for the loggers: charts of curves and points, and images with captions.
+
+They are drawn with Pillow, which TensorBoard requires, at twice their size and then reduced.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Color = tuple[int, int, int]
+BLACK = (40, 40, 40)
+GRAY = (215, 215, 215)
+WHITE = (255, 255, 255)
+COLORS: Sequence[Color] = (
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (230, 159, 0),
+    (86, 180, 233),
+    (240, 228, 66),
+    (0, 0, 0),
+)
+"""Colors that color-blind readers can tell apart (Okabe and Ito 2008)."""
+
+
+class Canvas:
+    """A white image of `width` times `height` pixels."""
+
+    def __init__(self, width: int, height: int, font_size: int = 12):
+        from PIL import Image, ImageDraw, ImageFont  # only a run that draws needs them
+
+        self.image = Image.new("RGB", (2 * width, 2 * height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default(2 * font_size)
+
+    def line(self, points: Sequence[tuple[float, float]], color: Color, width: int = 2) -> None:
+        """Draw a line through points (x, y), `width` half pixels wide."""
+        scaled = [(2 * x, 2 * y) for x, y in points]
+        self.draw.line(scaled, fill=color, width=width, joint="curve")
+
+    def dot(self, x: float, y: float, color: Color, radius: float = 2.5) -> None:
+        """Draw a filled circle with a white edge."""
+        box = [2 * (x - radius), 2 * (y - radius), 2 * (x + radius), 2 * (y + radius)]
+        self.draw.ellipse(box, fill=color, outline=WHITE)
+
+    def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
+        """Draw a filled rectangle."""
+        self.draw.rectangle((2 * left, 2 * top, 2 * right, 2 * bottom), fill=color)
+
+    def text(self, x: float, y: float, text: str, anchor: str = "mm", color: Color = BLACK) -> None:
+        """Write a text, with its position as an anchor of Pillow ("mm" is the middle)."""
+        self.draw.text((2 * x, 2 * y), text, fill=color, anchor=anchor, font=self.font)
+
+    def paste(self, picture: Tensor, left: int, top: int, width: int, height: int) -> None:
+        """Draw an image (1 or 3, H, W) in [0, 1] into a rectangle, with sharp pixels."""
+        from PIL import Image
+
+        pixels = (picture.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu()
+        pixels = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
+        drawn = Image.fromarray(pixels.numpy()).resize(
+            (2 * width, 2 * height), Image.Resampling.BOX
+        )
+        self.image.paste(drawn, (2 * left, 2 * top))
+
+    def tensor(self) -> Tensor:
+        """Return the image as (1, 3, H, W) in [0, 1]."""
+        small = self.image.reduce(2)
+        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        return pixels.reshape(1, small.height, small.width, 3).permute(0, 3, 1, 2) / 255
+
+
+class Axis:
+    """The range of an axis, linear or logarithmic.
+
+    Args:
+        low: the value at its beginning.
+        high: the value at its end.
+        log: whether equal distances are equal factors. Both ends must be positive then.
+    """
+
+    def __init__(self, low: float, high: float, log: bool = False):
+        if log and low <= 0:
+            raise ValueError(f"a logarithmic axis begins above 0, not at {low}")
+        if high <= low:
+            high = low * 2 if log else low + 1
+        self.low = low
+        self.high = high
+        self.log = log
+
+    def position(self, value: float) -> float:
+        """Return the position of a value: 0 at the beginning of the axis, 1 at its end."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """Return about `count` round values in the range, with their labels."""
+        if self.log:
+            first = math.ceil(math.log10(self.low) - 1e-9)
+            last = math.floor(math.log10(self.high) + 1e-9)
+            step = max(1, math.ceil((last - first + 1) / count))
+            powers = [10.0**power for power in range(first, last + 1, step)]
+            values = powers if len(powers) > 1 else [self.low, self.high]
+            return [(value, f"{value:.3g}") for value in values]
+        rough = (self.high - self.low) / count
+        power = 10.0 ** math.floor(math.log10(rough))
+        step_size = min((m * power for m in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
+        first = math.ceil(self.low / step_size - 1e-9)
+        last = math.floor(self.high / step_size + 1e-9)
+        return [(k * step_size, f"{k * step_size:.6g}") for k in range(first, last + 1)]
+
+
+class Chart:
+    """A chart of curves and points with axes and a legend.
+
+    Args:
+        title: above the chart.
+        x: the axis from left to right.
+        y: the axis from the bottom up.
+        x_label: what x is.
+        y_label: what y is.
+        width: pixels of the image.
+        height: pixels of the image.
+    """
+
+    LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # margins in pixels
+
+    def __init__(
+        self,
+        title: str,
+        x: Axis,
+        y: Axis,
+        x_label: str = "",
+        y_label: str = "",
+        *,
+        width: int = 420,
+        height: int = 320,
+    ):
+        self.x = x
+        self.y = y
+        self.canvas = Canvas(width, height)
+        self.inner_width = width - self.LEFT - self.RIGHT
+        self.inner_height = height - self.TOP - self.BOTTOM
+        self.legend: list[tuple[str, Color]] = []
+        bottom = self.TOP + self.inner_height
+        for value, label in x.ticks():
+            at = self.LEFT + x.position(value) * self.inner_width
+            self.canvas.line([(at, self.TOP), (at, bottom)], GRAY)
+            self.canvas.text(at, bottom + 10, label)
+        for value, label in y.ticks():
+            at = bottom - y.position(value) * self.inner_height
+            self.canvas.line([(self.LEFT, at), (self.LEFT + self.inner_width, at)], GRAY)
+            self.canvas.text(self.LEFT - 5, at, label, "rm")
+        self.canvas.text(self.LEFT + self.inner_width / 2, 14, title)
+        self.canvas.text(self.LEFT + self.inner_width / 2, height - 12, x_label)
+        self.canvas.text(4, 14, y_label, "lm")
+
+    def background(self, picture: Tensor) -> None:
+        """Fill the area between the axes with an image (1 or 3, H, W) in [0, 1]."""
+        self.canvas.paste(picture, self.LEFT, self.TOP, self.inner_width, self.inner_height)
+
+    def line(
+        self, points: Sequence[tuple[float, float]], color: Color, label: str = "", width: int = 3
+    ) -> None:
+        """Draw a curve through points (x, y); it is interrupted at a value that is not finite."""
+        run: list[tuple[float, float]] = []
+        for x, y in [*points, (math.nan, math.nan)]:
+            if math.isfinite(x) and math.isfinite(y):
+                run.append(self._pixels(x, y))
+                continue
+            if len(run) > 1:
+                self.canvas.line(run, color, width)
+            run = []
+        self._add_to_legend(label, color)
+
+    def points(
+        self,
+        points: Sequence[tuple[float, float]],
+        color: Color,
+        label: str = "",
+        radius: float = 2.5,
+    ) -> None:
+        """Draw points (x, y); those that are not finite are left out."""
+        for x, y in points:
+            if math.isfinite(x) and math.isfinite(y):
+                self.canvas.dot(*self._pixels(x, y), color, radius)
+        self._add_to_legend(label, color)
+
+    def tensor(self) -> Tensor:
+        """Return the image as (1, 3, H, W) in [0, 1]."""
+        if self.legend:
+            self._draw_legend()
+        return self.canvas.tensor()
+
+    def _pixels(self, x: float, y: float) -> tuple[float, float]:
+        """Return the pixel of a point; one outside of the axes is moved to their edge."""
+        across = min(1.0, max(0.0, self.x.position(x)))
+        up = min(1.0, max(0.0, self.y.position(y)))
+        return self.LEFT + across * self.inner_width, self.TOP + (1 - up) * self.inner_height
+
+    def _add_to_legend(self, label: str, color: Color) -> None:
+        if label:
+            self.legend.append((label, color))
+
+    def _draw_legend(self) -> None:
+        """Draw the legend into the corner that has the least of the curves."""
+        lengths = [self.canvas.draw.textlength(text, self.canvas.font) for text, _ in self.legend]
+        width = round(max(lengths) / 2) + 32
+        height = 16 * len(self.legend) + 4
+        left, top = min(
+            (
+                (left, top)
+                for top in (self.TOP + 3, self.TOP + self.inner_height - height - 3)
+                for left in (self.LEFT + self.inner_width - width - 3, self.LEFT + 3)
+            ),
+            key=lambda corner: self._darkness(corner[0], corner[1], width, height),
+        )
+        self.canvas.box(left, top, left + width, top + height, WHITE)
+        for row, (label, color) in enumerate(self.legend):
+            middle = top + 10 + 16 * row
+            self.canvas.line([(left + 4, middle), (left + 20, middle)], color, 5)
+            self.canvas.text(left + 26, middle, label, "lm")
+
+    def _darkness(self, left: int, top: int, width: int, height: int) -> int:
+        """Return how dark a rectangle is."""
+        box = (2 * left, 2 * top, 2 * (left + width), 2 * (top + height))
+        pixels = self.canvas.image.crop(box).convert("L").histogram()
+        return sum(count * (255 - shade) for shade, count in enumerate(pixels) if shade < GRAY[0])
+
+
+def captioned(images: Tensor, captions: Sequence[str], columns: int = 4, least: int = 96) -> Tensor:
+    """Return images (N, 1 or 3, H, W) in [0, 1] in rows, each above its caption.
+
+    Args:
+        images: of the same size; small ones are enlarged by a whole factor.
+        captions: a text for each image; each line of it is cut to the width of the image.
+        columns: images in a row.
+        least: the smallest side of an enlarged image, in pixels.
+
+    Returns:
+        One image (1, 3, height, width).
+    """
+    factor = max(1, math.ceil(least / min(images.shape[-2:])))
+    large = F.interpolate(images.float().expand(-1, 3, -1, -1), scale_factor=factor, mode="nearest")
+    height, width = large.shape[-2:]
+    lines = [caption.split("\n") for caption in captions]
+    text_height = 16 * max(map(len, lines)) + 6
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    canvas = Canvas(columns * (width + 8), rows * (height + text_height))
+    for number, picture in enumerate(large):
+        left = (number % columns) * (width + 8) + 4
+        top = (number // columns) * (height + text_height) + 4
+        canvas.paste(picture, left, top, width, height)
+        for row, line in enumerate(lines[number]):
+            canvas.text(left, top + height + 9 + 16 * row, cut_to_width(canvas, line, width), "lm")
+    return canvas.tensor()
+
+
+def cut_to_width(canvas: Canvas, text: str, width: int) -> str:
+    """Return a text cut, with "…" at its end, to a width in pixels."""
+    if canvas.draw.textlength(text, canvas.font) <= 2 * width:
+        return text
+    while text and canvas.draw.textlength(text + "…", canvas.font) > 2 * width:
+        text = text[:-1]
+    return text + "…"
