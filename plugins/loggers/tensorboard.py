@@ -360,7 +360,7 @@ def encode_wav(sound: Tensor, rate: int) -> bytes:
     """Encode amplitudes (samples,) in [-1, 1] as a WAV file with 16 bits per sample."""
     numbers = (sound.float().nan_to_num(0).clamp(-1, 1) * (2**15 - 1)).round().short()
     buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
+    with wave.Wave_write(buffer) as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)

@@ -169,13 +169,13 @@ def test_texts_images_and_histograms(tmp_path):
 def test_a_curve_of_precision_and_recall_is_that_of_scikit_learn(tmp_path):
     labels = torch.rand(2000) < 0.3
     scores = (torch.rand(2000) + labels * 0.3).clamp(0, 1)
-    scores = (scores * 126).round() / 126  # on the thresholds, where both count the same
+    scores = (scores.double() * 126).round() / 126  # on the thresholds, where both count the same
     board = log(tmp_path)
     board.pr_curve("spam", labels, scores, 5)
     board.close()
     value = tensors(read(tmp_path), "spam")[0]
     rows = numpy.frombuffer(value.tensor_content, numpy.float32).reshape(6, 127)
-    found = precision_recall_curve(labels.numpy(), scores.double().numpy())
+    found = precision_recall_curve(labels.numpy(), scores.numpy())
     for precision, recall, threshold in zip(*found, strict=False):
         column = rows[:, round(threshold * 126)]
         assert column[4:].tolist() == pytest.approx([precision, recall], abs=1e-6)
