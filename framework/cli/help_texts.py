@@ -295,3 +295,13 @@ examples:
 A new run with the config of another one, in the folder of the same experiment.
 Before it starts, differences are printed: code (git commit and uncommitted
 changes), versions, and data."""
+
+TOUR = """\
+examples:
+  framework tour                                    from the first lesson
+  framework tour --list
+  framework tour --lesson 3
+  framework tour --lesson 6 optimizer=adamw         with other settings
+A lesson explains, runs its commands, and asks a question. Between lessons:
+next, back, repeat with settings of your own, or quit. Runs are in ./runs.
+Without a terminal, all lessons are printed and run."""

@@ -746,6 +746,13 @@ def data(arguments: list[str]) -> None:
         print_line(f"{rows} rows in {file}")
 
 
+def tour(arguments: list[str]) -> None:
+    """Run `framework tour`."""
+    from .tour import tour as run_tour  # not at the top: rich takes 0.1 s
+
+    run_tour(arguments)
+
+
 def completion(arguments: list[str]) -> None:
     """Run `framework completion`."""
     from .completion import SCRIPTS
@@ -792,6 +799,7 @@ COMMANDS = {
     "watch": Command(watch, "show runs and sweeps live in the terminal"),
     "tell": Command(tell, "stop, pause, save or change a running run"),
     "board": Command(board, "start TensorBoard on the runs"),
+    "tour": Command(tour, "learn deep learning in ten short lessons"),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
     "show": Command(show, "show a part: its settings, defaults and source"),
     "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
