@@ -24,12 +24,14 @@ from framework.runtime import seeds
 SHOWN = 6.0  # activations are drawn from -SHOWN to SHOWN
 EXAMINED = 10.0  # and their saturation is searched from -EXAMINED to EXAMINED
 FLAT = 0.01  # of the largest |f'|
+MOST_INTERVALS = 3  # in a note
 ERRORS = 3.0  # losses are drawn for errors from -ERRORS to ERRORS
 MARGINS = 5.0
 WIDTH = 256  # units of each layer that an initializer is tried on
 DEPTH = 20
 BINS = 60
 DIVERGED = 1e12
+SHORT = 0.5  # a path that ends nearer to its start on both surfaces
 
 
 class NotPlotted(FrameworkError):
@@ -139,7 +141,10 @@ def activation_curves(maker: Maker) -> Curves:
     curves.append(Curve(Panel("f'(x)", "x"), shown_x, slopes))
     note = "does not saturate"
     if intervals:
-        note = "saturates for " + " and ".join(map(interval_text, intervals))
+        texts = list(map(interval_text, intervals))
+        if len(texts) > MOST_INTERVALS:
+            texts[MOST_INTERVALS:] = [f"{len(texts) - MOST_INTERVALS} more intervals"]
+        note = "saturates for " + " and ".join(texts)
     elif slope.isnan().all():
         note = "has no derivative"
     numbers = {"x": shown_x, "f": values, "derivative": slopes, "saturated": intervals}
@@ -310,7 +315,7 @@ def along(
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise NotPlotted("it does not return one number")
         slope = torch.autograd.grad(value.sum(), x)[0] if value.requires_grad else math.nan
-        values.append(float(value))
+        values.append(float(value.detach()))
         slopes.append(float(slope))
     return inputs.tolist(), values, slopes
 
@@ -357,7 +362,7 @@ def initializer_curves(maker: Maker) -> Curves:
     for name in functions:
         title = "std of the output" if name == "linear" else f"std of the output, {name}"
         curves.append(Curve(Panel(title, "layer", log=True), layers, deviations[name]))
-    ends = ", ".join(f"{name} {values[-1]:.2g}" for name, values in deviations.items())
+    ends = ", ".join(f"{name} {values[-1]:.3g}" for name, values in deviations.items())
     note = f"weights of mean {mean:.2g} and std {std:.3g}; "
     note += f"std of the output after {DEPTH} layers: {ends}"
     histogram = {"edges": edges, "counts": [int(count) for count in counts]}
@@ -426,18 +431,17 @@ def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
     """
     curves = []
     paths = {}
-    notes = []
+    longest = 0.0
     for surface in SURFACES:
         points, losses = path_on(surface, maker, steps)
         x = [point[0] for point in points]
         y = [point[1] for point in points]
         curves.append(Curve(Panel(surface.name, "", surface=surface), x, y))
         has_diverged = len(points) <= steps
-        note = f"loss {losses[-1]:.2g}"
+        curves[-1].label = f"loss {losses[-1]:.3g}"
         if has_diverged:
-            note = f"diverges at step {len(points) - 1:,}"
-        notes.append(f"{surface.name}: {note}")
-        curves[-1].label = note
+            curves[-1].label = f"diverges at step {len(points) - 1:,}"
+        longest = max(longest, math.dist(points[0], points[-1]))
         paths[surface.name.lower()] = {
             "points": points,
             "losses": losses,
@@ -446,7 +450,9 @@ def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
         }
     rate = learning_rate(maker)
     note = f"{steps:,} steps" + ("" if rate is None else f" with lr={rate:g}")
-    return Curves(curves, f"{note}; {', '.join(notes)}", {"steps": steps, "lr": rate} | paths)
+    if rate is not None and longest < SHORT:
+        note += f", too few to move far; try optimizer.lr={100 * rate:g}"
+    return Curves(curves, note, {"steps": steps, "lr": rate} | paths)
 
 
 def path_on(
@@ -460,8 +466,9 @@ def path_on(
     losses: list[float] = []
     for step in range(steps + 1):
         loss = surface.function(point[0, 0], point[0, 1])
-        points.append((float(point[0, 0]), float(point[0, 1])))
-        losses.append(float(loss))
+        x, y = point.detach()[0].tolist()
+        points.append((x, y))
+        losses.append(float(loss.detach()))
         if step == steps or not losses[-1] < DIVERGED:
             break
         point.grad = torch.autograd.grad(loss, point)[0]
@@ -478,17 +485,21 @@ def learning_rate(maker: Maker) -> float | None:
 
 
 def contours(surface: Surface, columns: int, rows: int) -> Iterator[tuple[float, float]]:
-    """Yield the points of a grid next to a contour line of a surface; levels differ by √10."""
+    """Yield some points of a grid next to contour lines of a surface, whose levels differ by 10.
+
+    Two of five points of a line are left, in each direction, so that it is dotted.
+    """
     left, right, bottom, top = surface.window
     x = torch.linspace(left, right, columns, dtype=torch.float64)
     y = torch.linspace(bottom, top, rows, dtype=torch.float64)
     values = surface.function(x[None, :], y[:, None])
-    levels = (2 * (values + 1e-4).log10()).floor()
+    levels = (values + 3e-3).log10().floor()
     edge = torch.zeros_like(levels, dtype=torch.bool)
     edge[:, 1:] |= levels[:, 1:] != levels[:, :-1]
     edge[1:] |= levels[1:] != levels[:-1]
     for row, column in edge.nonzero().tolist():
-        yield float(x[column]), float(y[row])
+        if (2 * column + row) % 5 in (0, 2):
+            yield float(x[column]), float(y[row])
 
 
 MEASURES: dict[str, Callable[..., Curves]] = {

@@ -95,6 +95,32 @@ def evenly_spaced(
     return values
 
 
+def with_labels(
+    drawn: Sequence[str], top: str, bottom: str, below: str, width: int = LABEL_WIDTH
+) -> list[Text]:
+    """Return lines of `braille` with labels of the y axis at the left, and a line below.
+
+    Args:
+        drawn: the lines.
+        top: the label of the first line.
+        bottom: the label of the last line.
+        below: the text below the lines, see `ends`.
+        width: the width of the labels.
+    """
+    labels = [""] * len(drawn)
+    labels[-1] = bottom
+    labels[0] = top
+    lines = []
+    for label, dots in zip(labels, drawn, strict=True):
+        lines.append(Text.assemble((f"{label:>{width}} ", "dim"), (dots, "cyan")))
+    return [*lines, Text(f"{'':>{width}} {below}", "dim")]
+
+
+def ends(first: str, last: str, columns: int, middle: str = "") -> str:
+    """Return a line for the x axis: its beginning, a text in the middle, and its end."""
+    return f"{first}{middle:^{max(0, columns - len(first) - len(last))}}{last}"
+
+
 class TextChart:
     """A chart of curves in the terminal, with axes and a legend.
 
