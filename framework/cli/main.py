@@ -597,9 +597,7 @@ def show(arguments: list[str]) -> None:
 
     output = console()
     if len(parts) == 1:
-        output.print(
-            part_tables.part_page(parts[0], index, args.plugins, args.without_plugin)
-        )
+        output.print(part_tables.part_page(parts[0], index, args.plugins, args.without_plugin))
     else:
         output.print(part_tables.summaries(parts))
     if plotted:

@@ -243,7 +243,7 @@ def loss_curves(maker: Maker) -> Curves:
         return over_margin(loss, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
-def of_error(loss: nn.Module) -> bool:
+def of_error(loss: Callable[..., Tensor]) -> bool:
     """Return whether a loss depends on outputs - targets only."""
     outputs = torch.tensor([[0.3], [-1.1], [0.8]], dtype=torch.float64)
     targets = torch.tensor([[0.1], [0.9], [0.5]], dtype=torch.float64)
@@ -251,7 +251,7 @@ def of_error(loss: nn.Module) -> bool:
         return torch.allclose(loss(outputs + 0.7, targets + 0.7), loss(outputs, targets))
 
 
-def over_error(loss: nn.Module) -> Curves | None:
+def over_error(loss: Callable[..., Tensor]) -> Curves | None:
     """Return a loss over the error of one value; None if it is constant."""
     target = torch.zeros(1, 1, dtype=torch.float64)
     x, values, slopes = along(lambda output: loss(output.reshape(1, 1), target), ERRORS)
@@ -264,7 +264,7 @@ def over_error(loss: nn.Module) -> Curves | None:
     return Curves(curves, "over the error, output - target", numbers)
 
 
-def over_output(loss: nn.Module) -> Curves | None:
+def over_output(loss: Callable[..., Tensor]) -> Curves | None:
     """Return a loss over one output for the targets 1 and 0; None if it is constant."""
     curves = []
     numbers: dict[str, Any] = {"x_is": "output"}
@@ -284,7 +284,7 @@ def over_output(loss: nn.Module) -> Curves | None:
     return Curves(curves, "over the output, for a target of 1 and of 0", numbers)
 
 
-def over_margin(loss: nn.Module, target: Tensor) -> Curves:
+def over_margin(loss: Callable[..., Tensor], target: Tensor) -> Curves:
     """Return a loss over the output of the true class, where those of the others are 0."""
     weight = class_weights(loss)
     others = torch.zeros(1 if weight is None else len(weight) - 1, dtype=torch.float64)
@@ -449,7 +449,9 @@ def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
             "diverged": has_diverged,
         }
     rate = learning_rate(maker)
-    note = f"{steps:,} steps" + ("" if rate is None else f" with lr={rate:g}")
+    note = f"{steps:,} steps"
+    if rate is not None and "lr" not in maker.settings:
+        note += f" with lr={rate:g}"
     if rate is not None and longest < SHORT:
         note += f", too few to move far; try optimizer.lr={100 * rate:g}"
     return Curves(curves, note, {"steps": steps, "lr": rate} | paths)

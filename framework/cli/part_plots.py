@@ -112,7 +112,8 @@ class Plotted:
         """Return the numbers for JSON."""
         if self.problem is not None:
             return {"settings": self.settings, "problem": self.problem}
-        return {"settings": self.settings} | self.curves.numbers
+        numbers: dict[str, Any] = self.curves.numbers
+        return {"settings": self.settings} | numbers
 
 
 def as_documents(parts: Sequence[Part], plotted: Sequence[Plotted]) -> list[dict[str, Any]]:
@@ -196,7 +197,7 @@ def chart_of(panel: Any, curves: Sequence[tuple[str, Any]], columns: int) -> lis
 def surface_chart(surface: Any, curves: Sequence[tuple[str, Any]], columns: int) -> list[Text]:
     """Return the lines of the paths on a surface with its contour lines.
 
-    Each path has its letter where it ends; "o" is the start, and "x" the minimum.
+    Each path has its letter within it and where it ends; "o" is the start, and "x" the minimum.
     """
     from .part_curves import contours
 
@@ -205,8 +206,9 @@ def surface_chart(surface: Any, curves: Sequence[tuple[str, Any]], columns: int)
     y = Axis(bottom, top)
     chart = TextChart(surface.name, x, y, columns=columns, rows=ROWS + 4)
     chart.scatter(contours(surface, 2 * chart.columns, 4 * chart.rows))
-    for label, curve in curves:
-        chart.line(list(zip(curve.x, curve.y, strict=True)), printable(label), letters=[1.0])
-    chart.mark(*surface.minimum, "x")
-    chart.mark(*surface.start, "o")
+    for number, (label, curve) in enumerate(curves):
+        letters = [0.3 + 0.12 * (number % 5), 1.0]
+        chart.line(list(zip(curve.x, curve.y, strict=True)), printable(label), letters)
+    for (across, up), character in ((surface.minimum, "x"), (surface.start, "o")):
+        chart.mark(across, up, character)
     return chart.lines()

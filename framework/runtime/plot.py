@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
+from rich.color import Color
+from rich.style import Style
 from rich.text import Text
 
 from .axis import Axis
@@ -192,6 +194,8 @@ class TextChart:
                 before = None
                 continue
             dot = self._dot(x, y)
+            if dot == before:
+                continue
             for each in between(before, dot) if before is not None else [dot]:
                 if self._set(*each, style):
                     drawn.append(each)
@@ -199,7 +203,8 @@ class TextChart:
         if not letters:
             shift = (number % 3) * 0.08
             letters = [0.08 + shift, 0.33 + shift, 0.58 + shift, 0.8 + shift / 2]
-        self.curves.append((label, [drawn[round(at * (len(drawn) - 1))] for at in letters] if drawn else [], number))
+        places = [drawn[round(at * (len(drawn) - 1))] for at in letters] if drawn else []
+        self.curves.append((label, places, number))
 
     def lines(self) -> list[Text]:
         """Return the lines: title, curves with the labels of both axes, legend."""
@@ -213,12 +218,13 @@ class TextChart:
             characters[place] = (character, "bold")
         found = [Text(" " * (self.label_width + 1)).append(self.title, "bold")]
         for row in range(self.rows):
-            text = Text(f"{self.labels.get(row, ''):>{self.label_width}} ", "dim")
+            text = Text().append(f"{self.labels.get(row, ''):>{self.label_width}} ", "dim")
             for column in range(self.columns):
                 bits = chr(BLANK + self.dots[row][column])
                 text.append(*characters.get((row, column), (bits, self.styles[row][column])))
             found.append(text)
-        found.append(Text(" " * (self.label_width + 1) + self._column_labels(), "dim"))
+        labels = " " * (self.label_width + 1) + self._column_labels()
+        found.append(Text().append(labels, "dim"))
         for label, _, number in self.curves:
             if label:
                 letter = f"{LETTERS[number]} " if len(self.curves) > 1 else ""
@@ -311,7 +317,6 @@ def half_blocks(pixels: Sequence[Sequence[tuple[int, int, int]]]) -> list[Text]:
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
         line = Text()
         for above, below in zip(upper, lower, strict=True):
-            style = f"rgb({above[0]},{above[1]},{above[2]}) on rgb({below[0]},{below[1]},{below[2]})"
-            line.append("▀", style)
+            line.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
         found.append(line)
     return found

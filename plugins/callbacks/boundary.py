@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,9 +29,10 @@ from framework.contracts.state import Cadence
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-GRID = 120  # points of the plane in each direction
+GRID = 100  # points of the plane in each direction
 UNIT_GRID = 40  # the same for a hidden unit
 FRAME_MILLISECONDS = 150
+COLORS_OF_A_FRAME = 128
 MOST_LAYERS = 6
 UNITS_IN_A_ROW = 8
 LIGHT = 0.45  # share of the color of a class in its region; the rest is white
@@ -155,19 +155,25 @@ class Boundary(Callback):
             outputs = trainer.task.model_outputs(model, (grid.to(trainer.device),))
         if not isinstance(outputs, Tensor) or outputs.shape[:1] != (len(grid),):
             raise SettingError(f"{NEEDS} a model with one output tensor")
+        if self.targets.is_floating_point() and outputs[:1].numel() != 1:
+            count = outputs[:1].numel()
+            raise SettingError(f"{NEEDS} a model with one value for each sample, got {count}")
+        probabilities = trainer.task.predict(outputs).get("probabilities")
+        if isinstance(probabilities, Tensor):
+            outputs = probabilities
+        elif not self.targets.is_floating_point():
+            outputs = outputs.float().softmax(1)
         outputs = outputs.float().cpu().flatten(1)
         return Plane(self._colors(outputs), hidden_units(recorded, self.units))
 
     def _colors(self, outputs: Tensor) -> Tensor:
-        """Return the colors of outputs (GRID², values) as an image."""
+        """Return the colors of probabilities or values (GRID², number) as an image."""
         if self.targets.is_floating_point():
-            if outputs.shape[1] != 1:
-                raise SettingError(f"{NEEDS} one value or one class, not {outputs.shape[1]} values")
             low, high = self.targets.aminmax()
             shares = (outputs[:, 0] - low) / (high - low).clamp(min=1e-12)
             colors = diverging(2 * shares - 1)
         else:
-            colors = outputs.softmax(1) @ class_colors(outputs.shape[1])
+            colors = outputs @ class_colors(outputs.shape[1])
         light = 1 - LIGHT * (1 - colors)
         return light.T.reshape(3, GRID, GRID)
 
@@ -208,7 +214,9 @@ class Boundary(Callback):
         from PIL import GifImagePlugin, Image
 
         pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).contiguous()
-        image = Image.fromarray(pixels.numpy()).quantize(128, dither=Image.Dither.NONE)
+        image = Image.fromarray(pixels.numpy()).quantize(
+            COLORS_OF_A_FRAME, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
         record = b"".join(
             GifImagePlugin.getdata(image, duration=FRAME_MILLISECONDS, include_color_table=True)
         )
