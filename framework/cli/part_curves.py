@@ -426,8 +426,8 @@ SURFACES = (
 def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
     """Return the paths of an optimizer on the test surfaces.
 
-    The point is a weight matrix (1, 2). A second matrix without gradient is the output layer, which
-    muon does not update by its own rule.
+    The point is the diagonal of a weight matrix (2, 2), as some optimizers update matrices by a
+    rule of their own. A second matrix without gradient is the output layer, which may be excepted.
     """
     curves = []
     paths = {}
@@ -461,19 +461,19 @@ def path_on(
     surface: Surface, maker: Maker, steps: int
 ) -> tuple[list[tuple[float, float]], list[float]]:
     """Return the points of an optimizer's path and their losses; it ends if it diverges."""
-    point = nn.Parameter(torch.tensor([surface.start], dtype=torch.float64))
-    output = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
-    optimizer = maker([point, output])
+    weight = nn.Parameter(torch.diag(torch.tensor(surface.start, dtype=torch.float64)))
+    output = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = maker([weight, output])
     points: list[tuple[float, float]] = []
     losses: list[float] = []
     for step in range(steps + 1):
-        loss = surface.function(point[0, 0], point[0, 1])
-        x, y = point.detach()[0].tolist()
+        loss = surface.function(weight[0, 0], weight[1, 1])
+        x, y = weight.detach().diag().tolist()
         points.append((x, y))
         losses.append(float(loss.detach()))
         if step == steps or not losses[-1] < DIVERGED:
             break
-        point.grad = torch.autograd.grad(loss, point)[0]
+        weight.grad = torch.autograd.grad(loss, weight)[0]
         optimizer.step()
     return points, losses
 

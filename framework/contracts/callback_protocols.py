@@ -1,4 +1,4 @@
-"""Optional members of a callback, for compiled steps, CUDA graphs, stacked trials, and the terminal.
+"""Optional members of a callback, for compiled steps, CUDA graphs, stacked trials, the terminal.
 
 A callback has one of these contracts if it has the members, with or without the class among its
 bases. Without them it works too, but steps may be slower, or trials train one by one.

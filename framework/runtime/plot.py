@@ -196,9 +196,8 @@ class TextChart:
             dot = self._dot(x, y)
             if dot == before:
                 continue
-            for each in between(before, dot) if before is not None else [dot]:
-                if self._set(*each, style):
-                    drawn.append(each)
+            new = [dot] if before is None else list(between(before, dot))
+            drawn += [each for each in new if self._set(*each, style)]
             before = dot
         if not letters:
             shift = (number % 3) * 0.08

@@ -20,6 +20,7 @@ from framework import (
     drawing,
     files,
     is_in_memory,
+    move_batch,
     plot,
     seeds,
     whole_batches,
@@ -247,25 +248,33 @@ def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
     split = trainer.train_batches.split
     if split is not None and is_in_memory(split):
         rows = torch.linspace(0, len(split) - 1, min(most, len(split))).round().long()
-        return two_inputs(trainer, split[rows])
+        return inputs_and_targets(trainer, split[rows])
     found: list[tuple[Tensor, Tensor]] = []
     with seeds.undisturbed(), whole_batches(trainer.train_batches):
         for batch in trainer.train_batches.epoch():
-            found.append(two_inputs(trainer, batch))
+            found.append(inputs_and_targets(trainer, batch))
             if sum(len(inputs) for inputs, _ in found) >= most:
                 break
     inputs, targets = (torch.cat(parts)[:most] for parts in zip(*found, strict=True))
     return inputs, targets
 
 
-def two_inputs(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the inputs and targets of a batch, as copies on the CPU."""
-    inputs, targets = trainer.task.fields.inputs_and_targets(batch)
-    shape = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
+def inputs_and_targets(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the inputs of a batch, and its targets in the task, on the CPU."""
+    inputs = trainer.task.fields.only_input(batch)
+    shape = tuple(inputs.shape[1:])
     if shape != (2,) or not inputs.is_floating_point():
-        got = "others" if shape is None else f"inputs of shape {shape}"
-        raise SettingError(f"{NEEDS} samples of two numbers (shape (2,)), got {got}")
-    if not isinstance(targets, Tensor) or targets[:1].numel() != 1:
+        raise SettingError(f"{NEEDS} samples of two numbers (shape (2,)), got shape {shape}")
+    if trainer.task.phases or not trainer.task.splits_batches:
+        name = type(trainer.task).__name__
+        raise SettingError(
+            f"{NEEDS} a task with one class or one value for each sample, got {name}"
+        )
+    model = copy.deepcopy(trainer.model)
+    with trainer.precision.inference(model):
+        step = trainer.task.step(model, move_batch(batch, trainer.device))
+    targets = step.targets
+    if not isinstance(targets, Tensor) or targets.shape not in ((len(inputs),), (len(inputs), 1)):
         raise SettingError(f"{NEEDS} one class or one value for each sample")
     targets = targets.flatten()
     if targets.is_floating_point():
