@@ -21,7 +21,6 @@ from framework import (
     files,
     is_in_memory,
     move_batch,
-    plot,
     seeds,
     whole_batches,
 )
@@ -121,6 +120,8 @@ class Boundary(Callback):
         if not self.live or self.regions is None or rows < 4:
             return None
         from rich.text import Text
+
+        from framework import plot  # it imports rich
 
         picture = F.interpolate(self.regions[None], (2 * rows, 2 * rows), mode="area")[0]
         for point, color in zip(self.inputs.tolist(), self._point_colors(), strict=True):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -22,6 +25,7 @@ from framework.cli.part_curves import (
     maker_of,
 )
 from framework.cli.part_plots import PLOTTED
+from framework.composition import catalogue
 from framework.registry.registry import Registry
 
 
@@ -38,7 +42,8 @@ def show(capsys, *words):
 def test_gelu_and_its_derivative_are_those_of_torch():
     found = numbers("activation", "gelu")
     x = torch.tensor(found["x"], dtype=torch.float64, requires_grad=True)
-    assert x.min() == -6 and x.max() == 6
+    assert x.min() == -6
+    assert x.max() == 6
     y = F.gelu(x)
     torch.testing.assert_close(torch.tensor(found["f"], dtype=torch.float64), y.detach())
     (slope,) = torch.autograd.grad(y.sum(), x)
@@ -49,7 +54,8 @@ def test_sigmoid_saturates_where_its_derivative_is_below_a_hundredth_of_a_quarte
     low = (1 - math.sqrt(0.99)) / 2  # s (1 - s) = 0.01 / 4
     edge = math.log(low / (1 - low))
     (left, right) = numbers("activation", "sigmoid")["saturated"]
-    assert left[0] is None and right[1] is None
+    assert left[0] is None
+    assert right[1] is None
     assert left[1] == pytest.approx(edge, abs=0.002)
     assert right[0] == pytest.approx(-edge, abs=0.002)
 
@@ -185,7 +191,8 @@ def test_the_minima_and_the_window_belong_to_the_surfaces():
         assert float(value.detach()) == 0
         assert torch.autograd.grad(value, minimum)[0].tolist() == [0, 0]
         left, right, bottom, top = surface.window
-        assert left < surface.start[0] < right and bottom < surface.start[1] < top
+        assert left < surface.start[0] < right
+        assert bottom < surface.start[1] < top
 
 
 def test_muon_moves_the_point_by_its_own_rule():
@@ -205,7 +212,8 @@ def test_every_part_is_plotted_or_says_why_not(kind, capsys, recwarn):
         for name in names[first : first + 6]:
             assert f"\n{name.partition('/')[2]}  " in out
         charts = [line for line in out.splitlines() if "\u2800" in line]
-        assert charts and max(map(len, charts)) <= 80
+        assert charts
+        assert max(map(len, charts)) <= 80
     assert not recwarn.list
 
 
@@ -240,7 +248,8 @@ def test_settings_make_curves_of_their_own(capsys):
     ]
     assert plots[0]["quadratic"]["points"][2] != plots[1]["quadratic"]["points"][2]
     out = show(capsys, "elu", "selu", "activation.alpha=0.5")
-    assert "elu alpha=0.5" in out and "selu alpha" not in out
+    assert "elu alpha=0.5" in out
+    assert "selu alpha" not in out
 
 
 @pytest.mark.parametrize(
@@ -284,7 +293,8 @@ def test_an_activation_of_a_plugin_is_plotted_like_any_other(capsys):
             del fw.activations._entries[name]
     edge = r"5\.05"  # x/2 exp(-x²/4) is 1 % of its maximum at √2
     assert re.search(rf"bump width=2  saturates for x < -{edge} and x > {edge}\n", out)
-    assert "broken  not plotted: " in out and "\x1b" not in out
+    assert "broken  not plotted: " in out
+    assert "\x1b" not in out
 
 
 def test_a_loss_of_a_plugin_with_other_inputs_says_so():
@@ -305,4 +315,46 @@ def test_a_loss_of_a_plugin_with_other_inputs_says_so():
 def test_no_plot_leaves_the_page_as_it_was(capsys):
     assert "f(x)" in show(capsys, "relu")
     page = show(capsys, "relu", "--no-plot")
-    assert "f(x)" not in page and "registered in" in page
+    assert "f(x)" not in page
+    assert "registered in" in page
+
+
+PLUGIN = """
+from torch import nn
+from framework import activations
+
+@activations.register("triple")
+class Triple(nn.Module):
+    def forward(self, x):
+        return 3 * x
+"""
+
+
+def test_parts_from_the_cached_index_are_registered_for_a_plot(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for _ in range(2):  # the first one writes the index, the second one reads it
+        ended = subprocess.run(
+            [sys.executable, "-m", "framework", "show", "triple", "--json", "--plugins", "mine.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        plots = json.loads(ended.stdout)["plots"]
+        assert set(plots[0]["derivative"]) == {3.0}
+
+
+def test_a_plot_runs_no_plugin_of_an_untrusted_folder(tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(catalogue, "discover", lambda *names, **more: loaded.append(names))
+    monkeypatch.setattr(Registry, "every", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/config.yaml").write_text("plugins: [mine.py]\n")
+    catalogue.load_parts()
+    assert not any("mine" in plugin for plugin in loaded[0][0])
+    catalogue.load_parts(trusted=True)
+    assert any("mine" in plugin for plugin in loaded[1][0])
