@@ -44,10 +44,12 @@ class Canvas:
         scaled = [(2 * x, 2 * y) for x, y in points]
         self.draw.line(scaled, fill=color, width=width, joint="curve")
 
-    def dot(self, x: float, y: float, color: Color, radius: float = 2.5) -> None:
-        """Draw a filled circle with a white edge."""
+    def dot(
+        self, x: float, y: float, color: Color, radius: float = 2.5, edge: Color = WHITE
+    ) -> None:
+        """Draw a filled circle with an edge."""
         box = [2 * (x - radius), 2 * (y - radius), 2 * (x + radius), 2 * (y + radius)]
-        self.draw.ellipse(box, fill=color, outline=WHITE)
+        self.draw.ellipse(box, fill=color, outline=edge)
 
     def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
         """Draw a filled rectangle."""
@@ -144,11 +146,12 @@ class Chart:
         color: Color,
         label: str = "",
         radius: float = 2.5,
+        edge: Color = WHITE,
     ) -> None:
         """Draw points (x, y); those that are not finite are left out."""
         for x, y in points:
             if math.isfinite(x) and math.isfinite(y):
-                self.canvas.dot(*self._pixels(x, y), color, radius)
+                self.canvas.dot(*self._pixels(x, y), color, radius, edge)
         self._add_to_legend(label, color)
 
     def tensor(self) -> Tensor:

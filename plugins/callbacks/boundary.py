@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 GRID = 100  # points of the plane in each direction
 UNIT_GRID = 40  # the same for a hidden unit
 FRAME_MILLISECONDS = 150
-COLORS_OF_A_FRAME = 128
+COLORS_OF_A_FRAME = 256
 MOST_LAYERS = 6
 UNITS_IN_A_ROW = 8
 LIGHT = 0.45  # share of the color of a class in its region; the rest is white
 LOW = (0, 114, 178)
 HIGH = (213, 94, 0)
+EDGE = (120, 120, 120)
 NEEDS = "callbacks.boundary needs"
 
 
@@ -192,8 +193,10 @@ class Boundary(Callback):
         x, y = self.axes
         chart = drawing.Chart(title, x, y, "x1", "x2", width=400, height=400)
         chart.background(regions)
+        # Points of values may be nearly white.
+        edge = EDGE if self.targets.is_floating_point() else drawing.WHITE
         for point, color in zip(self.inputs.tolist(), self._point_colors(), strict=True):
-            chart.points([(point[0], point[1])], color)
+            chart.points([(point[0], point[1])], color, edge=edge)
         return chart.tensor()
 
     # the animation
@@ -348,7 +351,9 @@ def units_picture(units: dict[str, Tensor]) -> Tensor | None:
             left = (number % UNITS_IN_A_ROW) * tile + 4
             row = number // UNITS_IN_A_ROW
             colors = diverging(value.flatten() / scale).T.reshape(3, UNIT_GRID, UNIT_GRID)
-            canvas.paste(colors, left, top + 20 + row * tile, UNIT_GRID, UNIT_GRID)
+            above = top + 20 + row * tile
+            canvas.box(left - 1, above - 1, left + UNIT_GRID, above + UNIT_GRID, drawing.GRAY)
+            canvas.paste(colors, left, above, UNIT_GRID, UNIT_GRID)
         top += 20 + rows[name] * tile
     return canvas.tensor()
 
