@@ -25,7 +25,7 @@ from framework.runs.overview.diff import (
 )
 from framework.runs.run_files import run_files
 from framework.runtime.console import console
-from framework.runtime.plot import braille, evenly_spaced
+from framework.runtime.plot import braille, ends, evenly_spaced, with_labels
 
 from . import help_texts
 from .json_output import print_json
@@ -254,13 +254,8 @@ def panel_row(
     for curve in curves:
         values = evenly_spaced(curve.points, 2 * columns, 0, last)
         drawn.append(braille(values, columns, CURVE_ROWS, low, high))
-    text = Text()
     heads = [f"{title(name)[:columns]:<{columns}}" for name in names]
-    text.append(f"{'':>9} {'  '.join(heads)}\n")
-    for number in range(CURVE_ROWS):
-        label = {0: f"{high:.3g}", CURVE_ROWS - 1: f"{low:.3g}"}.get(number, "")
-        text.append(f"{label:>9} ", "dim")
-        text.append("  ".join(lines[number] for lines in drawn) + "\n", "cyan")
-    steps = f"{'0':<{columns // 2}}{f'step {last:,}':>{columns - columns // 2}}"
-    text.append(f"{'':>9} {'  '.join([steps] * len(curves))}", "dim")
-    return text
+    head = Text(f"{'':>9} {'  '.join(heads)}")
+    rows = ["  ".join(parts) for parts in zip(*drawn, strict=True)]
+    below = "  ".join([ends("0", f"step {last:,}", columns)] * len(curves))
+    return Text("\n").join([head, *with_labels(rows, f"{high:.3g}", f"{low:.3g}", below)])

@@ -165,6 +165,10 @@ SHOW = """\
 examples:
   framework show optimizer/adamw
   framework show gelu --json
+  framework show relu gelu sigmoid                      in one chart
+  framework show scheduler/cosine scheduler.warmup=0.1
+  framework show sgd optimizer.momentum=0,0.9           a curve for each value
+Activations, schedules, losses, initializers and optimizers are drawn.
 Plugins are loaded as by `framework list`."""
 
 TRUST = """\

@@ -22,7 +22,15 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, Facts, FrameworkError, did_you_mean, nearest, short
+from framework.errors import (
+    ConfigError,
+    Facts,
+    FrameworkError,
+    SettingError,
+    did_you_mean,
+    nearest,
+    short,
+)
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -59,6 +67,7 @@ from .parsers import (
 )
 
 STARTED = time.monotonic()
+MOST_STEPS = 100_000  # of `framework show --steps`
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -550,20 +559,51 @@ def list_parts(arguments: list[str]) -> None:
 
 def show(arguments: list[str]) -> None:
     """Run `framework show`."""
-    parser = Parser("show", "Show a part: its settings, defaults and source.", help_texts.SHOW)
-    parser.add_argument("part", metavar="KIND/NAME", help="such as optimizer/adamw, or adamw")
+    description = "Show parts: settings, defaults, source, and curves."
+    parser = Parser("show", description, help_texts.SHOW)
+    words = "such as optimizer/adamw, or adamw; and settings such as optimizer.lr=0.1"
+    parser.add_argument("words", nargs="+", metavar="KIND/NAME", help=words)
+    steps = "of schedules (default 1000) and of optimizers (200)"
+    parser.add_argument("--steps", type=int, metavar="N", help=steps)
+    parser.add_argument("--no-plot", action="store_true", help="without curves")
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
-    from . import part_tables
+    from . import part_plots, part_tables
 
+    if args.steps is not None and not 2 <= args.steps <= MOST_STEPS:
+        expected = f"from 2 to {MOST_STEPS:,}"
+        error = SettingError(f"--steps {args.steps}: expected {expected}")
+        raise error.with_facts(Facts("--steps", args.steps, expected))
     index = read_catalogue(args)
-    part = part_tables.find_part(index, args.part)
+    overrides = [word for word in args.words if "=" in word]
+    names = [word for word in args.words if "=" not in word]
+    if not names:
+        raise SettingError(f"{overrides[0]}: expected a part before its settings")
+    parts = [part_tables.find_part(index, name) for name in names]
+    settings = part_plots.read_settings(overrides, parts)
+    plotted: list[part_plots.Plotted] = []
+    if not args.no_plot and any(part["kind"] in part_plots.PLOTTED for part in parts):
+        from framework.composition.catalogue import load_parts
 
-    def page() -> Any:
-        return part_tables.part_page(part, index, args.plugins, args.without_plugin)
+        with importing_torch():
+            load_parts(args.plugins, without=args.without_plugin, trusted=args.trust)
+            plotted = part_plots.plot_parts(parts, settings, args.steps)
+    if args.json:
+        documents = part_plots.as_documents(parts, plotted)
+        print_json(documents[0] if len(parts) == 1 else documents)
+        return
+    from framework.runtime.console import console
 
-    print_json_or_table(args.json, part, page)
+    output = console()
+    if len(parts) == 1:
+        output.print(part_tables.part_page(parts[0], index, args.plugins, args.without_plugin))
+    else:
+        output.print(part_tables.summaries(parts))
+    if plotted:
+        width = output.width if output.is_terminal else part_plots.PLAIN_WIDTH
+        output.print()
+        output.print(part_plots.plots(plotted, width))
 
 
 def schema(arguments: list[str]) -> None:
@@ -801,7 +841,7 @@ COMMANDS = {
     "board": Command(board, "start TensorBoard on the runs"),
     "tour": Command(tour, "learn deep learning in ten short lessons"),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
-    "show": Command(show, "show a part: its settings, defaults and source"),
+    "show": Command(show, "show parts: settings, defaults, source, curves"),
     "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),

@@ -161,6 +161,17 @@ def part_page(
     return Group(title, *paragraphs, Text(), settings, Text(), origin(part, " ".join(words)))
 
 
+def summaries(parts: Sequence[Part]) -> Table:
+    """Return a table of parts: kind and name, first sentence of the docstring."""
+    table = empty_table()
+    table.show_header = False
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for part in parts:
+        table.add_row(line(f"{part['kind']}/{part['name']}"), line(tidy(part["summary"])))
+    return table
+
+
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:
     """Return a table of settings: name, default, type, meaning."""
     table = empty_table()

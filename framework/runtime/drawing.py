@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .axis import Axis as Axis
+
 Color = tuple[int, int, int]
 BLACK = (40, 40, 40)
 GRAY = (215, 215, 215)
@@ -42,10 +44,12 @@ class Canvas:
         scaled = [(2 * x, 2 * y) for x, y in points]
         self.draw.line(scaled, fill=color, width=width, joint="curve")
 
-    def dot(self, x: float, y: float, color: Color, radius: float = 2.5) -> None:
-        """Draw a filled circle with a white edge."""
+    def dot(
+        self, x: float, y: float, color: Color, radius: float = 2.5, edge: Color = WHITE
+    ) -> None:
+        """Draw a filled circle with an edge."""
         box = [2 * (x - radius), 2 * (y - radius), 2 * (x + radius), 2 * (y + radius)]
-        self.draw.ellipse(box, fill=color, outline=WHITE)
+        self.draw.ellipse(box, fill=color, outline=edge)
 
     def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
         """Draw a filled rectangle."""
@@ -71,49 +75,6 @@ class Canvas:
         small = self.image.reduce(2)
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
         return pixels.reshape(1, small.height, small.width, 3).permute(0, 3, 1, 2) / 255
-
-
-class Axis:
-    """The range of an axis, linear or logarithmic.
-
-    Args:
-        low: the value at its beginning.
-        high: the value at its end.
-        log: whether equal distances are equal factors. Both ends must be positive then.
-    """
-
-    def __init__(self, low: float, high: float, log: bool = False):
-        if log and low <= 0:
-            raise ValueError(f"a logarithmic axis begins above 0, not at {low}")
-        if high <= low:
-            high = low * 2 if log else low + 1
-        self.low = low
-        self.high = high
-        self.log = log
-
-    def position(self, value: float) -> float:
-        """Return the position of a value: 0 at the beginning of the axis, 1 at its end."""
-        if not self.log:
-            return (value - self.low) / (self.high - self.low)
-        if value <= 0:
-            return -math.inf
-        return math.log(value / self.low) / math.log(self.high / self.low)
-
-    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """Return about `count` round values in the range, with their labels."""
-        if self.log:
-            first = math.ceil(math.log10(self.low) - 1e-9)
-            last = math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first + 1) / count))
-            powers = [10.0**power for power in range(first, last + 1, step)]
-            values = powers if len(powers) > 1 else [self.low, self.high]
-            return [(value, f"{value:.3g}") for value in values]
-        rough = (self.high - self.low) / count
-        power = 10.0 ** math.floor(math.log10(rough))
-        step_size = min((m * power for m in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
-        first = math.ceil(self.low / step_size - 1e-9)
-        last = math.floor(self.high / step_size + 1e-9)
-        return [(k * step_size, f"{k * step_size:.6g}") for k in range(first, last + 1)]
 
 
 class Chart:
@@ -185,11 +146,12 @@ class Chart:
         color: Color,
         label: str = "",
         radius: float = 2.5,
+        edge: Color = WHITE,
     ) -> None:
         """Draw points (x, y); those that are not finite are left out."""
         for x, y in points:
             if math.isfinite(x) and math.isfinite(y):
-                self.canvas.dot(*self._pixels(x, y), color, radius)
+                self.canvas.dot(*self._pixels(x, y), color, radius, edge)
         self._add_to_legend(label, color)
 
     def tensor(self) -> Tensor:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal, TextIO
 from torch.utils.data import DataLoader
 
 from framework import Callback, Context, Loader, PositiveFloat, callbacks, slow_data, terminal
+from framework.contracts.callback_protocols import LiveCallback
 from framework.contracts.state import State
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.live import Live
 
 SPLITS = ("train/", "val/")
@@ -106,7 +107,7 @@ class Progress(Callback):
         self.live.update(self._bar(validating), refresh=True)
 
     def _bar(self, validating: bool) -> "Group":
-        """Return three lines: progress and speed; training values; validation values."""
+        """Return progress and speed, training values, validation values, and a live view."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -121,7 +122,7 @@ class Progress(Callback):
         for _ in range(3):
             progress.add_column(no_wrap=True)
         progress.add_row(Text(self._counts(state)), bar, Text("  ".join(self._speed(state))))
-        lines: list[Table | Text] = [progress]
+        lines: list[RenderableType] = [progress]
         for split in ("train", "val"):
             values = self._values(state, f"{split}/")
             texts = [value.removeprefix(f"{split}/") for value in values]
@@ -132,6 +133,15 @@ class Progress(Callback):
                 lines.append(
                     Text.assemble(title, "  ".join(texts), overflow="ellipsis", no_wrap=True)
                 )
+        assert self.live is not None
+        size = self.live.console.size
+        free = size.height - len(lines) - 2
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, LiveCallback):
+                view = callback.live_view(size.width, free)
+                if view is not None:
+                    lines.append(view)
+                    free = 0
         return Group(*lines)
 
     def _print_line(self, state: State) -> None:

@@ -153,3 +153,27 @@ def test_a_slow_data_loader_without_workers_gives_advice(workers, advised, monke
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer)
     assert ("DataLoader(..., num_workers=2) reads ahead" in capsys.readouterr().err) == advised
+
+
+def test_a_callback_with_a_live_view_is_shown_below_the_bar(monkeypatch):
+    class Counts(Callback):
+        changes_training = False
+
+        def live_view(self, columns, rows):
+            self.size = (columns, rows)
+            return "shown below"
+
+    class Nothing(Counts):
+        def live_view(self, columns, rows):
+            return None
+
+    counts = Counts()
+    with terminal(monkeypatch) as result:
+        fit(fw.callbacks.build("progress"), Nothing(), counts)
+    output = result[0]
+    assert "shown below" in output
+    assert output.rindex("val") < output.rindex("shown below")
+    columns, rows = counts.size
+    assert columns == 140
+    assert 0 < rows < 24
+    fit(fw.callbacks.build("progress", style="lines"), counts)
