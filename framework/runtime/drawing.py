@@ -270,3 +270,10 @@ def cut_to_width(canvas: Canvas, text: str, width: int) -> str:
     while text and canvas.draw.textlength(text + "…", canvas.font) > 2 * width:
         text = text[:-1]
     return text + "…"
+
+
+def side_by_side(images: Sequence[Tensor]) -> Tensor:
+    """Return images (1, 3, H, W) of any size next to each other, on white."""
+    height = max(image.shape[2] for image in images)
+    padded = [F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0) for image in images]
+    return torch.cat(padded, dim=3)
