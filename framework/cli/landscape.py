@@ -149,7 +149,9 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
         for x in range(WIDTH):
             upper, lower = (Color.from_rgb(*heat_color(shares[y + i][x])) for i in (0, 1))
             mark = marks.get((x, y)) or marks.get((x, y + 1))
-            style = Style(color="white", bgcolor=upper) if mark else Style(color=upper, bgcolor=lower)
+            style = (
+                Style(color="white", bgcolor=upper) if mark else Style(color=upper, bgcolor=lower)
+            )
             text.append(mark or "▀", style)
         text.append("\n" if y < lines - 2 else "")
     return text

@@ -761,9 +761,7 @@ COMMANDS = {
     "eval": Command(
         evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
     ),
-    "landscape": Command(
-        landscape, "draw the loss around the weights of a run", runs_parts=True
-    ),
+    "landscape": Command(landscape, "draw the loss around the weights of a run", runs_parts=True),
     "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
     "export": Command(
         export, "write a trained model as files without the framework", runs_parts=True

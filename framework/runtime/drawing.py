@@ -333,7 +333,7 @@ def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> T
 
 
 def color_bar(title: str, scale: Axis, bands: int = 16, height: int = 320) -> Tensor:
-    """Return the colors of `contours` with the values at their borders, as an image (1, 3, H, W)."""
+    """Return the colors of `contours` with the values at their borders: (1, 3, H, W)."""
     canvas = Canvas(84, height)
     top, bottom = Chart.TOP, height - Chart.BOTTOM
     step = (bottom - top) / bands

@@ -90,9 +90,7 @@ SHADES = " .:-=+*#%@"
 """Characters from low to high, for output without colors."""
 
 
-def resampled(
-    rows: Sequence[Sequence[float]], columns: int, lines: int
-) -> list[list[float]]:
+def resampled(rows: Sequence[Sequence[float]], columns: int, lines: int) -> list[list[float]]:
     """Return values on a grid of another size, by bilinear interpolation; the corners stay.
 
     Args:

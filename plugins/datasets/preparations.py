@@ -173,7 +173,6 @@ class Columns(Preparation):
         groups = [torch.stack(group, dim=1) for group in (numbers, categories) if group]
         return tuple(groups)
 
-
     def cells(self, inputs: Tensor) -> dict[str, list[Any]]:
         """Return the cells of each column; None for an empty cell or a text unknown in training.
 

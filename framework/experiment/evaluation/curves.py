@@ -117,7 +117,9 @@ def compute_curves(decision: Decision, classes: Sequence[str]) -> Curves:
     names = names_of(count, classes)
     found = []
     for index in range(count):
-        found.append(class_curves(names[index], positives(decision, index), scores(decision, index)))
+        found.append(
+            class_curves(names[index], positives(decision, index), scores(decision, index))
+        )
     return Curves(found, compute_calibration(decision), len(decision.targets))
 
 

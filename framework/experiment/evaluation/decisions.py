@@ -14,7 +14,9 @@ from framework.errors import DataError
 
 from .samples import Measured, read_rows
 
-NO_CLASSES = "expected a task with classes or labels, whose outputs and targets are those of samples"
+NO_CLASSES = (
+    "expected a task with classes or labels, whose outputs and targets are those of samples"
+)
 
 
 @dataclass

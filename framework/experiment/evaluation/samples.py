@@ -149,7 +149,7 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
     for row in range(len(rows)):
         sample = select_rows(rows.batch, row, row + 1)
         loss = measured.strategy.forward(task.step, measured.model, sample).loss.detach()
-        counts = int(task.count(sample)) > 0
+        counts = float(task.count(sample)) > 0  # class weights make a fraction of it
         found.append(loss.double() if counts else torch.tensor(-torch.inf))
     return torch.stack([loss.cpu() for loss in found]).double()
 

@@ -43,7 +43,10 @@ class Candidates:
         keys = self.losses.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         # stable: of equal losses the sample that was read first
         order = keys.argsort(descending=True, stable=True)[:count]
-        order = order[keys[order] > -torch.inf]  # samples whose targets are all ignored
+        return self.at(order[keys[order] > -torch.inf])  # without those that count no target
+
+    def at(self, order: Tensor) -> "Candidates":
+        """Return the samples at some places."""
 
         def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[order]
@@ -99,17 +102,8 @@ def gathered(own: Candidates | None, strategy: Strategy, count: int) -> Candidat
     if not parts:
         raise DataError("the evaluation data has no batch: it is empty or was already read")
     everything = joined(parts)
-    order = everything.numbers.argsort(stable=True)  # so that ties are as with one process
-    by_number = Candidates(
-        everything.numbers[order],
-        everything.losses[order],
-        *[
-            None if each is None else each[order]
-            for each in (everything.inputs, everything.outputs, everything.targets)
-        ],
-        everything.measured,
-    )
-    return by_number.highest(count)
+    # by number, so that the first of equal losses is the same with any number of processes
+    return everything.at(everything.numbers.argsort(stable=True)).highest(count)
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
@@ -280,7 +274,9 @@ def class_columns(decision: Decision, classes: Sequence[str]) -> dict[str, list[
         return {
             "label": targets[:, 0].tolist(),
             "prediction": chosen[:, 0].tolist(),
-            "probability": torch.where(chosen == 1, probabilities, 1 - probabilities)[:, 0].tolist(),
+            "probability": torch.where(chosen == 1, probabilities, 1 - probabilities)[
+                :, 0
+            ].tolist(),
         }
     confidence = torch.where(chosen == 1, probabilities, 1 - probabilities)
     return {
