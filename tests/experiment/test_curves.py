@@ -135,7 +135,9 @@ def test_the_decisions_of_a_run_are_its_predictions(tmp_path, command):
     trained = open_run(run)
     inputs, targets = trained.read_data().val.tensors
     probabilities = trained.predict(inputs)["probabilities"].double()
-    expected = roc_auc_score(targets, probabilities / probabilities.sum(1, keepdim=True), multi_class="ovr")
+    expected = roc_auc_score(
+        targets, probabilities / probabilities.sum(1, keepdim=True), multi_class="ovr"
+    )
     assert document["auc"] == pytest.approx(expected, abs=1e-4)
     assert document["samples"] == len(targets)
     assert [each["class"] for each in document["classes"]] == [str(digit) for digit in range(10)]

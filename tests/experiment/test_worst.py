@@ -52,10 +52,8 @@ def test_the_loss_of_a_sample_is_that_of_a_batch_of_one(name):
     model = network()
     task = LossTask(LOSSES[name])
     trainer = evaluator()
-    losses = []
     with trainer.reading(fw.TensorSplit(X, CLASSES), model=model, task=task, batch_size=7) as read:
-        for rows in read_rows(trainer, read):
-            losses.append(row_losses(trainer, rows))
+        losses = [row_losses(trainer, rows) for rows in read_rows(trainer, read)]
     model.eval()
     expected = []
     for row in range(len(X)):
@@ -107,15 +105,17 @@ def test_a_task_that_compares_samples_has_no_loss_of_a_sample():
     trainer = evaluator()
     split = fw.TensorSplit(X, CLASSES)
     task = Compares(nn.CrossEntropyLoss())
-    with trainer.reading(split, model=network(), task=task) as read:
-        with pytest.raises(DataError, match="no loss of its own"):
-            find_worst(trainer, read, 3)
+    reading = trainer.reading(split, model=network(), task=task)
+    with reading as read, pytest.raises(DataError, match="no loss of its own"):
+        find_worst(trainer, read, 3)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return run_training(f"run.root={root}", "trainer.max_epochs=2", "loggers=[json_lines,tensorboard]")
+    return run_training(
+        f"run.root={root}", "trainer.max_epochs=2", "loggers=[json_lines,tensorboard]"
+    )
 
 
 def worst_of(folder, count, split="test"):
@@ -189,11 +189,21 @@ def scalars_of(folder):
 def test_tensorboard_keeps_the_records_of_the_run(digits, command):
     scalars = scalars_of(digits.folder)
     assert max(scalars["train/loss"]) == 80
-    status, _, err = command(f"eval {digits.folder} --worst 2 --curves --split val --checkpoint step-00000040")
+    status, _, err = command(
+        f"eval {digits.folder} --worst 2 --curves --split val --checkpoint step-00000040"
+    )
     assert status == 0, err
     assert scalars_of(digits.folder) == scalars
-    tags = events_of(digits.folder).Tags()["tensors"]
-    assert {"val/worst", "val/curves", "val/curves/3"} <= set(tags)
+    events = events_of(digits.folder)
+    plugins = {
+        "val/worst/table": "text",
+        "val/worst/images": "images",
+        "val/curves": "images",
+        "val/curves/3": "pr_curves",
+    }
+    for tag, plugin in plugins.items():
+        assert events.SummaryMetadata(tag).plugin_data.plugin_name == plugin
+        assert [event.step for event in events.Tensors(tag)] == [40]
 
 
 def test_a_run_that_is_evaluated_resumes_bit_for_bit(tmp_path, command, monkeypatch):
@@ -241,7 +251,7 @@ def test_a_link_instead_of_the_folder_of_results_is_refused(tmp_path, command):
 
 def test_a_regression_is_shown_in_the_unit_of_its_targets(tmp_path):
     run = run_training(f"run.root={tmp_path}", "experiment=diabetes", "trainer.max_epochs=1").folder
-    worst, trained, data = worst_of(run, 4)
+    worst, _, data = worst_of(run, 4)
     targets = data.scale.inverse_transform(data.test.tensors[1])
     for sample, label in zip(worst.columns["sample"], worst.columns["label"], strict=True):
         assert label == pytest.approx(targets[sample].item())
@@ -253,8 +263,7 @@ def test_a_regression_is_shown_in_the_unit_of_its_targets(tmp_path):
 def test_cells_of_a_table_are_those_of_its_file(tmp_path):
     lines = ["size,color,kind"]
     colors = ["red", "green", "blue", ""]
-    for row in range(80):
-        lines.append(f"{row / 7:.3f},{colors[row % 4]},{'ab'[row % 2]}")
+    lines += [f"{row / 7:.3f},{colors[row % 4]},{'ab'[row % 2]}" for row in range(80)]
     path = tmp_path / "t.csv"
     path.write_text("\n".join(lines) + "\n")
     run = run_training(
@@ -310,11 +319,11 @@ class Logged(fw.Logger):
         self.pictures = []
 
     def text(self, tag, markdown, step=0):
-        if tag == "worst":
+        if tag == "worst/table":
             self.texts.append((step, markdown))
 
     def images(self, tag, images, step):
-        if tag == "worst":
+        if tag == "worst/images":
             self.pictures.append((step, images.shape))
 
 

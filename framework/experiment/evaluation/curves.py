@@ -113,13 +113,11 @@ def compute_curves(decision: Decision, classes: Sequence[str]) -> Curves:
         decision: probabilities and true classes.
         classes: the names of the classes; empty if unknown.
     """
-    count = decision.probabilities.shape[1]
-    names = names_of(count, classes)
-    found = []
-    for index in range(count):
-        found.append(
-            class_curves(names[index], positives(decision, index), scores(decision, index))
-        )
+    names = names_of(decision.probabilities.shape[1], classes)
+    found = [
+        class_curves(name, positives(decision, index), scores(decision, index))
+        for index, name in enumerate(names)
+    ]
     return Curves(found, compute_calibration(decision), len(decision.targets))
 
 

@@ -101,7 +101,8 @@ def read_decisions(measured: Measured, batches: Any) -> Decision:
             decision = decide(measured.task, outputs.cpu(), targets.cpu())
         if decision is None:
             raise DataError(f"{NO_CLASSES}; got {type(measured.task).__name__}")
-        parts.append((decision.probabilities, decision.targets))
+        # a copy: a loader may write the next batch into the same memory
+        parts.append((decision.probabilities.clone(), decision.targets.clone()))
     gathered = [each for own in measured.strategy.gather(parts) for each in own]
     if not gathered:
         raise DataError("the evaluation data has no batch: it is empty or was already read")

@@ -120,7 +120,7 @@ class Surface:
         self.plane = random_plane(center, self.checkpoints, self.seed)
 
     def loss(self) -> float:
-        """Return the loss of the present weights on the samples, as `framework eval` measures it."""
+        """Return the loss of the present weights on the samples, as `eval` measures it."""
         values = self.evaluator.evaluate(
             self.batches,
             model=self.trained.model,

@@ -190,11 +190,12 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
         step: the optimizer steps done.
     """
     shown = worst.shown
-    logger.text(tag, worst.markdown(), step)
+    # TensorBoard shows a tag on one page only
+    logger.text(f"{tag}/table", worst.markdown(), step)
     if shown.images is not None and len(worst):
-        logger.images(tag, captioned(shown.images, worst.captions()), step)
+        logger.images(f"{tag}/images", captioned(shown.images, worst.captions()), step)
     if shown.waves is not None and len(worst):
-        logger.audio(tag, shown.waves, shown.rate, step)
+        logger.audio(f"{tag}/sounds", shown.waves, shown.rate, step)
 
 
 def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, step: int) -> None:

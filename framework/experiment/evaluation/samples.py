@@ -114,6 +114,8 @@ def sample_numbers(batches: Batches, number: int, rows: int, read: int) -> Tenso
         read: the number of samples before it that this process has read.
     """
     if not isinstance(batches, Loader):
+        if not batches.slice.is_whole:
+            return torch.full((rows,), UNKNOWN)
         return torch.arange(read, read + rows)
     numbers = torch.tensor(batches.indices(0, number, 1))
     if len(numbers) != rows:  # samples that cannot be read were skipped
