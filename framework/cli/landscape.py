@@ -22,6 +22,7 @@ from .parsers import CHECKPOINT, JSON, RUN, Parser, opened_run
 WIDTH, HEIGHT = 64, 44  # of a map in the terminal, in half characters of the height
 PATH_MARK = "o"
 CENTER_MARK = "X"
+BRIGHT = 0.6  # share of the scale, from which a mark is black
 
 
 def landscape(arguments: list[str]) -> None:
@@ -147,12 +148,15 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
         return text
     for y in range(0, lines, 2):
         for x in range(WIDTH):
-            upper, lower = (Color.from_rgb(*heat_color(shares[y + i][x])) for i in (0, 1))
+            upper = Color.from_rgb(*heat_color(shares[y][x]))
+            lower = Color.from_rgb(*heat_color(shares[y + 1][x]))
             mark = marks.get((x, y)) or marks.get((x, y + 1))
-            style = (
-                Style(color="white", bgcolor=upper) if mark else Style(color=upper, bgcolor=lower)
-            )
-            text.append(mark or "▀", style)
+            if mark is None:
+                text.append("▀", Style(color=upper, bgcolor=lower))
+                continue
+            is_bright = shares[y][x] > BRIGHT
+            style = Style(color="black" if is_bright else "white", bgcolor=upper, bold=True)
+            text.append(mark, style)
         text.append("\n" if y < lines - 2 else "")
     return text
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from framework.cli.landscape import heat_map
 from framework.experiment.evaluation.landscape import Surface, grid, measure_landscapes
 from framework.experiment.evaluation.landscape_files import color_scale, draw_landscapes
 from framework.experiment.evaluation.plane import main_plane, movable_weights, random_plane
 from framework.experiment.trained.load import open_run
+from framework.runtime.drawing import heat_color
+from framework.runtime.plot import SHADES
 from runs import run_training
 
 
@@ -232,3 +235,18 @@ def test_runs_that_cannot_be_compared_or_have_no_path_are_errors(linear, tmp_pat
     status, _, err = command(f"landscape {bare}")
     assert status == 2
     assert "no checkpoint" in err
+
+
+def test_a_map_with_colors_has_two_values_in_a_character(linear):
+    (found,) = measure_landscapes([surface_of(linear, "pca")], 5, None)
+    scale = color_scale([found])
+    text = heat_map(found, scale, has_colors=True)
+    lines = text.plain.split("\n")
+    assert len(lines) == 22
+    assert {len(line) for line in lines} == {64}
+    corner = text.spans[0].style
+    assert corner.color.triplet == heat_color(scale.position(found.losses[-1][0]))
+    assert "X" in text.plain
+    assert "o" in text.plain
+    plain = heat_map(found, scale, has_colors=False).plain
+    assert set(plain) <= {*SHADES, "o", "X", "\n"}

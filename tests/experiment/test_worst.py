@@ -14,6 +14,7 @@ from framework.experiment.evaluation.reports import worst_of_run
 from framework.experiment.evaluation.samples import read_rows, row_losses
 from framework.experiment.evaluation.worst import find_worst
 from framework.experiment.trained.load import open_run
+from framework.runs.folder import RunFolder
 from runs import TIMES, cut_off_at, logged, run_training
 
 torch.manual_seed(3)
@@ -204,6 +205,19 @@ def test_tensorboard_keeps_the_records_of_the_run(digits, command):
     for tag, plugin in plugins.items():
         assert events.SummaryMetadata(tag).plugin_data.plugin_name == plugin
         assert [event.step for event in events.Tensors(tag)] == [40]
+
+
+def test_no_event_file_is_added_while_the_run_is_being_trained(digits, command):
+    before = set(digits.folder.glob("events.out.tfevents.*"))
+    trains = RunFolder.existing(digits.folder)
+    try:
+        status, out, err = command(f"eval {digits.folder} --worst 2")
+    finally:
+        trains.release()
+    assert status == 0, err
+    assert "is being trained" in err
+    assert "2 largest losses" in out
+    assert set(digits.folder.glob("events.out.tfevents.*")) == before
 
 
 def test_a_run_that_is_evaluated_resumes_bit_for_bit(tmp_path, command, monkeypatch):
