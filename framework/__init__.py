@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         Loader,
         RaggedSplit,
         Scale,
+        Shown,
         Target,
         TensorSplit,
         WindowSplit,
@@ -105,6 +106,9 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         is_in_memory as is_in_memory,
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
+    from .experiment.evaluation import (
+        within_fit as evaluation,  # noqa: F401  # in _MODULES
+    )
     from .runs import (
         checkpoint as checkpoints,  # noqa: F401  # in _MODULES
         snapshot as snapshot,
@@ -195,6 +199,7 @@ __all__ = [
     "Schedule",
     "SettingError",
     "Shape",
+    "Shown",
     "Step",
     "Stop",
     "Strategy",
@@ -252,6 +257,7 @@ _NAMES = {
     "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
+    "Shown": "data.dataset",
     "Step": "contracts.task",
     "Stop": "contracts.state",
     "Strategy": "contracts.strategy",
@@ -295,6 +301,7 @@ _MODULES = {  # not public: for the built-in plugins only
     "distributed_checkpoint": "runtime.distributed_checkpoint",
     "drawing": "runtime.drawing",
     "dtensors": "runtime.dtensors",
+    "evaluation": "experiment.evaluation.within_fit",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
     "memory": "runtime.memory",

@@ -57,6 +57,7 @@ FILE_COMMANDS = (
     "resume",
     "rerun",
     "eval",
+    "landscape",
     "predict",
     "export",
     "runs",

@@ -121,8 +121,28 @@ examples:
   framework eval runs/default/first
   framework eval runs/default/first --split val --checkpoint last --json
   framework eval runs/table/first --data new.csv
+  framework eval runs/default/first --worst 16      the largest losses
+  framework eval runs/default/first --curves        PR, ROC, calibration
 --data takes a file or folder with inputs and targets, in the format of the
-run's data: a table, a folder with a folder for each class, an Arrow file."""
+run's data: a table, a folder with a folder for each class, an Arrow file.
+--worst prints the samples with the largest loss (of each alone), their label
+and prediction; --curves average precision and area under the ROC curve of each
+class against all others, and the calibration error (15 bins). Both write files
+into the folder `evaluation` of the run (images of the samples, charts, points)
+and record them for TensorBoard."""
+
+LANDSCAPE = """\
+examples:
+  framework landscape runs/default/first
+  framework landscape runs/default/first --against runs/default/second
+  framework landscape runs/default/first --directions random --span 0.5
+The loss on a plane through the weights of the run (Li et al. 2018). With three
+checkpoints or more, the plane is that of their two main directions (PCA), with
+their path. Otherwise it has two random directions, in which each filter has
+the norm of the filter of the model: 1 is a change as large as the weights.
+Biases and the parameters of norms stay as they are; so do the statistics of
+batch norm. --against draws both runs with the same colors and the same range.
+The picture and the numbers are in the folder `evaluation` of the run."""
 
 PREDICT = """\
 examples:

@@ -51,7 +51,6 @@ from .explain import explain
 from .export import export
 from .json_output import json_output, print_json, record_error, wants_json
 from .parsers import (
-    CHECKPOINT,
     JSON,
     RUN,
     TRACEBACK,
@@ -62,7 +61,6 @@ from .parsers import (
     command_line,
     composing,
     importing_torch,
-    opened_run,
     sweep_over,
 )
 
@@ -494,29 +492,16 @@ def resume(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> None:
     """Run `framework eval`."""
-    description = "Evaluate a trained run on a split of its data, or on other data."
-    parser = Parser("eval", description, help_texts.EVAL)
-    parser.add_argument("run", **RUN)
-    splits = ["train", "val", "test"]
-    parser.add_argument("--split", choices=splits, help="default: test")
-    file = "a file or folder with targets, in the format of the run's data"
-    parser.add_argument("--data", type=expanded, metavar="FILE", help=file)
-    parser.add_argument("--checkpoint", **CHECKPOINT)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_args(arguments)
-    if args.data is not None and args.split is not None:
-        parser.error("give --split or --data, not both")
-    trained = opened_run(args)
-    if args.data is None:
-        values = trained.evaluate(args.split or "test")
-    else:
-        values = trained.evaluate_file(args.data)
-    if args.json:
-        print_json(values)
-    else:
-        from .output import print_values
+    from .evaluate import evaluate as evaluate_run
 
-        print_values(values, trained.checkpoint)
+    evaluate_run(arguments)
+
+
+def landscape(arguments: list[str]) -> None:
+    """Run `framework landscape`."""
+    from .landscape import landscape as draw_landscape
+
+    draw_landscape(arguments)
 
 
 def predict(arguments: list[str]) -> None:
@@ -823,6 +808,7 @@ COMMANDS = {
     "eval": Command(
         evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
     ),
+    "landscape": Command(landscape, "draw the loss around the weights of a run", runs_parts=True),
     "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
     "export": Command(
         export, "write a trained model as files without the framework", runs_parts=True

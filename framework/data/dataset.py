@@ -47,6 +47,7 @@ from .foreign_loader import (
 from .input_rows import InputFile, InputRows
 from .preparation import Preparation
 from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
+from .shown import Shown as Shown, show_numbers
 from .token_splits import (
     GatheredSplit as GatheredSplit,
     RaggedSplit as RaggedSplit,
@@ -310,6 +311,36 @@ class Data:
             None if the exported model takes the inputs as the data set prepares them.
         """
         return None
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        """Return inputs as a reader sees them, for tables and pictures of single samples.
+
+        By default inputs with the shape of images are images, and up to 8 numbers are columns.
+
+        Args:
+            inputs: shape (samples, *in_shape), prepared as in training.
+            facts: see `read_inputs`.
+        """
+        return show_numbers(inputs, facts, cls.max_pixel)
+
+    def sample_names(self, split: str, samples: Sequence[int]) -> dict[str, list[Any]]:
+        """Return columns that identify samples in the source of the data, such as file and row.
+
+        By default the file of each sample if the split has `files`, or its row in the source,
+        counted from 1.
+
+        Args:
+            split: the name of the split.
+            samples: their numbers in the split, counted from 0.
+        """
+        files = getattr(getattr(self, split), "files", None)
+        if files is not None:
+            return {"file": [str(files[sample]) for sample in samples]}
+        rows = self.rows.get(split)
+        if rows is None or len(rows) != known_length(getattr(self, split)):
+            return {}
+        return {"row": [int(rows[sample]) + 1 for sample in samples]}
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:

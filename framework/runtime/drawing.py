@@ -27,6 +27,19 @@ COLORS: Sequence[Color] = (
     (0, 0, 0),
 )
 """Colors that color-blind readers can tell apart (Okabe and Ito 2008)."""
+HEAT: Sequence[Color] = (
+    (68, 1, 84),
+    (72, 40, 120),
+    (62, 74, 137),
+    (49, 104, 142),
+    (38, 130, 142),
+    (31, 158, 137),
+    (53, 183, 121),
+    (110, 206, 88),
+    (181, 222, 43),
+    (253, 231, 37),
+)
+"""Colors from low to high, evenly spaced points of "viridis" (van der Walt and Smith 2015)."""
 
 
 class Canvas:
@@ -232,3 +245,69 @@ def cut_to_width(canvas: Canvas, text: str, width: int) -> str:
     while text and canvas.draw.textlength(text + "…", canvas.font) > 2 * width:
         text = text[:-1]
     return text + "…"
+
+
+def side_by_side(images: Sequence[Tensor]) -> Tensor:
+    """Return images (1, 3, H, W) of any size next to each other, on white."""
+    height = max(image.shape[2] for image in images)
+    padded = [F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0) for image in images]
+    return torch.cat(padded, dim=3)
+
+
+def heat_color(share: float) -> Color:
+    """Return the color of a value: 0 is the lowest, 1 the highest; gray for NaN."""
+    if not math.isfinite(share):
+        return GRAY
+    place = min(1.0, max(0.0, share)) * (len(HEAT) - 1)
+    index = min(int(place), len(HEAT) - 2)
+    part = place - index
+    low, high = HEAT[index], HEAT[index + 1]
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:
+    """Return a map of values in bands of colors with a dark line between two bands.
+
+    Args:
+        values: shape (rows, columns), the lowest row first; one that is not finite is gray.
+        scale: the values of the first and the last color; others get these colors.
+        bands: the number of colors.
+        size: the pixels of a side.
+
+    Returns:
+        An image (3, size, size) in [0, 1], with the lowest row at the bottom.
+    """
+    shares = torch.tensor([[scale.position(value) for value in row] for row in values.tolist()])
+    shares = shares.masked_fill(shares == -math.inf, 0.0)
+    fine = F.interpolate(
+        shares[None, None], (size, size), mode="bilinear", align_corners=True
+    ).flip(2)[0, 0]
+    band = (fine.nan_to_num(0, 1, 0).clamp(0, 1) * bands).long().clamp(max=bands - 1)
+    colors = torch.tensor([heat_color((index + 0.5) / bands) for index in range(bands)]) / 255
+    picture = colors[band].permute(2, 0, 1)
+    edge = torch.zeros_like(band, dtype=torch.bool)
+    edge[:, 1:] |= band[:, 1:] != band[:, :-1]
+    edge[1:] |= band[1:] != band[:-1]
+    picture = torch.where(edge, picture * 0.75, picture)
+    gray = torch.tensor(GRAY).reshape(3, 1, 1) / 255
+    return torch.where(fine.isfinite(), picture, gray)
+
+
+def color_bar(title: str, scale: Axis, bands: int = 16, height: int = 320) -> Tensor:
+    """Return the colors of `contours` with the values at their borders: (1, 3, H, W)."""
+    canvas = Canvas(84, height)
+    top, bottom = Chart.TOP, height - Chart.BOTTOM
+    step = (bottom - top) / bands
+    for index in range(bands):
+        color = heat_color((index + 0.5) / bands)
+        canvas.box(6, bottom - (index + 1) * step, 22, bottom - index * step, color)
+    canvas.text(4, 14, title, "lm")
+    for index in range(0, bands + 1, 2):
+        share = index / bands
+        if scale.log:
+            value = scale.low * (scale.high / scale.low) ** share
+        else:
+            value = scale.low + (scale.high - scale.low) * share
+        canvas.text(27, bottom - index * step, f"{value:.3g}", "lm")
+    return canvas.tensor()

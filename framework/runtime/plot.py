@@ -306,6 +306,35 @@ def side_by_side(blocks: Sequence[Sequence[Text]], width: int) -> list[Text]:
     return found
 
 
+SHADES = " .:-=+*#%@"
+"""Characters from low to high, for output without colors."""
+
+
+def resampled(rows: Sequence[Sequence[float]], columns: int, lines: int) -> list[list[float]]:
+    """Return values on a grid of another size, by bilinear interpolation; the corners stay.
+
+    Args:
+        rows: at least two rows of at least two values.
+        columns: values in a row of the result, at least 2.
+        lines: rows of the result, at least 2.
+    """
+    across = [x * (len(rows[0]) - 1) / (columns - 1) for x in range(columns)]
+    found = []
+    for y in range(lines):
+        place = y * (len(rows) - 1) / (lines - 1)
+        below = min(int(place), len(rows) - 2)
+        part = place - below
+        line = []
+        for x in across:
+            left = min(int(x), len(rows[0]) - 2)
+            near = x - left
+            low = mixed(rows[below][left], rows[below][left + 1], near)
+            high = mixed(rows[below + 1][left], rows[below + 1][left + 1], near)
+            line.append(mixed(low, high, part))
+        found.append(line)
+    return found
+
+
 def half_blocks(pixels: Sequence[Sequence[tuple[int, int, int]]]) -> list[Text]:
     """Return an image as lines of half blocks, each with two pixels, one above the other.
 
@@ -319,3 +348,17 @@ def half_blocks(pixels: Sequence[Sequence[tuple[int, int, int]]]) -> list[Text]:
             line.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
         found.append(line)
     return found
+
+
+def mixed(first: float, second: float, share: float) -> float:
+    """Return a value between two others; one with share 0 has no effect, also if it is NaN."""
+    if share == 0:
+        return first
+    return second if share == 1 else first + (second - first) * share
+
+
+def shade(share: float) -> str:
+    """Return the character for a value from 0 to 1; "?" for NaN."""
+    if not math.isfinite(share):
+        return "?"
+    return SHADES[min(len(SHADES) - 1, max(0, int(share * len(SHADES))))]

@@ -17,6 +17,7 @@ from framework import (
     Range,
     Rate,
     Shape,
+    Shown,
     datasets,
     memory,
     seeds,
@@ -86,6 +87,11 @@ class Digits(ArrayData):
         if math.prod(in_shape) == 64:
             return Standardize(facts, in_shape)
         return Enlarge(facts, in_shape)
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        """Return inputs as images, also those of shape (64,)."""
+        return super().show(inputs.reshape(-1, 1, 8, 8) if inputs.ndim == 2 else inputs, facts)
 
 
 def resize(pixels: Any, size: int) -> Tensor:

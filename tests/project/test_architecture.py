@@ -83,6 +83,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/training/trainer.py": "loggers are opened",
     "framework/registry/discovery.py": "plugins of the user",
     "framework/tuning/search/search.py": "loggers are opened",
+    "framework/experiment/evaluation/reports.py": "a logger is opened",
 }
 
 

@@ -39,6 +39,8 @@ SETTINGS = {
     "lookahead": {"k": 2},
     "progress": {"style": "lines"},
     "confusion": {"every": "2epochs"},
+    "curves": {"every": "2epochs"},
+    "worst": {"count": 3, "every": "2epochs"},
 }
 OTHER_TASKS = {
     "pictures",

@@ -26,7 +26,7 @@ CALLBACKS = {
     "swa": [("swa", {"start": 1})],
     "freeze": [("freeze", {"patterns": ["0.*"], "epochs": 1})],
     "histograms": [("histograms", {})],
-    "confusion": [("confusion", {})],
+    "confusion": [("confusion", {}), ("worst", {"count": 3}), ("curves", {})],
 }
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "lion", "muon", "nadam")
 OPTIMIZERS = (*OPTIMIZERS, "radam", "rmsprop", "sgd")
