@@ -308,7 +308,12 @@ def train(arguments: list[str]) -> None:
         from .output import sweep_as_dict
 
         check_single_process("a sweep (each of its trials can have trainer.devices=N)")
-        sweep(line, job, error_lines, report=lambda *found: print_json(sweep_as_dict(*found)))
+
+        def report(*found: Any) -> None:
+            if args.json:
+                print_json(sweep_as_dict(*found))
+
+        sweep(line, job, error_lines, report=report)
     else:
         compose(line, job)
 

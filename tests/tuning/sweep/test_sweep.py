@@ -88,6 +88,7 @@ def test_a_sweep_leaves_a_run_for_each_trial_and_prints_a_table(command):
     assert (config["seed"], config["optimizer"]["lr"]) == (0, 1e-4)
     assert "sweep" not in config
     assert "epoch" not in out, "output of trials is in their run folders"
+    assert "{" not in out, "JSON is printed for --json only"
     status, out, _ = command(f"eval {sweep}/best --json")
     assert json.loads(out)["test/loss"] == pytest.approx(best["metrics"]["test/loss"])
 
