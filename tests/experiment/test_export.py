@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import framework as fw
+from exports import run_alone
 from framework.contracts.exporter import Exporter
 from framework.errors import FrameworkError, RunError, SettingError, UnknownName
-from framework.experiment.trained import export
+from framework.experiment.trained import verification
 from framework.experiment.trained.export import export_run
 from framework.experiment.trained.load import open_run
+from framework.experiment.trained.pipeline import build_pipeline, choose_split
 from framework_plugins.datasets.builtin import load_digits
 from runs import run_training
 
@@ -32,25 +33,11 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def isolated(tmp_path_factory):
+def alone(tmp_path_factory):
     """Run a script in a process in which `import framework` fails; return its lines of JSON."""
-    folder = tmp_path_factory.mktemp("isolated")
-    for name in ("framework", "framework_plugins", "framework_conf"):
-        (folder / f"{name}.py").write_text("raise ImportError('not installed')\n")
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-
-    def run_isolated(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-        if done.returncode:
-            return done.stderr
-        outputs = {}
-        for line in done.stdout.splitlines():
-            outputs.update(json.loads(line))
-        return outputs
-
-    assert "not installed" in run_isolated("-c", "import framework")
-    return run_isolated
+    run = partial(run_alone, tmp_path_factory.mktemp("alone"))
+    assert "not installed" in run("-c", "import framework")
+    return run
 
 
 def require(name):
@@ -67,20 +54,20 @@ def exported(request, run, tmp_path_factory):
 
 
 def test_the_example_gives_the_predictions_of_the_run_without_the_framework(
-    exported, run, isolated, tmp_path
+    exported, run, alone, tmp_path
 ):
     _, exported = exported
     trained = open_run(run)
     assert exported.difference <= 1e-5
     pixels, _ = load_digits()
     np.save(tmp_path / "raw.npy", pixels[:5])  # from 0 to 16, as read from the source
-    found = isolated(exported.folder / "example.py", tmp_path / "raw.npy")
+    found = alone(exported.folder / "example.py", tmp_path / "raw.npy")
     expected = trained.predict(trained.read_inputs(tmp_path / "raw.npy"))
     assert isinstance(found, dict), found
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-5)
     assert found["class"] == [trained.facts["classes"][index] for index in expected["class"]]
-    assert "python example.py FILE" in isolated(exported.folder / "example.py")  # no traceback
-    assert "Traceback" not in isolated(exported.folder / "example.py")
+    assert "python example.py FILE" in alone(exported.folder / "example.py")  # no traceback
+    assert "Traceback" not in alone(exported.folder / "example.py")
     content = b"".join(path.read_bytes() for path in exported.folder.iterdir())
     assert str(run.parent.parent).encode() not in content
     assert os.path.dirname(fw.__file__).encode() not in content  # stack traces of the model
@@ -91,7 +78,8 @@ def test_exported_models_take_batches_of_any_size(exported, run):
     name, exported = exported
     exporter = fw.exporters.build(name)
     folder = exported.folder
-    pipeline = export.build_pipeline(open_run(run), None)
+    trained = open_run(run)
+    pipeline = build_pipeline(trained, choose_split(trained.read_data())[1])
     model = fw.ExportedModel(pipeline, pipeline.preparation.raw, OUTPUTS, (), "Mlp")
     loaded = exporter.load(model, folder)
     for rows in (1, 2, 7, 300):
@@ -176,11 +164,11 @@ def test_a_file_with_other_outputs_is_an_error_and_nothing_is_written(run, tmp_p
 
 def test_the_difference_is_relative_for_large_outputs_and_infinite_for_other_classes():
     large = torch.tensor([1e6, 0.0])
-    assert export.difference_of(large + 1, large) == pytest.approx(1e-6)
-    assert export.difference_of(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25
-    assert export.difference_of(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert verification.difference_of(large + 1, large) == pytest.approx(1e-6)
+    assert verification.difference_of(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25
+    assert verification.difference_of(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
     nan = torch.tensor([float("nan")])
-    assert not export.difference_of(nan, torch.tensor([1.0])) <= export.TOLERANCE
+    assert not verification.difference_of(nan, torch.tensor([1.0])) <= verification.TOLERANCE
 
 
 def test_wrong_arguments_are_errors(run, tmp_path):
