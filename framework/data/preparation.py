@@ -43,8 +43,8 @@ class RawInput(NamedTuple):
 RESULT = """\
 for name, values in zip(about["outputs"], outputs):
     rows = np.asarray(values).tolist()
-    if name == "class" and about["classes"]:
-        rows = [about["classes"][index] for index in rows]
+    if name == "class_index" and about["classes"]:
+        print(json.dumps({"class": [about["classes"][index] for index in rows]}))
     print(json.dumps({name: rows}))"""
 
 

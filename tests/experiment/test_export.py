@@ -65,7 +65,8 @@ def test_the_example_gives_the_predictions_of_the_run_without_the_framework(
     expected = trained.predict(trained.read_inputs(tmp_path / "raw.npy"))
     assert isinstance(found, dict), found
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-5)
-    assert found["class"] == [trained.facts["classes"][index] for index in expected["class"]]
+    assert found["class"] == expected["class"]
+    assert found["class_index"] == expected["class_index"].tolist()
     assert "python example.py FILE" in alone(exported.folder / "example.py")  # no traceback
     assert "Traceback" not in alone(exported.folder / "example.py")
     content = b"".join(path.read_bytes() for path in exported.folder.iterdir())
@@ -90,7 +91,7 @@ def test_exported_models_take_batches_of_any_size(exported, run):
             torch.testing.assert_close(torch.as_tensor(found), value, atol=1e-5, rtol=1e-5)
 
 
-OUTPUTS = ["class", "probability", "probabilities"]
+OUTPUTS = ["class_index", "probability", "probabilities"]
 
 
 def test_the_metadata_and_the_card_have_the_facts_of_the_run(run, tmp_path):

@@ -321,7 +321,7 @@ def save_texts(run, folder, lengths):
             logits = trained.model.eval()(**raw).logits
         probabilities = logits.softmax(1)
         probability, index = probabilities.max(1)
-        outputs = {"class": index, "probability": probability, "probabilities": probabilities}
+        outputs = {"class_index": index, "probability": probability, "probabilities": probabilities}
         save_case(folder, raw, outputs, f"-{number}")
 
 

@@ -31,8 +31,7 @@ class Form:
     """How predictions are written.
 
     Attributes:
-        classes: the names of the classes. They replace class indices, which get the column
-            `class_index`, and name the columns of probabilities.
+        classes: the names of the classes or labels, for the columns of a matrix.
         is_float32: whether float32 holds the digits of numbers that are float64.
         to_pixels: converts an image from the scale of the model to 0 to 1; None if unknown.
     """
@@ -158,10 +157,7 @@ def flatten(chunk: Chunk, form: Form) -> Columns:
     for name, values in predictions.items():
         array = as_array(values)
         ndim = getattr(array, "ndim", 1)
-        if name == "class" and form.classes:
-            columns["class"] = [form.classes[index] for index in array]
-            columns["class_index"] = array
-        elif ndim == 1:
+        if ndim == 1:
             columns[name] = array
         else:
             width = array.shape[1]
