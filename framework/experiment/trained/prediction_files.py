@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from framework.errors import FrameworkError, RunError
 from framework.errors.paths import expanded, real_path
-from framework.system.files import unwritable, write_file
+from framework.system.files import make_folder, unwritable, write_file
 
 FORMATS = ("csv", "jsonl", "parquet", "npy", "npz", "images")
 TEXT_FORMATS = ("csv", "jsonl")  # of the terminal
@@ -330,26 +330,33 @@ def npy_pieces(chunks: Iterable[Chunk], form: Form) -> Iterator[bytes]:
 
     The number of rows is at the beginning of the file, so the rows are first written to a temporary
     file.
+
+    Raises:
+        FrameworkError: there are no numbers.
+        RunError: the temporary file cannot be written.
     """
     import numpy
 
     rows = 0
     shape: tuple[int, ...] = ()
     dtype: Any = None
-    with tempfile.TemporaryFile() as file:
-        for _, predictions in chunks:
-            array = main_array(predictions)
-            rows += len(array)
-            shape = array.shape[1:]
-            dtype = array.dtype
-            file.write(array.tobytes())
-        header = io.BytesIO()
-        description = numpy.lib.format.dtype_to_descr(dtype)
-        fields = {"descr": description, "fortran_order": False, "shape": (rows, *shape)}
-        numpy.lib.format.write_array_header_1_0(header, fields)
-        yield header.getvalue()
-        file.seek(0)
-        yield from read_pieces(file)
+    try:
+        with tempfile.TemporaryFile() as file:
+            for _, predictions in chunks:
+                array = main_array(predictions)
+                rows += len(array)
+                shape = array.shape[1:]
+                dtype = array.dtype
+                file.write(array.tobytes())
+            header = io.BytesIO()
+            description = numpy.lib.format.dtype_to_descr(dtype)
+            fields = {"descr": description, "fortran_order": False, "shape": (rows, *shape)}
+            numpy.lib.format.write_array_header_1_0(header, fields)
+            yield header.getvalue()
+            file.seek(0)
+            yield from read_pieces(file)
+    except OSError as error:
+        raise unwritable(Path(tempfile.gettempdir()), error) from error
 
 
 def read_pieces(file: IO[bytes]) -> Iterator[bytes]:
@@ -395,7 +402,29 @@ def write_images(chunks: Iterable[Chunk], form: Form, folder: Path) -> None:
 
     Raises:
         FrameworkError: the predictions are not images.
-        RunError: a file cannot be written.
+        RunError: a file cannot be written. Then those that were written are removed.
+    """
+    is_new = not folder.exists()
+    names: list[str] = []
+    try:
+        for name, content in image_files(chunks, form):
+            if not names:
+                make_folder(folder)
+            write_file(folder, name, content)
+            names.append(name)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
+
+
+def image_files(chunks: Iterable[Chunk], form: Form) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of a PNG file for each row.
+
+    Raises:
+        FrameworkError: the predictions are not images.
     """
     import numpy
     from PIL import Image
@@ -411,22 +440,8 @@ def write_images(chunks: Iterable[Chunk], form: Form, folder: Path) -> None:
             picture = Image.fromarray(channels[0] if is_gray else channels.transpose(1, 2, 0))
             content = io.BytesIO()
             picture.save(content, "PNG")
-            if number == 1:
-                make_image_folder(folder)
             stem = f"-{Path(names['file'][row]).stem}" if "file" in names else ""
-            write_file(folder, f"{number:06}{stem}.png", content.getvalue())
-
-
-def make_image_folder(folder: Path) -> None:
-    """Create a folder unless it exists.
-
-    Raises:
-        RunError: it cannot be created.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+            yield f"{number:06}{stem}.png", content.getvalue()
 
 
 def stretched(images: Any) -> Any:
