@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +216,99 @@ def test_a_model_that_cannot_be_traced_is_an_error_in_one_line(tmp_path):
     assert "Branching" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+PAIRS = '''
+import torch
+from torch import nn
+
+import framework as fw
+
+
+@fw.datasets.register("pairs_of_tests")
+class Pairs(fw.Data):
+    """Two points each, with the class "near" or "far", and a name."""
+
+    in_shape = (2,)
+    out_shape = (2,)
+    classes = ("near", "far")
+
+    def __init__(self):
+        self.train = self.val = Rows()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self):
+        self.first, self.second = torch.randn(2, 42, 2)
+
+    def __len__(self):
+        return 42
+
+    def __getitem__(self, row):
+        first, second = self.first[row], self.second[row]
+        label = ((first - second).norm() > 1.5).long()
+        return {"first": first, "point": {"second": second}, "labels": label, "name": f"row {row}"}
+
+
+@fw.models.register("pairs_of_tests")
+class PairModel(nn.Module):
+    """Two points to logits, and the loss if there are labels."""
+
+    def __init__(self, in_shape: fw.Shape, out_shape: fw.Shape):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, first, second=None, labels=None, name=None):
+        logits = self.linear(torch.cat([first, first if second is None else second], 1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+'''
+PAIR_RUN = "--plugins pairs.py data=pairs_of_tests model=pairs_of_tests trainer.max_steps=3"
+NAMED = "task.target=labels task.output=logits"
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "outputs"),
+    [
+        (f"{NAMED} task.inputs=[first,point.second]", ["first", "point.second"], OUTPUTS),
+        (f"{NAMED} task.inputs=first", ["first"], OUTPUTS),
+        ("task=model_loss task.inputs=[point.second,labels,first] metrics=[accuracy]",
+         ["point.second", "first"], ["output"]),
+    ],
+)  # fmt: skip
+def test_the_named_fields_are_the_inputs(command, forget_plugins, alone, task, inputs, outputs):
+    Path("pairs.py").write_text(PAIRS)
+    status, _, err = command(f"train {PAIR_RUN} {task} run.name=r")
+    assert status == 0, err
+    status, _, err = command("export runs/default/r --to safetensors --plugins pairs.py")
+    assert status == 0, err
+    folder = Path("runs/default/r/exports/safetensors").absolute()
+    about = json.loads((folder / "metadata.json").read_text())
+    assert list(about["inputs"]) == inputs
+    assert all(each["shape"] == ["batch", 2] for each in about["inputs"].values())
+    assert list(about["outputs"]) == outputs
+    points = {name: torch.randn(5, 2) for name in inputs}
+    if len(inputs) == 1:
+        np.save("raw", points["first"])
+    else:
+        np.savez("raw", **points)
+    found = alone(folder / "example.py", *Path.cwd().glob("raw.np*"))
+    assert isinstance(found, dict), found
+    model = open_run("runs/default/r").model.eval()
+    with torch.no_grad():
+        arguments = {name.rpartition(".")[2]: each for name, each in points.items()}
+        logits = model(**arguments)["logits"]
+    if outputs == ["output"]:
+        torch.testing.assert_close(torch.tensor(found["output"]), logits)
+    else:
+        torch.testing.assert_close(torch.tensor(found["probabilities"]), logits.softmax(1))
+
+
+def test_a_field_that_is_no_tensor_cannot_be_exported(command, forget_plugins):
+    Path("pairs.py").write_text(PAIRS)
+    line = f"train {PAIR_RUN} {NAMED} task.inputs=[first,name] run.name=r"
+    assert command(line)[0] == 0
+    status, _, err = command("export runs/default/r --to torch_export --plugins pairs.py")
+    assert status == 2
+    assert "task.inputs=name: expected a tensor with a row for each sample, got" in err
+    assert err.count("\n") == 1

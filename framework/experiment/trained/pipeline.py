@@ -124,12 +124,11 @@ def build_pipeline(trained: Trained, rows: Split) -> Pipeline:
     fields: list[Field] = []
     if task.fields.named:
         fields = list(task.fields.select_inputs(take(rows, [0])))
-    scale = trained.facts.get("scale")
-    fitted = None if scale is None else Scale(*scale)
     preparation = described_preparation(trained)
     if preparation is None:
-        preparation = UnchangedInputs(raw_inputs(model_inputs(task, take(rows, [0]))))
-    return Pipeline(preparation, model, task, fitted, fields).eval()
+        name = str(fields[0]) if fields else "inputs"
+        preparation = UnchangedInputs(raw_inputs(model_inputs(task, take(rows, [0])), name))
+    return Pipeline(preparation, model, task, trained.scale, fields).eval()
 
 
 def described_preparation(trained: Trained) -> Preparation | None:
@@ -145,13 +144,19 @@ def described_preparation(trained: Trained) -> Preparation | None:
         return found
 
 
-def raw_inputs(inputs: Inputs) -> dict[str, RawInput]:
-    """Return a description of inputs that the exported model takes as they are."""
-    text = "as the data set prepares it"
-    tensors = {"inputs": inputs} if isinstance(inputs, Tensor) else inputs
-    return {
-        name: RawInput(each.dtype, tuple(each.shape[1:]), text) for name, each in tensors.items()
-    }
+def raw_inputs(inputs: Inputs, name: str) -> dict[str, RawInput]:
+    """Return a description of inputs that the exported model takes as they are.
+
+    Args:
+        inputs: of the model.
+        name: of a single tensor.
+    """
+    tensors = {name: inputs} if isinstance(inputs, Tensor) else inputs
+    described = {}
+    for key, each in tensors.items():
+        shape = tuple(each.shape[1:])
+        described[key] = RawInput(each.dtype, shape, "as the data set prepares it")
+    return described
 
 
 def real_batches(pipeline: Pipeline, rows: Split) -> list[Inputs]:
