@@ -35,7 +35,8 @@ from framework.errors.terminal import (
 )
 from framework.experiment.plan import Memory, ParameterGroup, Plan
 from framework.experiment.plan_text import render
-from framework.experiment.trained.prediction_files import Form, write_predictions
+from framework.experiment.trained.prediction_columns import Form
+from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.sweep_files import Trial
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer

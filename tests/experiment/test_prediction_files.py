@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from framework.errors import FrameworkError
+from framework.experiment.trained.prediction_columns import Form
 from framework.experiment.trained.prediction_files import (
-    Form,
     choose_format,
     csv_pieces,
     write_predictions,

@@ -28,7 +28,8 @@ from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
 from framework.experiment.result import last_values
-from framework.experiment.trained.prediction_files import Form, write_predictions
+from framework.experiment.trained.prediction_columns import Form
+from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.checkpoint import writing
 from framework.runs.run_files import status_of
 from framework.runs.status_file import Status

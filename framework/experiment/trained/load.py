@@ -54,7 +54,7 @@ from framework.runs.folder import (
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
-from .prediction_files import Form
+from .prediction_columns import Form
 
 MAX_FLOAT32_OFFSET = 1000  # deviations between 0 and the mean of targets
 # Errors of a model that is built from the config of an untrusted source.
