@@ -565,6 +565,21 @@ def test_predictions_on_a_full_disk_are_an_error_and_leave_the_file_as_it_was(tm
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about its own code
+@pytest.mark.parametrize("to", ["safetensors", "torch_export", "onnx"])
+@pytest.mark.parametrize("size", [300, 12_000])
+def test_an_export_on_a_full_disk_is_an_error_and_nothing_is_left(command, to, size):
+    for package in fw.exporters.build(to).packages:
+        pytest.importorskip(package)
+    assert command("train data=blobs trainer.max_steps=2 callbacks=[checkpoint] run.name=r")[0] == 0
+    with largest_file(size):
+        status, _, err = command(f"export runs/default/r --to {to}")
+    assert status == 2, err
+    assert "cannot be written: File too large" in err
+    assert err.count("\n") == 1
+    assert not Path("runs/default/r/exports").exists()
+
+
 def test_a_full_disk_of_temporary_files_is_named(tmp_path):
     chunks = [({}, {"value": torch.rand(500)}) for _ in range(40)]
     message = f"{tempfile.gettempdir()} cannot be written: .* bytes are free"

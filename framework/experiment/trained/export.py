@@ -24,7 +24,7 @@ from framework.errors.user_code import user_errors
 from framework.registry.kinds import exporters
 from framework.runs.run_files import RunFiles
 from framework.runtime.batch import count_rows
-from framework.system.files import make_folder, unwritable
+from framework.system.files import disk_errors, make_folder, unwritable
 
 from .export_files import EXAMPLE, METADATA, describe, example_script
 from .load import Trained
@@ -94,9 +94,10 @@ def export_run(
     pipeline = build_pipeline(trained, rows)
     batches = real_batches(pipeline, rows)
     model = exported_model(trained, pipeline, batches[-1])
-    with temporary_folder(folder) as temporary:
+    with temporary_folder(folder) as temporary, disk_errors(folder.parent):
         doing = f"exporting to {maker.entry.name}"
-        with user_errors(doing, BuildError), warnings.catch_warnings():
+        ignored = warnings.catch_warnings()
+        with user_errors(doing, BuildError), disk_errors(folder.parent), ignored:
             warnings.simplefilter("ignore")  # of torch and onnx about their own code
             model = write(exporter, model, temporary)
             run = exporter.load(model, temporary)

@@ -72,8 +72,7 @@ class Columns(Preparation):
                 inputs.append(encode_indices(tensors["categories"][:, category], column))
                 category += 1
                 continue
-            knots = getattr(self, f"knots{index}") if "knots" in column else None
-            inputs.append(encode_numbers(tensors["numbers"][:, number], column, knots))
+            inputs.append(encode_numbers(tensors["numbers"][:, number], column, self.knots(index)))
             number += 1
         return torch.cat(inputs, dim=1)
 
@@ -88,10 +87,13 @@ class Columns(Preparation):
             if "texts" in column:
                 categories.append(decode_indices(cells, column))
             else:
-                knots = getattr(self, f"knots{index}") if "knots" in column else None
-                numbers.append(decode_numbers(cells.double(), column, knots))
+                numbers.append(decode_numbers(cells.double(), column, self.knots(index)))
         groups = [torch.stack(group, dim=1) for group in (numbers, categories) if group]
         return tuple(groups)
+
+    def knots(self, index: int) -> Tensor | None:
+        """Return the quantiles that scale a column; None for a column that has none."""
+        return dict(self.named_buffers()).get(f"knots{index}")
 
 
 def width(column: Mapping[str, Any]) -> int:
