@@ -135,7 +135,8 @@ examples:
 The input has the format of the files of the run's data set. On stdin a table
 is CSV; texts are lines, CSV or JSON lines. Each prediction has the number of
 its row (from 1) or the columns of --id, and the file if there are several.
-`class` is the name of the most likely class, `class_index` its number.
+`class` is the name of the most likely class, `class_index` its number,
+`probability` that of this class, `probabilities:NAME` those of all classes.
 Tables, texts, images, sounds, Arrow files and the .npy files of data=npz are
 read and written in chunks: any size needs little memory. Others are read as a
 whole, and .npz output is collected in memory.

@@ -35,7 +35,9 @@ from .arrow_splits import (
 )
 from .audio import SoundData
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
-from .preparations import Standardize, Tokens, Waveforms
+from .preparations.arrays import Standardize
+from .preparations.sequences import Waveforms
+from .preparations.texts import Tokens
 from .readers.arrays import read_batch
 from .readers.arrow_files import (
     Layout,

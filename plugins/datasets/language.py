@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framework import Data, DataError, PositiveInt, Preparation, Rate, Shape, WindowSplit, datasets
 
-from .preparations import Tokens
+from .preparations.texts import Tokens
 from .readers.data_files import read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.tokenizers import TokenizerPart, load_tokenizer

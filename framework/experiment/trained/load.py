@@ -54,7 +54,7 @@ from framework.runs.folder import (
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
-from .prediction_files import Form
+from .prediction_columns import Form
 
 MAX_FLOAT32_OFFSET = 1000  # deviations between 0 and the mean of targets
 # Errors of a model that is built from the config of an untrusted source.
@@ -259,7 +259,7 @@ class Trained:
                     yield chunk
 
     def predict(self, inputs: Tensor, trainer: Trainer | None = None) -> Mapping[str, Any]:
-        """Return the predictions of the task as columns by name.
+        """Return the predictions of the task as columns by name, and the names of the classes.
 
         Args:
             inputs: shape (rows, *in_shape), prepared as in training.
@@ -275,7 +275,17 @@ class Trained:
         if not isinstance(columns, Mapping):
             name = type(self.task).__name__
             raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
-        return columns
+        return self.with_class_names(columns)
+
+    def with_class_names(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return columns with the column `class`, the names of `class_index`, before it."""
+        indices = columns.get("class_index")
+        classes = self.facts["classes"]
+        if not classes or not isinstance(indices, Tensor) or indices.ndim != 1:
+            return columns
+        with facts_that_fit(self.run):
+            names = [classes[index] for index in indices.tolist()]
+        return {"class": names, **columns}
 
     def generate(self, prompt: str, **sampling: Any) -> tuple[str, str]:
         """Continue a text with a language model.
