@@ -20,7 +20,7 @@ from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable, shortened, title
 from framework.runs.folder import in_default_root, resolve_run
 from framework.runs.overview.live import Curve, LiveRun
-from framework.runs.run_files import RunFiles, is_run, is_sweep, run_files
+from framework.runs.run_files import ACTIVE, RunFiles, is_run, is_sweep, run_files
 from framework.runtime.console import console
 from framework.runtime.plot import braille, evenly_spaced
 
@@ -167,7 +167,7 @@ def current_runs(root: Path) -> list[Path]:
                 if written is not None:
                     found.append((written, run))
     newest = [run for _, run in sorted(found, reverse=True)[:MOST_CANDIDATES]]
-    current = [run for run in newest if RunFiles(run).state == "running"] or newest[:1]
+    current = [run for run in newest if RunFiles(run).state in ACTIVE] or newest[:1]
     paths = [run.parent if is_sweep(run.parent) else run for run in current]
     return sorted(dict.fromkeys(paths))
 

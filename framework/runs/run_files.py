@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from framework.errors import FrameworkError, RunError, short
 from framework.errors.paths import expanded
@@ -55,14 +55,19 @@ FRESH_SECONDS = 600.0  # since the last write of a run on another machine that c
 TAG = re.compile(r"[\w][\w.:/+-]{0,63}")
 TRIAL_NAME = re.compile(r"(\d{3,})(_.*)?")
 
-State = Literal["running", "stale", "failed", "stopped", "done", "unknown"]
+State = Literal[
+    "running", "paused", "testing", "stale", "failed", "stopped", "done", "unknown"
+]
 """The state of a run.
 
-running: a process writes to the folder. stale: it says so, but its process has ended without a
-word, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a callback in a run
-whose test was interrupted, has ended it. done: complete. unknown: status.json is missing or broken.
+running: a process writes to the folder. paused: it waits between two steps, as `framework tell` has
+requested. testing: the training has ended, and the test may follow. stale: its process has ended without
+a result, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a callback in a
+run whose test was interrupted, has ended it. done: complete. unknown: status.json is missing or
+damaged.
 """
-STATES = get_args(State)
+ACTIVE: tuple[State, ...] = ("running", "paused", "testing")
+"""The states of a run whose process is alive."""
 
 
 class Row(NamedTuple):
@@ -437,12 +442,15 @@ def state_of(run: Path, status: Any) -> State:
         run: its folder.
         status: the status in its status.json: running, paused, testing, stopped, failed or done.
     """
-    if status in ("done", "failed"):
-        return "done" if status == "done" else "failed"
-    if status in ("running", "paused", "testing", "stopped"):
-        if is_written(run):
-            return "running"  # also after "stopped": the test follows
-        return "stopped" if status == "stopped" else "stale"
+    if status == "done":
+        return "done"
+    if status == "failed":
+        return "failed"
+    if status == "stopped":
+        return "testing" if is_written(run) else "stopped"  # the test may follow
+    for active in ACTIVE:
+        if status == active:
+            return active if is_written(run) else "stale"
     return "unknown"
 
 

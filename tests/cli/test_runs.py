@@ -212,6 +212,20 @@ def test_a_running_run_is_not_removed(runs):
     assert Path("runs/default/first").is_dir()
 
 
+@pytest.mark.parametrize("state", ["running", "paused", "testing"])
+def test_all_commands_name_the_same_state(state, runs):
+    run = write_run("runs/default/live", status=state)
+    lock = WriterLock(run)
+    [listed] = json.loads(runs(f"runs --where state={state} --json")[1])["runs"]
+    [watched] = json.loads(runs("watch default/live --json")[1])["runs"]
+    compared = json.loads(runs("diff default/live default/first --json")[1])["runs"][0]
+    _, _, refused = runs("runs remove default/live")
+    lock.close()
+    assert listed["name"] == "default/live"
+    assert {listed["state"], watched["state"], compared["state"]} == {state}
+    assert "is running" in refused
+
+
 def test_best_prints_only_the_folder(runs):
     status, out, err = runs("best")
     assert (status, out) == (0, "runs/default/grid/001_lr-0.2\n")
