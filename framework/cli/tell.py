@@ -42,8 +42,9 @@ def tell(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     if not 0 < args.timeout < float("inf"):
         parser.error(f"--timeout {args.timeout}: expected seconds, more than 0")
-    parsed = parse_commands(args.commands)
-    run = run_files(args.run).path
+    files = run_files(args.run)
+    run = files.path
+    parsed = parse_commands(args.commands, files.settings)
     check_owner(run)
     check_running(run)
     rows = answers(run, parsed, args.timeout)

@@ -11,13 +11,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from framework.errors import FrameworkError, RunError, short
+from framework.errors import FrameworkError, RunError, SettingError, short
 from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.system.files import (
@@ -369,6 +369,27 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
         else:
             found[inner] = value
     return found
+
+
+def setting_named(name: str, settings: Iterable[str], place: str) -> str | None:
+    """Return the setting that a name stands for: `lr` for optimizer.lr; None if there is none.
+
+    Args:
+        name: a complete name, or the last words of one if no other setting ends in them.
+        settings: the complete names.
+        place: the beginning of the message.
+
+    Raises:
+        SettingError: several settings end in the name.
+    """
+    known = list(settings)
+    if name in known:
+        return name
+    ending = [key for key in known if key.endswith(f".{name}")]
+    if len(ending) > 1:
+        names = ", ".join(ending[:4])
+        raise SettingError(f"{place}: {name!r} may be {names}; give the complete name")
+    return ending[0] if ending else None
 
 
 def metric_direction(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from framework.errors import Facts, SettingError, nearest, suggestion
-from framework.runs.run_files import Value
+from framework.runs.run_files import Value, setting_named
 
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
 
@@ -135,12 +135,9 @@ class RunTable:
                     return Column("metric", metric, known)
             expected = ", ".join(get_args(Statistic))
             raise SettingError(f"{place}: expected one of {expected} after {metric}:, got {text!r}")
-        ending = [key for key in self.settings if key.endswith(f".{text}")]
-        if len(ending) == 1:
-            return Column("setting", ending[0])
-        if ending:
-            names = ", ".join(ending[:4])
-            raise SettingError(f"{place}: {text!r} may be {names}; give the complete name")
+        setting = setting_named(text, self.settings, place)
+        if setting is not None:
+            return Column("setting", setting)
         available = [*FIELDS, *self.metrics, *self.settings]
         last_words = [key.rpartition(".")[2] for key in self.settings]
         options = [*available, *last_words]
