@@ -98,6 +98,7 @@ DIFF = """\
 examples:
   framework diff runs/default/first runs/default/second
   framework diff runs/digits/sweep/00[01]* --curves val/loss
+  framework diff runs/digits/sweep runs/digits/other      their best trials
   framework diff A B C --json
 Prints the settings that differ, with the file and line or the override that
 gave each value; differences of the code, of versions and of the data; the

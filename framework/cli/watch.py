@@ -20,7 +20,7 @@ from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable, shortened, title
 from framework.runs.folder import in_default_root, resolve_run
 from framework.runs.overview.live import Curve, LiveRun
-from framework.runs.run_files import ACTIVE, RunFiles, is_run, is_sweep, run_files
+from framework.runs.run_files import ACTIVE, RunFiles, folders_in, is_sweep, run_files, trials_in
 from framework.runtime.console import console
 from framework.runtime.plot import braille, evenly_spaced
 
@@ -136,21 +136,11 @@ class Watched:
         known = {run.path for run in self.runs}
         for path in self.paths or current_runs(self.root):
             folder = path if is_sweep(path) else resolve_run(path)
-            members = trials(folder) if is_sweep(folder) else [folder]
+            members = trials_in(folder) if is_sweep(folder) else [folder]
             for run in members:
                 if run not in known:
                     known.add(run)
                     self.runs.append(LiveRun(run, label_of(run, self.root)))
-
-
-def trials(sweep: Path) -> list[Path]:
-    """Return the folders of the trials of a sweep, by name."""
-    try:
-        entries = [entry for entry in os.scandir(sweep) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    paths = [Path(entry.path) for entry in entries if entry.name != "best"]
-    return sorted(path for path in paths if is_run(path))
 
 
 def current_runs(root: Path) -> list[Path]:
@@ -159,9 +149,9 @@ def current_runs(root: Path) -> list[Path]:
     In place of the trials of a sweep it is the sweep.
     """
     found: list[tuple[int, Path]] = []
-    for experiment in folders(root):
-        for path in folders(experiment):
-            members = folders(path) if is_sweep(path) else [path]
+    for experiment in folders_in(root):
+        for path in folders_in(experiment):
+            members = folders_in(path) if is_sweep(path) else [path]
             for run in members:
                 written = status_time(run)
                 if written is not None:
@@ -170,15 +160,6 @@ def current_runs(root: Path) -> list[Path]:
     current = [run for run in newest if RunFiles(run).state in ACTIVE] or newest[:1]
     paths = [run.parent if is_sweep(run.parent) else run for run in current]
     return sorted(dict.fromkeys(paths))
-
-
-def folders(path: Path) -> list[Path]:
-    """Return the folders in a folder, without links."""
-    try:
-        entries = [entry for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [Path(entry.path) for entry in entries]
 
 
 def status_time(run: Path) -> int | None:

@@ -15,7 +15,7 @@ from framework.system.files import failure_reason, make_folder, unwritable
 from framework.system.locks import lock_holder
 
 from .folder import RunFolder, resolve_run, run_advice
-from .run_files import ACTIVE, RunFiles, is_run, is_sweep
+from .run_files import ACTIVE, RunFiles, is_run, is_sweep, trials_in
 
 BIN = ".bin"
 MOST_LISTED = 1_000_000  # entries of a bin that are looked through
@@ -80,9 +80,9 @@ def check_ended(path: Path) -> None:
     if is_sweep(path):
         if lock_holder(path, SWEEP_LOCK) is not None:
             raise RunError(f"{path} is running: stop it first")
-        runs = [inner for inner in sorted(path.iterdir()) if inner.is_dir() and is_run(inner)]
+        runs = trials_in(path)
     for run in runs:
-        if not run.is_symlink() and RunFiles(run).state in ACTIVE:
+        if RunFiles(run).state in ACTIVE:
             raise RunError(f"{run} is running: stop it first")
 
 

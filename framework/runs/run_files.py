@@ -566,6 +566,20 @@ def is_run(folder: Path) -> bool:
     return any(os.path.lexists(folder / file) for file in DESCRIPTION)
 
 
+def trials_in(sweep: Path) -> list[Path]:
+    """Return the folders of the trials of a sweep, by name."""
+    return sorted(path for path in folders_in(sweep) if path.name != "best" and is_run(path))
+
+
+def folders_in(path: Path) -> list[Path]:
+    """Return the folders in a folder, without links; none if it cannot be read."""
+    try:
+        entries = [entry for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [Path(entry.path) for entry in entries]
+
+
 def run_files(run: Path | str) -> RunFiles:
     """Return the files of a run that a user names: its folder, or `best` of a sweep.
 
