@@ -237,6 +237,7 @@ def time_rows(rows: Sequence[Row]) -> list[Row]:
 TIME_NAMES = {
     "training_seconds": "training",
     "total_seconds": "in all",
+    "stacked": "trials in one model",
     "seconds_per_step": "a step",
     "samples_per_second": "samples/s",
 }

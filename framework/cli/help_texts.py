@@ -255,14 +255,15 @@ Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
 is the best value; also val/loss:last, :min, :max, and :step of the best) and
 name, experiment, state, reason, step, total_steps, started, updated, time,
 processes, sweep, tags, note, problems.
-States: running; stale (its process ended without a result); failed; stopped;
-done; unknown (status.json is missing or damaged).
+States: running; paused; testing; stale (its process ended without a result);
+failed; stopped; done; unknown (status.json is missing or damaged).
 A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
 
 RUNS_TAG = """\
 examples:
   framework runs tag runs/default/first baseline good
   framework runs tag runs/default/first good --remove
+  framework runs tag runs/digits/sweep wide         a sweep and all its trials
   framework runs --where tags=baseline"""
 
 RUNS_NOTE = """\

@@ -248,11 +248,19 @@ def cell(table: RunTable, row: RunRow, column: Column) -> str:
     if column.key == "name":
         return printable(value)
     if column.key == "time":
-        return duration(value)
-    text = printable(", ".join(value) if isinstance(value, list) else value)
-    if len(text) <= MOST_CELL or (column.key in SENTENCES and not sys.stdout.isatty()):
+        shared = f" ({row.run.stacked} trials)" if row.run.stacked > 1 else ""
+        return duration(value) + shared
+    if column.key in SENTENCES:
+        return sentence(", ".join(value) if isinstance(value, list) else value)
+    return shortened(printable(", ".join(value) if isinstance(value, list) else value), MOST_CELL)
+
+
+def sentence(text: str) -> str:
+    """Return a sentence, on a terminal only its beginning."""
+    text = printable(text)
+    if len(text) <= MOST_CELL or not sys.stdout.isatty():
         return text
-    return f"{text[: MOST_CELL - 3]}..." if column.key in SENTENCES else shortened(text, MOST_CELL)
+    return f"{text[: MOST_CELL - 3]}..."
 
 
 def swept_text(table: RunTable, row: RunRow, column: Column) -> str:
@@ -273,20 +281,20 @@ def sweep_name(table: RunTable, row: RunRow) -> str:
     return f"{printable(row.sweep.name or '.')}/ ({trials} trials)"
 
 
-def sweep_tags(row: RunRow) -> str:
-    """Return the tags of the trials of a sweep."""
+def sweep_tags(table: RunTable, row: RunRow) -> str:
+    """Return the tags of a sweep and of its trials."""
     tags: dict[str, None] = {}
     for run in row.trials:
-        tags |= dict.fromkeys(run.tags)
+        tags |= dict.fromkeys(table.tags(run))
     return shortened(printable(", ".join(tags)), MOST_CELL)
 
 
 SWEEP_CELLS: dict[str, Callable[[RunTable, RunRow], str]] = {
     "name": sweep_name,
     "state": lambda table, row: state_counts(sweep_states(row, table.state)),
-    "time": lambda table, row: duration(sum(run.seconds or 0.0 for run in row.trials)),
-    "tags": lambda table, row: sweep_tags(row),
-    "note": lambda table, row: "",
+    "time": lambda table, row: duration(table.seconds(row) or 0.0),
+    "tags": sweep_tags,
+    "note": lambda table, row: sentence("" if row.sweep is None else row.sweep.note),
 }
 """Fields of a sweep that are not those of its best trial."""
 
@@ -346,6 +354,9 @@ def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
         "states": states,
         "swept": row.sweep.swept,
         "objectives": row.sweep.objectives,
+        "seconds": table.seconds(row),
+        "tags": row.sweep.tags,
+        "note": row.sweep.note or None,
         "trials": [run.name for run in row.trials],
         "best": content,
     }
@@ -377,10 +388,11 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
         "started": run.started,
         "updated": run.updated,
         "seconds": run.seconds,
+        "stacked": run.stacked,
         "processes": run.processes,
         "sweep": table.field(run, "sweep"),
-        "tags": run.tags,
-        "note": run.note or None,
+        "tags": table.tags(run),
+        "note": table.field(run, "note"),
         "settings": run.settings.complete(),
         "metrics": metrics,
         "problems": run.problems,
@@ -541,8 +553,8 @@ def has_checkpoint(run: Path) -> bool:
 
 def tag(arguments: list[str]) -> int:
     """Run `framework runs tag`."""
-    parser = Parser("runs tag", "Add tags to a run.", help_texts.RUNS_TAG)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser = Parser("runs tag", "Add tags to a run or sweep.", help_texts.RUNS_TAG)
+    parser.add_argument("run", metavar="RUN", help="folder of a run or sweep")
     parser.add_argument("tags", nargs="+", metavar="TAG", help="a word")
     parser.add_argument("--remove", action="store_true", help="remove the tags instead")
     parser.add_argument("--root", **ROOT_OPTION)
@@ -579,8 +591,8 @@ def print_labels(as_json: bool, run: Path, tags: Sequence[str], text: str) -> No
 
 def add_note(arguments: list[str]) -> int:
     """Run `framework runs note`."""
-    parser = Parser("runs note", "Write a note on a run.", help_texts.RUNS_NOTE)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser = Parser("runs note", "Write a note on a run or sweep.", help_texts.RUNS_NOTE)
+    parser.add_argument("run", metavar="RUN", help="folder of a run or sweep")
     parser.add_argument("text", metavar="TEXT", help="the note; '' removes it")
     parser.add_argument("--root", **ROOT_OPTION)
     parser.add_argument("--json", **JSON)
@@ -608,7 +620,7 @@ def remove(arguments: list[str]) -> int:
     parser.add_argument("--root", **ROOT_OPTION)
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
-    paths = [find_run_folder(args.root, name, sweeps=True) for name in dict.fromkeys(args.runs)]
+    paths = [find_run_folder(args.root, name) for name in dict.fromkeys(args.runs)]
     moved = []
     for path, target in zip(paths, remove_runs(args.root, paths), strict=True):
         print_line(f"{path} is now {target}")

@@ -23,16 +23,15 @@ LOCK = ".lock"  # of an experiment, written when one of its runs is moved
 SWEEP_LOCK = "sweep.lock"
 
 
-def find_run_folder(root: Path, name: str, sweeps: bool = False) -> Path:
-    """Return the folder of a run that a user names by its path, or by its name below `root`.
+def find_run_folder(root: Path, name: str) -> Path:
+    """Return the folder of a run or sweep that a user names by its path, or its name below `root`.
 
     Args:
         root: the folder of runs.
         name: the path or name; of `best` in a sweep, the run is returned.
-        sweeps: accept a sweep too.
 
     Raises:
-        RunError: there is no such run.
+        RunError: there is no such run or sweep.
     """
     path = expanded(name)
     if not path.is_dir() and (root / path).is_dir():
@@ -40,7 +39,7 @@ def find_run_folder(root: Path, name: str, sweeps: bool = False) -> Path:
     path = resolve_run(path)
     if not path.is_dir():
         raise RunError(f"there is no run {name}, neither here nor in {root}")
-    if not is_run(path) and not (sweeps and is_sweep(path)):
+    if not is_run(path) and not is_sweep(path):
         raise RunError(
             f"{path} is not the folder of a run: it has no config.yaml{run_advice(path)}"
         )

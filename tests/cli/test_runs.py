@@ -92,7 +92,7 @@ def test_filters(runs):
         "runs tag default/first 'two words'",
         "runs tag default/first absent --remove",
         "runs tag nowhere x",
-        "runs note default/grid x",
+        "runs note default x",
         "runs remove nowhere",
         "runs remove runs",
         "runs restore default/first",
@@ -187,6 +187,45 @@ def test_tags_and_notes_are_shown_and_filtered(runs):
     assert "baseline" in out
     assert "labels were shuffled" in out
     assert "good" not in out
+
+
+def test_labels_of_a_sweep_are_those_of_its_trials(runs):
+    assert runs("runs tag default/grid wide")[1] == "runs/default/grid: wide\n"
+    runs("runs tag default/grid/000_lr-0.1 first")
+    runs("runs note default/grid 'three rates'")
+    runs("runs note default/grid/000_lr-0.1 'the lowest'")
+    _, out, _ = runs("runs --where 'tags=wide and tags!=first'")
+    assert names(out) == ["default/grid/ (2 of 3 trials)"]
+    assert "three rates" in out
+    _, out, _ = runs("runs --where tags=wide --expand --columns name,tags,note --sort name")
+    assert out.splitlines()[1].split("  ") == [
+        "default/grid/000_lr-0.1",
+        "wide, first",
+        "the lowest",
+    ]
+    assert "wide         three rates" in out.splitlines()[2]
+    [sweep] = json.loads(runs("runs --where tags=wide --json")[1])["runs"]
+    assert (sweep["tags"], sweep["note"]) == (["wide"], "three rates")
+    assert "has no tag 'first'" in runs("runs tag default/grid first --remove")[2]
+
+
+def test_the_common_time_of_stacked_trials_counts_once(command):
+    write_sweep("runs/default/stack", *[(0.1 * number, [0.5]) for number in range(1, 5)])
+    write_run("runs/default/alone")
+    status = Path("runs/default/alone/status.json")
+    status.write_text(status.read_text().replace('"wall_seconds": 2.5', '"wall_seconds": 4'))
+    for trial in Path("runs/default/stack").glob("00*/status.json"):
+        content = json.loads(trial.read_text()) | {"wall_seconds": 6.0, "time": {"stacked": 3}}
+        if trial.parent.name.startswith("003"):  # it trained alone, after the others
+            content = json.loads(trial.read_text())
+        trial.write_text(json.dumps(content))
+    _, out, _ = command("runs --columns name,time --sort time")
+    assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:]] == ["4.0 s", "8.5 s"]
+    _, out, _ = command("runs runs/default/stack --columns name,time --sort name")
+    assert out.splitlines()[1].endswith("6.0 s (3 trials)")
+    assert out.splitlines()[4].endswith(" 2.5 s")
+    sweep, alone = json.loads(command("runs --json --sort time --reverse")[1])["runs"]
+    assert (sweep["seconds"], alone["seconds"], alone["stacked"]) == (8.5, 4, 1)
 
 
 def test_removed_runs_can_be_listed_restored_and_deleted(runs):

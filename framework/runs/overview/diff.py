@@ -357,6 +357,8 @@ def time_of(run: RunFiles) -> dict[str, Any]:
     if time is not None and time.training:
         found["total_seconds"] = round(time.total, 3)
         found["device"] = time.device
+        if time.stacked > 1:
+            found["stacked"] = time.stacked
         if time.steps:
             found["seconds_per_step"] = time.in_steps / time.steps / time.stacked
     speed = run.last("train/samples_per_second")
