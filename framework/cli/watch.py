@@ -56,6 +56,11 @@ LABEL_WIDTH = 9  # of the values at the left of a curve
 CHART_ROWS = 8  # of a curve, title and axis included, at least
 CHART_COLUMNS = 38
 MOST_DETAILS = 7  # lines on the selected run
+RESULTS = ("train/loss", "val/", "test/")
+"""The metrics that are printed without a terminal, by the beginning of their names."""
+MOST_VALUES = 8  # of these metrics
+MOST_WARNING = 300  # characters without a terminal
+GAP = "  "
 
 
 def watch(arguments: list[str]) -> None:
@@ -78,8 +83,8 @@ def watch(arguments: list[str]) -> None:
         View(watched, screen).show()
         return
     watched.refresh(budget=math.inf)
-    for line in snapshot(watched.runs):
-        print_line(line)
+    for run in watched.runs:
+        print_line(run_line(run))
 
 
 class Watched:
@@ -183,17 +188,17 @@ def label_of(run: Path, root: Path) -> str:
 # without a terminal
 
 
-def snapshot(runs: Sequence[LiveRun]) -> Iterator[str]:
-    """Yield the present state of runs as lines without a terminal."""
-    for number, run in enumerate(runs):
-        if number:
-            yield ""
-        yield f"{run.path}  {run.state}"
-        for name, text in facts(run):
-            yield f"  {name:<11}{text}"
-        for metric in metrics_of([run]):
-            curve = run.metrics.curves[metric]
-            yield f"  {title(metric)} {curve_summary(curve)}"
+def run_line(run: LiveRun) -> str:
+    """Return the present state of a run in one line, the warnings at the end."""
+    parts = [str(run.path), run.state, f"step {progress_text(run)}", speed_text(run), eta_text(run)]
+    if run.checkpoint is not None:
+        parts.append(f"saved {age_text(run.checkpoint[1])} ago")
+    results = [metric for metric in metrics_of([run]) if metric.startswith(RESULTS)]
+    for metric in results[:MOST_VALUES]:
+        parts.append(f"{title(metric)} {number(run.metrics.curves[metric].last)}")
+    for text in [run.process_text(), run.reason, *run.warnings()]:
+        parts.append(shortened(text, MOST_WARNING))
+    return GAP.join(printable(part) for part in parts if part)
 
 
 def run_as_dict(run: LiveRun) -> dict[str, Any]:
@@ -225,21 +230,6 @@ def run_as_dict(run: LiveRun) -> dict[str, Any]:
         "metrics": metrics,
         "warnings": list(run.warnings()),
     }
-
-
-def facts(run: LiveRun) -> Iterator[tuple[str, str]]:
-    """Yield names and texts on a run."""
-    yield "step", progress_text(run)
-    speed = [text for text in (speed_text(run), eta_text(run)) if text]
-    if speed:
-        yield "speed", ", ".join(speed)
-    yield "checkpoint", checkpoint_text(run) or "none"
-    if run.process_text():
-        yield "processes", run.process_text()
-    if run.reason:
-        yield "reason", shortened(printable(run.reason), 300)
-    for text in run.warnings():
-        yield "warning", shortened(printable(text), 300)
 
 
 def progress_text(run: LiveRun) -> str:
@@ -284,17 +274,6 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{rest:02}"
     return f"{minutes}:{rest:02}"
-
-
-def curve_summary(curve: Curve) -> str:
-    """Return the last value and the extreme ones."""
-    text = number(curve.last)
-    if curve.lowest is not None and curve.highest is not None:
-        lowest, low_step = curve.lowest
-        highest, high_step = curve.highest
-        text += f" (lowest {number(lowest)} at {low_step:,}, highest {number(highest)} at "
-        text += f"{high_step:,})"
-    return text
 
 
 def number(value: float) -> str:
