@@ -49,7 +49,9 @@ MEASURES = ("train/learning_rate", "train/samples_per_second")
 def diff(arguments: list[str]) -> None:
     """Run `framework diff`."""
     parser = Parser("diff", "Print the differences between runs.", help_texts.DIFF)
-    parser.add_argument("runs", nargs="+", **RUN | {"metavar": "RUN", "help": "folders of runs or sweeps"})
+    parser.add_argument(
+        "runs", nargs="+", **RUN | {"metavar": "RUN", "help": "folders of runs or sweeps"}
+    )
     names = "metrics whose curves are drawn, e.g. val/loss,val/accuracy"
     parser.add_argument("--curves", metavar="METRICS", help=names)
     parser.add_argument("--json", **JSON)

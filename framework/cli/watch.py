@@ -194,10 +194,10 @@ def run_line(run: LiveRun) -> str:
     if run.checkpoint is not None:
         parts.append(f"saved {age_text(run.checkpoint[1])} ago")
     results = [metric for metric in metrics_of([run]) if metric.startswith(RESULTS)]
-    for metric in results[:MOST_VALUES]:
-        parts.append(f"{title(metric)} {number(run.metrics.curves[metric].last)}")
-    for text in [run.process_text(), run.reason, *run.warnings()]:
-        parts.append(shortened(text, MOST_WARNING))
+    curves = run.metrics.curves
+    parts += [f"{title(metric)} {number(curves[metric].last)}" for metric in results[:MOST_VALUES]]
+    remarks = [run.process_text(), run.reason, *run.warnings()]
+    parts += [shortened(text, MOST_WARNING) for text in remarks]
     return GAP.join(printable(part) for part in parts if part)
 
 

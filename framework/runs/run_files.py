@@ -55,16 +55,14 @@ FRESH_SECONDS = 600.0  # since the last write of a run on another machine that c
 TAG = re.compile(r"[\w][\w.:/+-]{0,63}")
 TRIAL_NAME = re.compile(r"(\d{3,})(_.*)?")
 
-State = Literal[
-    "running", "paused", "testing", "stale", "failed", "stopped", "done", "unknown"
-]
+State = Literal["running", "paused", "testing", "stale", "failed", "stopped", "done", "unknown"]
 """The state of a run.
 
 running: a process writes to the folder. paused: it waits between two steps, as `framework tell` has
-requested. testing: the training has ended, and the test may follow. stale: its process has ended without
-a result, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a callback in a
-run whose test was interrupted, has ended it. done: complete. unknown: status.json is missing or
-damaged.
+requested. testing: the training has ended, and the test may follow. stale: its process has ended
+without a result, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a
+callback in a run whose test was interrupted, has ended it. done: complete. unknown: status.json is
+missing or damaged.
 """
 ACTIVE: tuple[State, ...] = ("running", "paused", "testing")
 """The states of a run whose process is alive."""
