@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from framework.cli.watch import View, Watched, chart, current_runs
+from framework.cli.live_view import View, chart
 from framework.errors import RunError
 from framework.runs.overview.live import Curve
+from framework.runs.overview.watched import Watched, current_runs
 from framework.runtime.console import PrintableConsole
 
 
