@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from framework.errors.paths import expanded, pasted
@@ -111,7 +112,7 @@ def explain_nan_of(args: Any) -> None:
     run = run_files(args.run)
     found = replay(run, args.output or run.path / "non_finite")
     if args.json:
-        print_json(found.as_dict())
+        print_json(asdict(found))
         return
     for line in nan_lines(found):
         print_line(line)
@@ -199,7 +200,7 @@ def print_activities(activities: Sequence["Activity"]) -> None:
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     """Print a setting with all its places, or several settings with the place that counts."""
     if as_json:
-        print_json([each.as_dict() for each in found])
+        print_json([asdict(each) for each in found])
         return
     if len(found) == 1:
         print_places(found[0])

@@ -1,6 +1,5 @@
 """`framework runs`: list runs."""
 
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -357,7 +356,7 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
         assert series is not None
         best = None if direction is None else series.best(direction)
         metrics[metric] = {
-            "last": finite(series.last.value),
+            "last": series.last.value,
             "last_step": series.last.step,
             "best": None if best is None else best.value,
             "best_step": None if best is None else best.step,
@@ -383,8 +382,3 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
         "metrics": metrics,
         "problems": run.problems,
     }
-
-
-def finite(value: float) -> float | None:
-    """Return a number for JSON, which has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None

@@ -136,6 +136,16 @@ def test_json_has_the_documented_form(runs):
     assert len(sweep["trials"]) == 3
 
 
+def test_json_of_a_config_with_keys_that_json_lacks(runs):
+    config = Path("runs/default/first/config.yaml")
+    config.write_text(config.read_text() + "days: [{2026-12-01: 1, null: 2, 3: .nan}]\n")
+    first = json.loads(runs("runs --json --where name=default/first")[1])["runs"][0]
+    assert first["settings"]["days"] == [{"2026-12-01": 1, "null": 2, "3": None}]
+    rows = json.loads(runs("diff default/first default/second --json")[1])["settings"]
+    [days] = [row["values"][0]["value"] for row in rows if row["name"] == "days"]
+    assert days == [{"2026-12-01": 1, "null": 2, "3": None}]
+
+
 def test_a_narrow_terminal_keeps_the_important_columns(runs, monkeypatch):
     monkeypatch.setattr(runs_module.sys.stdout, "isatty", lambda: True, raising=False)
     for width in (200, 80, 40):

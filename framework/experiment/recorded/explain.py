@@ -1,7 +1,7 @@
 """Explain a setting: its value, the place that gives it, and the values that this one replaces."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from framework.composition.origins import Origins
@@ -64,10 +64,6 @@ class Explained:
             if place.effect == USED:
                 return place.text
         return ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields in plain values."""
-        return asdict(self)
 
 
 def explain_setting(spec: Spec, setting: str) -> list[Explained]:

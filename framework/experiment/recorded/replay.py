@@ -5,11 +5,10 @@ the steps since the last checkpoint can be repeated exactly, and checked one by 
 only reads the folder of the run.
 """
 
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,13 +73,6 @@ class Replay:
     finding: Finding | None = None
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result in plain values."""
-        content = asdict(self) | {"run": str(self.run), "files": [str(file) for file in self.files]}
-        if self.finding is not None and not math.isfinite(self.finding.loss):
-            content["finding"]["loss"] = None
-        return content
 
 
 def replay(run: RunFiles, output: Path | None = None) -> Replay:
