@@ -98,6 +98,7 @@ DIFF = """\
 examples:
   framework diff runs/default/first runs/default/second
   framework diff runs/digits/sweep/00[01]* --curves val/loss
+  framework diff runs/digits/sweep runs/digits/other      their best trials
   framework diff A B C --json
 Prints the settings that differ, with the file and line or the override that
 gave each value; differences of the code, of versions and of the data; the
@@ -255,14 +256,15 @@ Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
 is the best value; also val/loss:last, :min, :max, and :step of the best) and
 name, experiment, state, reason, step, total_steps, started, updated, time,
 processes, sweep, tags, note, problems.
-States: running; stale (its process ended without a result); failed; stopped;
-done; unknown (status.json is missing or damaged).
+States: running; paused; testing; stale (its process ended without a result);
+failed; stopped; done; unknown (status.json is missing or damaged).
 A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
 
 RUNS_TAG = """\
 examples:
   framework runs tag runs/default/first baseline good
   framework runs tag runs/default/first good --remove
+  framework runs tag runs/digits/sweep wide         a sweep and all its trials
   framework runs --where tags=baseline"""
 
 RUNS_NOTE = """\

@@ -136,7 +136,7 @@ def as_json(document: Any, indent: int | None = 2) -> str:
     """Return a document as JSON; see `print_json` for the arguments."""
     try:
         return json.dumps(document, indent=indent, default=plain, allow_nan=False)
-    except ValueError:  # NaN or infinity, which are rare: `finite` copies the whole document
+    except (ValueError, TypeError):  # NaN, infinity or a date as a key: `finite` copies all
         return json.dumps(finite(document), indent=indent, default=plain)
 
 
@@ -158,13 +158,17 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Return a copy of a document in which NaN and infinity are None."""
+    """Return a copy of a document in which NaN and infinity are None, and keys are of JSON."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        copied = {}
+        for key, item in value.items():
+            is_key = key is None or isinstance(key, str | int | float)
+            copied[key if is_key else str(key)] = finite(item)
+        return copied
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return finite(plain(value))

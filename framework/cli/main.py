@@ -691,7 +691,7 @@ def runs(arguments: list[str]) -> int:
 
 def best(arguments: list[str]) -> int:
     """Run `framework best`."""
-    from .runs import best as best_run
+    from .best import best as best_run
 
     return best_run(arguments)
 

@@ -547,7 +547,7 @@ ALLOWED = {  # numbers and constant texts
         "'\\n'.join(completed(words))",
         "SCRIPTS[parser.parse_args(arguments).shell]",
     },
-    "runs.py": {"printable(path) if sys.stdout.isatty() else path"},
+    "best.py": {"printable(path) if sys.stdout.isatty() else path"},
     "predict.py": {"first", "piece"},  # `text_pieces` escapes them
     "find.py": None,
     "terminal.py": None,
