@@ -13,7 +13,7 @@ from framework.errors.paths import real_path, shorter
 from framework.errors.terminal import print_line
 from framework.system.files import write_file
 
-from .json_output import print_json
+from .json_output import as_json as json_text, print_json
 
 
 def print_schema(index: Index, output: Path | None, as_json: bool) -> None:
@@ -22,14 +22,17 @@ def print_schema(index: Index, output: Path | None, as_json: bool) -> None:
     Args:
         index: all parts.
         output: the file.
-        as_json: print the path of the file as JSON.
+        as_json: print the schema, or the path of the file, as a document of `--json`.
 
     Raises:
         FrameworkError: the file cannot be written.
     """
     schema = experiment_schema(index, choice_files(config_folders(), index))
+    if output is None and as_json:
+        print_json({"experiment_schema": schema})
+        return
     if output is None:
-        print_json(schema)
+        print(json_text(schema))
         return
     write_schema(output, schema)
     print_line(f"schema   {shorter(output)}")
