@@ -127,12 +127,12 @@ class MappedSequences(RaggedSplit):
         files = [self.table.paths, self.table.names]
         return [*files, self.rows, self.labels, self.lengths, self.bucket]
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
         column = next(iter(self.table.columns.values()))
-        lengths = self.lengths[indices]
-        tokens = column.read_lists(self.rows[indices], lengths, int(lengths.max()))
-        batch = (tokens, self.labels[indices])
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        width = int(self.lengths[batch].max())
+        tokens = column.read_lists(self.rows[indices], self.lengths[indices], width)
+        parts = (tokens, self.labels[indices])
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in parts)
 
 
 class EncodedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
