@@ -370,7 +370,7 @@ def test_empty_cells_and_nan_are_errors(tmp_path, labels):
     with pytest.raises(DataError, match="column 'a' has 1 empty cells"):
         build(empty)
     invalid = write(tmp_path / "b.arrow", {"a": [*values[1:], float("nan")], "label": labels})
-    with pytest.raises(DataError, match=f"row {ROWS} contain NaN"):
+    with pytest.raises(DataError, match=f"row {ROWS} has NaN"):
         build(invalid, **WHOLE)
     inner = pa.array([[1.0, None]] * ROWS, pa.list_(pa.float64(), 2))
     with pytest.raises(DataError, match="empty cells"):
