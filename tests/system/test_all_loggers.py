@@ -42,7 +42,8 @@ class Kill(fw.Callback):
     def on_step_done(self, trainer):
         if trainer.state.step == self.at:
             deadline = time.monotonic() + 240
-            while min(sent(trainer.folder, name) for name in SERVICES) < 120:
+            saved = trainer.folder / "checkpoints/step-00000120"
+            while any(sent(trainer.folder, name) < 120 for name in SERVICES) or not saved.exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
