@@ -13,7 +13,7 @@ from framework.errors.paths import real_path, shorter
 from framework.errors.terminal import print_line
 from framework.system.files import write_file
 
-from .json_output import as_json as json_text, print_json
+from .json_output import print_json
 
 
 def print_schema(index: Index, output: Path | None, as_json: bool) -> None:
@@ -32,7 +32,7 @@ def print_schema(index: Index, output: Path | None, as_json: bool) -> None:
         print_json({"experiment_schema": schema})
         return
     if output is None:
-        print(json_text(schema))
+        print(json.dumps(schema, indent=2))
         return
     write_schema(output, schema)
     print_line(f"schema   {shorter(output)}")
