@@ -14,7 +14,7 @@ from . import help_texts
 from .json_output import print_json
 from .parsers import JSON, Parser
 from .run_actions import ROOT_OPTION
-from .runs import ROOT, SCHEMA, WHERE, filtered, nothing, read_table, setting_text
+from .runs import ROOT, WHERE, filtered, nothing, read_table, setting_text
 
 
 def best(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def best(arguments: list[str]) -> int:
     run, value = first_with_checkpoint(table.root, ranked)
     path = table.root / run.name
     if args.json:
-        content = {"schema": SCHEMA, "path": str(path), "metric": metric, "direction": direction}
+        content = {"path": str(path), "metric": metric, "direction": direction}
         counts = {"value": value.value, "step": value.step, "compared": len(ranked)}
         print_json(content | counts)
         return 0

@@ -200,7 +200,7 @@ def print_activities(activities: Sequence["Activity"]) -> None:
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     """Print a setting with all its places, or several settings with the place that counts."""
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json({"settings": [asdict(each) for each in found]})
         return
     if len(found) == 1:
         print_places(found[0])

@@ -248,10 +248,10 @@ def check_single_process(command: str) -> None:
         )
 
 
-def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
-    """Print a value as JSON, or as a table."""
+def print_json_or_table(as_json: bool, document: dict[str, Any], table: Callable[[], Any]) -> None:
+    """Print a document as JSON, or a table."""
     if as_json:
-        print_json(value)
+        print_json(document)
     else:
         from framework.runtime.console import console
 
@@ -508,7 +508,7 @@ def evaluate(arguments: list[str]) -> None:
     else:
         values = trained.evaluate_file(args.data)
     if args.json:
-        print_json(values)
+        print_json({"metrics": values})
     else:
         from .output import print_values
 
@@ -541,16 +541,17 @@ def list_parts(arguments: list[str]) -> None:
         from framework.composition.config_files import describe_experiments
 
         found = list(describe_experiments(config_folders(args.config_dir)))
-        print_json_or_table(args.json, found, lambda: part_tables.experiments_table(found))
+        document: dict[str, Any] = {"experiments": found}
+        print_json_or_table(args.json, document, lambda: part_tables.experiments_table(found))
         return
     index = read_catalogue(args)
     if args.kind:
         kind = part_tables.kind_of(index, args.kind)
-        parts = {kind: list(index.kinds[kind]["parts"].values())}
-        print_json_or_table(args.json, parts, lambda: part_tables.parts_table(index, kind))
+        document = {"parts": {kind: list(index.kinds[kind]["parts"].values())}}
+        print_json_or_table(args.json, document, lambda: part_tables.parts_table(index, kind))
         return
     parts = {name: list(about["parts"].values()) for name, about in index.kinds.items()}
-    print_json_or_table(args.json, parts, lambda: part_tables.list_kinds(index))
+    print_json_or_table(args.json, {"parts": parts}, lambda: part_tables.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:

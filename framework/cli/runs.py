@@ -29,7 +29,6 @@ from .units import duration
 
 ROOT: dict[str, Any] = {"nargs": "?", "type": expanded, "metavar": "ROOT"}
 WHERE: dict[str, Any] = {"metavar": "FILTER", "help": "such as 'optimizer=adamw and time<60'"}
-SCHEMA = 1
 MOST_ROWS = 50  # on a terminal, without --limit
 MOST_CELL = 40  # characters
 MOST_PROBLEMS = 5  # notes on damaged runs
@@ -65,7 +64,7 @@ def runs(arguments: list[str]) -> int:
         if not root.is_dir():
             note(f"the bin of {root.parent} is empty")
             if args.json:
-                print_json({"schema": SCHEMA, "root": str(root), "runs": []})
+                print_json({"root": str(root), "runs": []})
             return 0
     table = read_table(root)
     chosen = filtered(table, args.where)
@@ -320,8 +319,7 @@ def print_problems(table: RunTable, chosen: Iterable[RunEntry]) -> None:
 def print_rows_as_json(table: RunTable, rows: Sequence[RunRow]) -> None:
     """Print rows as JSON; see conf/README.md for the form."""
     found = [row_json(table, row) for row in rows]
-    content = {"schema": SCHEMA, "root": str(table.root), "runs": found}
-    print_json(content, indent=None)  # there may be 10,000 rows
+    print_json({"root": str(table.root), "runs": found}, indent=None)  # there may be 10,000 rows
 
 
 def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:

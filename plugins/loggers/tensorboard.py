@@ -10,7 +10,6 @@ import re
 import socket
 import struct
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from framework import Logger, PositiveInt, files, loggers
 from framework.contracts.alignment import tensors_in
+
+from .text import warn_of_no_folder
 
 STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
@@ -48,9 +49,7 @@ class TensorBoard(Logger):
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file; readers then discard the records of earlier files after `step`."""
         if folder is None:
-            warnings.warn(
-                "the run has no folder, so the tensorboard logger records nothing", stacklevel=2
-            )
+            warn_of_no_folder("tensorboard")
             return
         self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
         self._file = EventFile(Path(folder))

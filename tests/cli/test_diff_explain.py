@@ -74,7 +74,7 @@ def test_the_output_of_two_runs(command):
     status, out, _ = command("explain speed runs/default/one")
     assert "steps" in out
     status, out, _ = command("explain optimizer.lr --run runs/default/two --json")
-    assert json.loads(out)[0]["places"][0]["source"] == "command line"
+    assert json.loads(out)["settings"][0]["places"][0]["source"] == "command line"
     _, short_name, _ = command("explain lr --run default/two")
     assert short_name.startswith("optimizer.lr = 0.1\n")
     assert "steps" in command("explain speed --run default/one")[1]

@@ -63,7 +63,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/experiment/trained/export.py": "new files in a private temporary folder",
     "framework/experiment/trained/trained_model.py": "new files in a private temporary folder",
     "plugins/exporters/programs.py": "new files in the private temporary folder of an export",
-    "plugins/loggers/tracker.py": "Pillow decodes an image in memory",
+    "plugins/loggers/journal.py": "Pillow decodes an image in memory",
     "framework/experiment/resumption/find_run.py": "`read_bytes` of framework/system/files.py",
     "framework/experiment/recorded/replay.py": "`read_bytes` of framework/system/files.py",
     "framework/experiment/recorded/saved_step.py": "torch reads a file from `open_file`",

@@ -51,6 +51,7 @@ from framework.runs.folder import (
     resolve_run,
     run_of_checkpoint,
 )
+from framework.runtime.batch import Batch
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
@@ -176,7 +177,9 @@ class Trained:
         return inputs  # type: ignore[no-any-return]
 
     def check_inputs(self, inputs: Any, file: Path) -> None:
-        """Raise DataError unless the inputs are a tensor of rows for the model."""
+        """Raise DataError unless the inputs are rows for the model, or a dict of them."""
+        if isinstance(inputs, Mapping):
+            return  # the task checks the fields
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
             raise DataError(f"{file}: expected a tensor from `read_inputs`, got a {found}")
@@ -258,11 +261,11 @@ class Trained:
                     chunk.file = str(file)
                     yield chunk
 
-    def predict(self, inputs: Tensor, trainer: Trainer | None = None) -> Mapping[str, Any]:
+    def predict(self, inputs: Batch, trainer: Trainer | None = None) -> Mapping[str, Any]:
         """Return the predictions of the task as columns by name, and the names of the classes.
 
         Args:
-            inputs: shape (rows, *in_shape), prepared as in training.
+            inputs: shape (rows, *in_shape), prepared as in training; or named tensors.
             trainer: the result of `trainer`; None makes one.
         """
         batch_size = self.spec.sections["loader"]["eval_batch_size"]

@@ -52,7 +52,7 @@ def test_stacked_trials_leave_the_runs_of_single_trials(command):
     status, out, _ = command(f"eval {run_of(stacked[0], 'stacked')} --json")
     assert status == 0
     loss = stacked[0]["metrics"]["test/loss"]
-    assert json.loads(out)["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert json.loads(out)["metrics"]["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_stacked_trial_resumes_alone(command):
