@@ -92,7 +92,7 @@ if TYPE_CHECKING:
         WindowSplit,
     )
     from .data.input_rows import InputFile, InputRows
-    from .data.preparation import Axis, Preparation, RawInput
+    from .data.preparation import Axis, Preparation, RawInput, UnchangedInputs
     from .experiment.trained.load import open_run as open_run  # the former name of `load`
     from .experiment.trained.trained_model import load
     from .training.trainer import Trainer
@@ -208,6 +208,7 @@ __all__ = [
     "TensorSplit",
     "Trainer",
     "Transform",
+    "UnchangedInputs",
     "WindowSplit",
     "activations",
     "blocks",
@@ -266,6 +267,7 @@ _NAMES = {
     "TensorSplit": "data.dataset",
     "Trainer": "training.trainer",
     "Transform": "contracts.transform",
+    "UnchangedInputs": "data.preparation",
     "WindowSplit": "data.dataset",
     "load": "experiment.trained.trained_model",
     # Not public: for the built-in plugins only.

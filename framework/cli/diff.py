@@ -1,17 +1,20 @@
 """`framework diff`: print the differences between runs."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from framework.errors import FrameworkError, did_you_mean, short
-from framework.errors.paths import shorter
-from framework.errors.terminal import printable, title
+from framework.errors import FrameworkError, RunError, did_you_mean, short
+from framework.errors.paths import in_package
+from framework.errors.terminal import note, printable, title
+from framework.runs.folder import in_default_root
 from framework.runs.overview.diff import (
     UNKNOWN,
     Curve,
@@ -23,7 +26,7 @@ from framework.runs.overview.diff import (
     curves_of,
     same_content,
 )
-from framework.runs.run_files import run_files
+from framework.runs.run_files import RunFiles, is_sweep, run_files, trials_in
 from framework.runtime.console import console
 from framework.runtime.plot import braille, ends, evenly_spaced, with_labels
 
@@ -39,20 +42,23 @@ WIDEST_CURVE = 60
 NARROWEST_CURVE = 16
 DEFAULT_WIDTH = 100  # of the curves, where the width of the terminal is not known
 LONGEST_VALUE = 60
+MOST_TRIALS = 4  # in the message on a sweep without a best trial
 MEASURES = ("train/learning_rate", "train/samples_per_second")
 
 
 def diff(arguments: list[str]) -> None:
     """Run `framework diff`."""
     parser = Parser("diff", "Print the differences between runs.", help_texts.DIFF)
-    parser.add_argument("runs", nargs="+", **RUN | {"metavar": "RUN", "help": "folders of runs"})
+    parser.add_argument(
+        "runs", nargs="+", **RUN | {"metavar": "RUN", "help": "folders of runs or sweeps"}
+    )
     names = "metrics whose curves are drawn, e.g. val/loss,val/accuracy"
     parser.add_argument("--curves", metavar="METRICS", help=names)
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
     if not 2 <= len(args.runs) <= MOST_RUNS:
         parser.error(f"diff: expected 2 to {MOST_RUNS} runs, got {len(args.runs)}")
-    found = compare([run_files(run) for run in args.runs])
+    found = compare([compared_run(path) for path in args.runs])
     if args.json:
         print_json(found.as_dict())
         return
@@ -60,6 +66,24 @@ def diff(arguments: list[str]) -> None:
     output = console()
     width = output.width if sys.stdout.isatty() else DEFAULT_WIDTH
     output.print(Group(*rendered(found, metrics, width)))
+
+
+def compared_run(path: Path) -> RunFiles:
+    """Return the files of a run; of a sweep, those of its best trial.
+
+    Raises:
+        RunError: there is no such run, or the sweep has no best trial.
+    """
+    sweep = in_default_root(path)
+    if not is_sweep(sweep):
+        return run_files(path)
+    if not (sweep / "best").is_dir():
+        names = ", ".join(str(trial) for trial in trials_in(sweep)[:MOST_TRIALS])
+        advice = f"; compare its trials, such as {names}" if names else ""
+        raise RunError(f"{sweep} is a sweep without a best trial yet{advice}")
+    best = run_files(sweep / "best")
+    note(f"{sweep} is a sweep: its best trial {best.name} is compared")
+    return best
 
 
 def chosen_metrics(found: Diff, names: str | None) -> list[str]:
@@ -156,10 +180,19 @@ def setting_cell(row: Row, index: int) -> Text:
         return Text("-", "dim")
     text = Text(value_text(setting.value, LONGEST_VALUE))
     if setting.source != UNKNOWN:
-        place, separator, rest = setting.source.partition(": ")
-        source = f"{shorter(place)}{separator}{rest}" if place.startswith("/") else setting.source
-        text.append(f"  ({printable(source)})", "dim")
+        text.append(f"  ({printable(source_text(setting))})", "dim")
     return text
+
+
+def source_text(setting: Setting) -> str:
+    """Return the source of a setting without the folders of this machine.
+
+    The place of a default in the code is left out: `framework explain` prints it.
+    """
+    if setting.is_default:
+        return setting.source.partition(" (")[0]
+    place, separator, rest = setting.source.partition(": ")
+    return f"{in_package(place)}{separator}{rest}" if os.path.isabs(place) else setting.source
 
 
 def text_cell(row: Row, index: int) -> Text:
@@ -206,6 +239,7 @@ def time_rows(rows: Sequence[Row]) -> list[Row]:
 TIME_NAMES = {
     "training_seconds": "training",
     "total_seconds": "in all",
+    "stacked": "trials in one model",
     "seconds_per_step": "a step",
     "samples_per_second": "samples/s",
 }

@@ -29,7 +29,7 @@ def evaluate(arguments: list[str]) -> None:
     if args.worst is None and not args.curves:
         values = trained.evaluate(split) if args.data is None else trained.evaluate_file(args.data)
         if args.json:
-            print_json(values)
+            print_json({"metrics": values})
         else:
             print_values(values, trained.checkpoint)
         return

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from framework.errors.paths import expanded, pasted
@@ -14,7 +15,8 @@ from .units import duration, small_duration, value_text
 
 if TYPE_CHECKING:
     from framework.experiment.recorded.explain import Explained
-    from framework.experiment.recorded.replay import Finding, Replay
+    from framework.experiment.recorded.finder import Finding
+    from framework.experiment.recorded.replay import Replay
     from framework.runs.overview.speed import Activity
 
 WIDEST_VALUE = 40
@@ -102,15 +104,15 @@ def explain_speed_of(args: Any) -> None:
 def explain_nan_of(args: Any) -> None:
     """Repeat the step of a run that was not finite, and print where that began."""
     with importing_torch():
-        from framework.experiment.recorded.replay import explain_nan
+        from framework.experiment.recorded.replay import replay
         from framework.registry.discovery import discover
     from framework.runs.run_files import run_files
 
     discover(args.plugins, args.without_plugin)
     run = run_files(args.run)
-    found = explain_nan(run, args.output or run.path / "non_finite")
+    found = replay(run, args.output or run.path / "non_finite")
     if args.json:
-        print_json(found.as_dict())
+        print_json(asdict(found))
         return
     for line in nan_lines(found):
         print_line(line)
@@ -120,7 +122,7 @@ def nan_lines(found: "Replay") -> Iterator[str]:
     """Yield the lines on a step that is not finite."""
     if found.finding is None:
         yield f"steps {found.start + 1:,} to {found.last:,} repeated: the loss and all gradients "
-        yield "are finite, so the failure is not repeated exactly"
+        yield "are finite: the failure did not occur again"
     else:
         step = found.finding
         yield f"step       {step.step:,} (repeated from step {found.start:,})"
@@ -128,11 +130,11 @@ def nan_lines(found: "Replay") -> Iterator[str]:
         if step.weights:
             yield f"weights    not finite before the step: {some(step.weights)}"
         if step.inputs:
-            yield f"inputs     not finite in samples {some(step.inputs)}"
+            yield f"inputs     not finite in {rows_name(step)} {some(step.inputs)}"
         yield from forward_lines(step)
         yield from backward_lines(step)
         if step.samples:
-            yield f"samples    the batch contains {some(step.samples)}"
+            yield f"samples    the step reads {some(step.samples)}"
     for note in found.notes:
         yield f"note       {printable(note)}"
     if found.files:
@@ -149,11 +151,16 @@ def forward_lines(step: "Finding") -> Iterator[str]:
             f"is not finite: {count:,} of {total:,} values, from {inputs}"
         )
         if step.layer_samples:
-            yield f"           in samples {some(step.layer_samples)}"
+            yield f"           in {rows_name(step)} {some(step.layer_samples)}"
     elif math.isfinite(step.loss):
         yield "forward    all outputs of layers and the loss are finite"
     else:
         yield "forward    all outputs of layers are finite: the loss itself is not"
+
+
+def rows_name(step: "Finding") -> str:
+    """Return what the numbers of `inputs` and `layer_samples` are."""
+    return "rows of the batch" if step.samples is None else "samples"
 
 
 def backward_lines(step: "Finding") -> Iterator[str]:
@@ -193,7 +200,7 @@ def print_activities(activities: Sequence["Activity"]) -> None:
 def print_explained(found: Sequence["Explained"], as_json: bool) -> None:
     """Print a setting with all its places, or several settings with the place that counts."""
     if as_json:
-        print_json([each.as_dict() for each in found])
+        print_json({"settings": [asdict(each) for each in found]})
         return
     if len(found) == 1:
         print_places(found[0])

@@ -1,6 +1,7 @@
 """The command `framework export`."""
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from framework.errors import FrameworkError
@@ -34,7 +35,7 @@ def export(arguments: list[str]) -> None:
 
     exported = export_run(trained, args.to, args.output, typed)
     if args.json:
-        print_json(exported)
+        print_json(asdict(exported))
     for name, size in exported.files.items():
         print_line(f"{size:>12,}  {shorter(exported.folder)}/{name}")
     print_line(

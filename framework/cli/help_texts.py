@@ -98,6 +98,7 @@ DIFF = """\
 examples:
   framework diff runs/default/first runs/default/second
   framework diff runs/digits/sweep/00[01]* --curves val/loss
+  framework diff runs/digits/sweep runs/digits/other      their best trials
   framework diff A B C --json
 Prints the settings that differ, with the file and line or the override that
 gave each value; differences of the code, of versions and of the data; the
@@ -155,7 +156,8 @@ examples:
 The input has the format of the files of the run's data set. On stdin a table
 is CSV; texts are lines, CSV or JSON lines. Each prediction has the number of
 its row (from 1) or the columns of --id, and the file if there are several.
-`class` is the name of the most likely class, `class_index` its number.
+`class` is the name of the most likely class, `class_index` its number,
+`probability` that of this class, `probabilities:NAME` those of all classes.
 Tables, texts, images, sounds, Arrow files and the .npy files of data=npz are
 read and written in chunks: any size needs little memory. Others are read as a
 whole, and .npz output is collected in memory.
@@ -278,14 +280,15 @@ Columns are settings (optimizer.lr, or lr if that is unique), metrics (val/loss
 is the best value; also val/loss:last, :min, :max, and :step of the best) and
 name, experiment, state, reason, step, total_steps, started, updated, time,
 processes, sweep, tags, note, problems.
-States: running; stale (its process ended without a result); failed; stopped;
-done; unknown (status.json is missing or damaged).
+States: running; paused; testing; stale (its process ended without a result);
+failed; stopped; done; unknown (status.json is missing or damaged).
 A filter has = != < <= > >= ~ (contains), and, or, not and parentheses."""
 
 RUNS_TAG = """\
 examples:
   framework runs tag runs/default/first baseline good
   framework runs tag runs/default/first good --remove
+  framework runs tag runs/digits/sweep wide         a sweep and all its trials
   framework runs --where tags=baseline"""
 
 RUNS_NOTE = """\

@@ -5,7 +5,8 @@
         print_json({"value": 1.0})
         output.write(status=0)
 
-JSON has neither NaN nor infinity; they become null.
+Each document is an object whose first key is `schema`, the version of all documents. JSON has
+neither NaN nor infinity; they become null.
 """
 
 import json
@@ -23,13 +24,14 @@ from typing import Any, TextIO
 from framework.errors import Facts, FrameworkError, Problem, problems_of
 
 OPTION = "--json"
+SCHEMA = 1  # of all documents; a key that is removed or changes its meaning raises it
 
 
 class JsonOutput:
     """The document of one command.
 
     Attributes:
-        document: what the command prints; None before that.
+        document: what the command prints, without `schema`; None before that.
         indent: of its lines, see `print_json`.
         error: the error that ended the command, if any; see `error_as_dict`.
         is_main: whether this process prints; of several processes of a run only one does.
@@ -37,7 +39,7 @@ class JsonOutput:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.document: Any = None
+        self.document: dict[str, Any] | None = None
         self.indent: int | None = 2
         self.error: dict[str, Any] | None = None
         self.is_main = True
@@ -56,10 +58,9 @@ class JsonOutput:
         if document is None and error is None and self.is_main and status:
             error = error_as_dict(Interrupted(f"ended with exit status {status}"), status)
         if error is not None:
-            part = document if isinstance(document, dict) else {}
-            document = part | {"error": error}
+            document = (document or {}) | {"error": error}
         if document is not None:
-            self.stream.write(as_json(document, self.indent) + "\n")
+            self.stream.write(as_json({"schema": SCHEMA} | document, self.indent) + "\n")
             self.stream.flush()
 
 
@@ -117,17 +118,15 @@ def own_stdout() -> Iterator[TextIO]:
         os.close(saved)
 
 
-def print_json(document: Any, indent: int | None = 2) -> None:
-    """Print the document of a command at its end; a later one replaces it.
+def print_json(document: dict[str, Any], indent: int | None = 2) -> None:
+    """Print the document of a command at its end if it has `--json`; a later one replaces it.
 
     Args:
-        document: of dicts, lists, dataclasses, paths, texts and numbers.
+        document: of dicts, lists, dataclasses, paths, texts and numbers; without `schema`.
         indent: of the lines; None for one line, which takes a third of the time.
     """
     output = OUTPUT.get()
-    if output is None:
-        print(as_json(document, indent))
-    else:
+    if output is not None:
         output.document = document
         output.indent = indent
 
@@ -136,7 +135,7 @@ def as_json(document: Any, indent: int | None = 2) -> str:
     """Return a document as JSON; see `print_json` for the arguments."""
     try:
         return json.dumps(document, indent=indent, default=plain, allow_nan=False)
-    except ValueError:  # NaN or infinity, which are rare: `finite` copies the whole document
+    except (ValueError, TypeError):  # NaN, infinity or a date as a key: `finite` copies all
         return json.dumps(finite(document), indent=indent, default=plain)
 
 
@@ -158,13 +157,17 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Return a copy of a document in which NaN and infinity are None."""
+    """Return a copy of a document in which NaN and infinity are None, and keys are of JSON."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        copied = {}
+        for key, item in value.items():
+            is_key = key is None or isinstance(key, str | int | float)
+            copied[key if is_key else str(key)] = finite(item)
+        return copied
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return finite(plain(value))

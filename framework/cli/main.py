@@ -255,10 +255,10 @@ def check_single_process(command: str) -> None:
         )
 
 
-def print_json_or_table(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
-    """Print a value as JSON, or as a table."""
+def print_json_or_table(as_json: bool, document: dict[str, Any], table: Callable[[], Any]) -> None:
+    """Print a document as JSON, or a table."""
     if as_json:
-        print_json(value)
+        print_json(document)
     else:
         from framework.runtime.console import console
 
@@ -315,7 +315,12 @@ def train(arguments: list[str]) -> None:
         from .output import sweep_as_dict
 
         check_single_process("a sweep (each of its trials can have trainer.devices=N)")
-        sweep(line, job, error_lines, report=lambda *found: print_json(sweep_as_dict(*found)))
+
+        def report(*found: Any) -> None:
+            if args.json:
+                print_json(sweep_as_dict(*found))
+
+        sweep(line, job, error_lines, report=report)
     else:
         compose(line, job)
 
@@ -530,16 +535,17 @@ def list_parts(arguments: list[str]) -> None:
         from framework.composition.config_files import describe_experiments
 
         found = list(describe_experiments(config_folders(args.config_dir)))
-        print_json_or_table(args.json, found, lambda: part_tables.experiments_table(found))
+        document: dict[str, Any] = {"experiments": found}
+        print_json_or_table(args.json, document, lambda: part_tables.experiments_table(found))
         return
     index = read_catalogue(args)
     if args.kind:
         kind = part_tables.kind_of(index, args.kind)
-        parts = {kind: list(index.kinds[kind]["parts"].values())}
-        print_json_or_table(args.json, parts, lambda: part_tables.parts_table(index, kind))
+        document = {"parts": {kind: list(index.kinds[kind]["parts"].values())}}
+        print_json_or_table(args.json, document, lambda: part_tables.parts_table(index, kind))
         return
     parts = {name: list(about["parts"].values()) for name, about in index.kinds.items()}
-    print_json_or_table(args.json, parts, lambda: part_tables.list_kinds(index))
+    print_json_or_table(args.json, {"parts": parts}, lambda: part_tables.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:
@@ -576,7 +582,7 @@ def show(arguments: list[str]) -> None:
             plotted = part_plots.plot_parts(parts, settings, args.steps)
     if args.json:
         documents = part_plots.as_documents(parts, plotted)
-        print_json(documents[0] if len(parts) == 1 else documents)
+        print_json(documents[0] if len(parts) == 1 else {"parts": documents})
         return
     from framework.runtime.console import console
 
@@ -711,7 +717,7 @@ def runs(arguments: list[str]) -> int:
 
 def best(arguments: list[str]) -> int:
     """Run `framework best`."""
-    from .runs import best as best_run
+    from .best import best as best_run
 
     return best_run(arguments)
 

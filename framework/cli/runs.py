@@ -1,18 +1,16 @@
-"""`framework runs` and `framework best`: list, choose, label and remove runs."""
+"""`framework runs`: list runs."""
 
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import FrameworkError, RunError, SettingError
-from framework.errors.paths import expanded, pasted
+from framework.errors import SettingError
+from framework.errors.paths import expanded
 from framework.errors.terminal import note, print_line, printable, shortened
-from framework.runs.folder import DEFAULT_ROOT
 from framework.runs.overview.run_filter import parse_filter
-from framework.runs.overview.run_index import MISSING, RunEntry, list_runs
+from framework.runs.overview.run_index import RunEntry, list_runs
 from framework.runs.overview.run_table import (
     Column,
     RunRow,
@@ -21,30 +19,16 @@ from framework.runs.overview.run_table import (
     state_counts,
     sweep_states,
 )
-from framework.runs.run_bin import (
-    BIN,
-    empty_bin,
-    find_run_folder,
-    remove_runs,
-    removed_runs,
-    restore_run,
-)
-from framework.runs.run_files import MOST_NOTE, MOST_TAGS, TAG, Labels, RunFiles, Value
+from framework.runs.run_bin import BIN
 
 from . import help_texts
 from .json_output import print_json
-from .parsers import JSON, Parser, ask
+from .parsers import JSON, Parser
+from .run_actions import ACTIONS, ROOT_OPTION
 from .units import duration
 
 ROOT: dict[str, Any] = {"nargs": "?", "type": expanded, "metavar": "ROOT"}
-ROOT_OPTION: dict[str, Any] = {
-    "type": expanded,
-    "default": DEFAULT_ROOT,
-    "metavar": "DIR",
-    "help": "folder of runs (default: runs)",
-}
 WHERE: dict[str, Any] = {"metavar": "FILTER", "help": "such as 'optimizer=adamw and time<60'"}
-SCHEMA = 1
 MOST_ROWS = 50  # on a terminal, without --limit
 MOST_CELL = 40  # characters
 MOST_PROBLEMS = 5  # notes on damaged runs
@@ -80,7 +64,7 @@ def runs(arguments: list[str]) -> int:
         if not root.is_dir():
             note(f"the bin of {root.parent} is empty")
             if args.json:
-                print_json({"schema": SCHEMA, "root": str(root), "runs": []})
+                print_json({"root": str(root), "runs": []})
             return 0
     table = read_table(root)
     chosen = filtered(table, args.where)
@@ -248,11 +232,19 @@ def cell(table: RunTable, row: RunRow, column: Column) -> str:
     if column.key == "name":
         return printable(value)
     if column.key == "time":
-        return duration(value)
-    text = printable(", ".join(value) if isinstance(value, list) else value)
-    if len(text) <= MOST_CELL or (column.key in SENTENCES and not sys.stdout.isatty()):
+        shared = f" ({row.run.stacked} trials)" if row.run.stacked > 1 else ""
+        return duration(value) + shared
+    if column.key in SENTENCES:
+        return sentence(", ".join(value) if isinstance(value, list) else value)
+    return shortened(printable(", ".join(value) if isinstance(value, list) else value), MOST_CELL)
+
+
+def sentence(text: str) -> str:
+    """Return a sentence, on a terminal only its beginning."""
+    text = printable(text)
+    if len(text) <= MOST_CELL or not sys.stdout.isatty():
         return text
-    return f"{text[: MOST_CELL - 3]}..." if column.key in SENTENCES else shortened(text, MOST_CELL)
+    return f"{text[: MOST_CELL - 3]}..."
 
 
 def swept_text(table: RunTable, row: RunRow, column: Column) -> str:
@@ -273,20 +265,20 @@ def sweep_name(table: RunTable, row: RunRow) -> str:
     return f"{printable(row.sweep.name or '.')}/ ({trials} trials)"
 
 
-def sweep_tags(row: RunRow) -> str:
-    """Return the tags of the trials of a sweep."""
+def sweep_tags(table: RunTable, row: RunRow) -> str:
+    """Return the tags of a sweep and of its trials."""
     tags: dict[str, None] = {}
     for run in row.trials:
-        tags |= dict.fromkeys(run.tags)
+        tags |= dict.fromkeys(table.tags(run))
     return shortened(printable(", ".join(tags)), MOST_CELL)
 
 
 SWEEP_CELLS: dict[str, Callable[[RunTable, RunRow], str]] = {
     "name": sweep_name,
     "state": lambda table, row: state_counts(sweep_states(row, table.state)),
-    "time": lambda table, row: duration(sum(run.seconds or 0.0 for run in row.trials)),
-    "tags": lambda table, row: sweep_tags(row),
-    "note": lambda table, row: "",
+    "time": lambda table, row: duration(table.seconds(row) or 0.0),
+    "tags": sweep_tags,
+    "note": lambda table, row: sentence("" if row.sweep is None else row.sweep.note),
 }
 """Fields of a sweep that are not those of its best trial."""
 
@@ -327,8 +319,7 @@ def print_problems(table: RunTable, chosen: Iterable[RunEntry]) -> None:
 def print_rows_as_json(table: RunTable, rows: Sequence[RunRow]) -> None:
     """Print rows as JSON; see conf/README.md for the form."""
     found = [row_json(table, row) for row in rows]
-    content = {"schema": SCHEMA, "root": str(table.root), "runs": found}
-    print_json(content, indent=None)  # there may be 10,000 rows
+    print_json({"root": str(table.root), "runs": found}, indent=None)  # there may be 10,000 rows
 
 
 def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
@@ -346,6 +337,9 @@ def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
         "states": states,
         "swept": row.sweep.swept,
         "objectives": row.sweep.objectives,
+        "seconds": table.seconds(row),
+        "tags": row.sweep.tags,
+        "note": row.sweep.note or None,
         "trials": [run.name for run in row.trials],
         "best": content,
     }
@@ -360,7 +354,7 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
         assert series is not None
         best = None if direction is None else series.best(direction)
         metrics[metric] = {
-            "last": finite(series.last.value),
+            "last": series.last.value,
             "last_step": series.last.step,
             "best": None if best is None else best.value,
             "best_step": None if best is None else best.step,
@@ -377,302 +371,12 @@ def run_json(table: RunTable, run: RunEntry) -> dict[str, Any]:
         "started": run.started,
         "updated": run.updated,
         "seconds": run.seconds,
+        "stacked": run.stacked,
         "processes": run.processes,
         "sweep": table.field(run, "sweep"),
-        "tags": run.tags,
-        "note": run.note or None,
+        "tags": table.tags(run),
+        "note": table.field(run, "note"),
         "settings": run.settings.complete(),
         "metrics": metrics,
         "problems": run.problems,
     }
-
-
-def finite(value: float) -> float | None:
-    """Return a number for JSON, which has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
-
-
-# best
-
-
-def best(arguments: list[str]) -> int:
-    """Run `framework best`."""
-    parser = Parser("best", "Print the folder of the best run.", help_texts.BEST)
-    parser.add_argument("folder", **ROOT, help="folder of runs (default: runs)")
-    parser.add_argument("--root", **ROOT_OPTION | {"help": "the same as ROOT"})
-    metric = "metric to compare (default: the one that the runs rank checkpoints by)"
-    parser.add_argument("--metric", help=metric)
-    mode = "whether low or high values are better (default: the metric decides)"
-    parser.add_argument("--mode", choices=["min", "max"], help=mode)
-    parser.add_argument("--where", **WHERE)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_args(arguments)
-    table = read_table(args.folder or args.root)
-    chosen = filtered(table, args.where)
-    if not chosen:
-        raise RunError(nothing(table, args.where))
-    metric = args.metric or monitored_metric(chosen)
-    if args.metric is not None:
-        column = table.column(metric, "--metric")
-        if column.kind != "metric" or column.key != metric:
-            raise SettingError(f"--metric {metric}: expected a metric such as val/loss")
-    direction = args.mode or table.direction(metric)
-    if direction is None:
-        raise SettingError(
-            f"whether low or high values of {metric} are better is not known: give --mode"
-        )
-    ranked = ranked_runs(chosen, metric, direction)
-    if not ranked:
-        raise RunError(f"no run in {table.root} has a finite value of {metric}")
-    ranked = without_damaged(ranked)
-    check_comparable([run for run, _ in ranked], table.root)
-    run, value = first_with_checkpoint(table.root, ranked)
-    path = table.root / run.name
-    if args.json:
-        content = {"schema": SCHEMA, "path": str(path), "metric": metric, "direction": direction}
-        counts = {"value": value.value, "step": value.step, "compared": len(ranked)}
-        print_json(content | counts)
-        return 0
-    print(printable(path) if sys.stdout.isatty() else path)  # exact for a shell
-    compared = f"the best of {run_count(len(ranked))}"
-    note(f"{metric} {value.value:.4g} after step {value.step:,}, {compared}")
-    return 0
-
-
-def ranked_runs(
-    runs: Sequence[RunEntry], metric: str, direction: str
-) -> list[tuple[RunEntry, Value]]:
-    """Return the runs with a finite value of a metric and their best values, the best run first."""
-    sign = -1.0 if direction == "max" else 1.0
-    found = []
-    for run in runs:
-        series = run.summary(metric)
-        value = None if series is None else series.best(direction)
-        if value is not None:
-            found.append((run, value))
-    return sorted(found, key=lambda pair: sign * pair[1].value)
-
-
-def without_damaged(ranked: list[tuple[RunEntry, Value]]) -> list[tuple[RunEntry, Value]]:
-    """Return the runs whose data and task are known; all of them if none is known."""
-    readable = [pair for pair in ranked if pair[0].settings.get("data") is not MISSING]
-    skipped = len(ranked) - len(readable)
-    if not readable:
-        return ranked
-    if skipped:
-        note(f"skipped, because their config cannot be read: {run_count(skipped)}")
-    return readable
-
-
-def run_count(count: int) -> str:
-    """Return a number of runs as text."""
-    return "1 run" if count == 1 else f"{count:,} runs"
-
-
-def first_with_checkpoint(
-    root: Path, ranked: Sequence[tuple[RunEntry, Value]]
-) -> tuple[RunEntry, Value]:
-    """Return the best run that can be evaluated; without any checkpoint, the best run."""
-    for skipped, (run, value) in enumerate(ranked):
-        if has_checkpoint(root / run.name):
-            if skipped:
-                count = f"{run_count(skipped)} with better values"
-                note(f"skipped, because they have no checkpoint: {count}")
-            return run, value
-    note("no run has a checkpoint, so that none can be evaluated")
-    return ranked[0]
-
-
-def monitored_metric(runs: Sequence[RunEntry]) -> str:
-    """Return the metric that runs rank their checkpoints by.
-
-    Raises:
-        SettingError: they differ, or no run has one.
-    """
-    counts: dict[str, int] = {}
-    for run in runs:
-        if run.monitor is not None and run.monitor in run.series:
-            counts[run.monitor] = counts.get(run.monitor, 0) + 1
-    if not counts:
-        raise SettingError(
-            "no run has values of the metric that it ranks its checkpoints by: choose one with "
-            "--metric"
-        )
-    if len(counts) > 1:
-        texts = ", ".join(f"{metric} ({run_count(count)})" for metric, count in counts.items())
-        raise SettingError(f"the runs monitor different metrics: {texts}; choose one with --metric")
-    return next(iter(counts))
-
-
-def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:
-    """Raise RunError if runs have different data or tasks: their metrics cannot be compared."""
-    counts: dict[str, int] = {}
-    for run in runs:
-        values = [(key, run.settings.get(key)) for key in ("data", "task")]
-        words = [
-            f"{key}={'?' if value is MISSING else setting_text(value)}" for key, value in values
-        ]
-        label = " and ".join(words)
-        counts[label] = counts.get(label, 0) + 1
-    if len(counts) > 1:
-        texts = ", ".join(
-            f"{label} ({run_count(count)})" for label, count in list(counts.items())[:3]
-        )
-        example = next(iter(counts))
-        raise RunError(
-            f"the runs in {root} differ in data or task, so that their metrics cannot be compared: "
-            f"{texts}; choose some with --where {pasted(example)}"
-        )
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Return whether a run has a checkpoint."""
-    folder = run / "checkpoints"
-    if folder.is_symlink():
-        return False
-    try:
-        return any(path.name.startswith("step-") for path in folder.iterdir())
-    except OSError:
-        return False
-
-
-# labels and the bin
-
-
-def tag(arguments: list[str]) -> int:
-    """Run `framework runs tag`."""
-    parser = Parser("runs tag", "Add tags to a run.", help_texts.RUNS_TAG)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("tags", nargs="+", metavar="TAG", help="a word")
-    parser.add_argument("--remove", action="store_true", help="remove the tags instead")
-    parser.add_argument("--root", **ROOT_OPTION)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_intermixed_args(arguments)
-    files = RunFiles(find_run_folder(args.root, args.run))
-    tags = list(files.labels.tags)
-    for word in args.tags:
-        if args.remove and word not in tags:
-            raise SettingError(
-                f"{files.path} has no tag {word!r}; it has {', '.join(tags) or 'none'}"
-            )
-        if args.remove:
-            tags.remove(word)
-            continue
-        if TAG.fullmatch(word) is None:
-            expected = "a word of at most 64 letters, digits and . : / + -"
-            raise SettingError(f"tag {word!r}: expected {expected}")
-        if word not in tags:
-            tags.append(word)
-    if len(tags) > MOST_TAGS:
-        raise SettingError(f"{files.path}: expected at most {MOST_TAGS} tags")
-    write_labels(files, Labels(tags, files.labels.note))
-    print_line(f"{files.path}: {', '.join(tags) or 'no tags'}")
-    print_labels(args.json, files.path, tags, files.labels.note)
-    return 0
-
-
-def print_labels(as_json: bool, run: Path, tags: Sequence[str], text: str) -> None:
-    """Print the tags and the note of a run as JSON, if that is wanted."""
-    if as_json:
-        print_json({"path": str(run), "tags": list(tags), "note": text or None})
-
-
-def add_note(arguments: list[str]) -> int:
-    """Run `framework runs note`."""
-    parser = Parser("runs note", "Write a note on a run.", help_texts.RUNS_NOTE)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("text", metavar="TEXT", help="the note; '' removes it")
-    parser.add_argument("--root", **ROOT_OPTION)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_args(arguments)
-    if len(args.text) > MOST_NOTE:
-        raise SettingError(f"note: expected at most {MOST_NOTE:,} characters")
-    files = RunFiles(find_run_folder(args.root, args.run))
-    write_labels(files, Labels(files.labels.tags, args.text))
-    print_line(f"{files.path}: {args.text or 'no note'}")
-    print_labels(args.json, files.path, files.labels.tags, args.text)
-    return 0
-
-
-def write_labels(files: RunFiles, labels: Labels) -> None:
-    """Write tags and note; those of a damaged file are not replaced silently."""
-    for problem in files.problems:
-        note(f"{files.path}: {problem}")
-    files.write_labels(labels)
-
-
-def remove(arguments: list[str]) -> int:
-    """Run `framework runs remove`."""
-    parser = Parser("runs remove", "Move runs and sweeps to the bin.", help_texts.RUNS_REMOVE)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or sweep")
-    parser.add_argument("--root", **ROOT_OPTION)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_intermixed_args(arguments)
-    paths = [find_run_folder(args.root, name, sweeps=True) for name in dict.fromkeys(args.runs)]
-    moved = []
-    for path, target in zip(paths, remove_runs(args.root, paths), strict=True):
-        print_line(f"{path} is now {target}")
-        moved.append({"path": str(path), "bin": str(target)})
-    if args.json:
-        print_json({"removed": moved})
-    return 0
-
-
-def restore(arguments: list[str]) -> int:
-    """Run `framework runs restore`."""
-    parser = Parser("runs restore", "Move runs back from the bin.", help_texts.RUNS_REMOVE)
-    name = "name before it was removed, such as default/first"
-    parser.add_argument("runs", nargs="+", metavar="NAME", help=name)
-    parser.add_argument("--root", **ROOT_OPTION)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_intermixed_args(arguments)
-    restored = []
-    for text in args.runs:
-        restored.append(str(restore_run(args.root, relative_name(args.root, text))))
-        print_line(f"{restored[-1]} is restored")
-    if args.json:
-        print_json({"restored": restored})
-    return 0
-
-
-def relative_name(root: Path, name: str) -> str:
-    """Return the name of a run below its folder of runs, from its path or its name."""
-    path = expanded(name)
-    return str(path.relative_to(root)) if path.is_relative_to(root) else name
-
-
-def empty(arguments: list[str]) -> int:
-    """Run `framework runs empty`."""
-    parser = Parser("runs empty", "Delete the removed runs.", help_texts.RUNS_REMOVE)
-    parser.add_argument("--root", **ROOT_OPTION)
-    parser.add_argument("--json", **JSON)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    args = parser.parse_args(arguments)
-    count = len(removed_runs(args.root))
-    if count == 0:
-        note(f"the bin of {args.root} is empty")
-        if args.json:
-            print_json({"deleted": 0})
-        return 0
-    if not args.yes:
-        if args.json or not sys.stdin.isatty():
-            raise FrameworkError(
-                "runs empty: cannot ask without a terminal; --yes deletes the runs"
-            )
-        if not ask(f"Delete {count} removed runs in {args.root / BIN}? [y/N] "):
-            print("not deleted")
-            return 1
-    deleted = empty_bin(args.root)
-    print_line(f"{deleted} runs deleted")
-    if args.json:
-        print_json({"deleted": deleted})
-    return 0
-
-
-ACTIONS: dict[str, Callable[[list[str]], int]] = {
-    "tag": tag,
-    "note": add_note,
-    "remove": remove,
-    "restore": restore,
-    "empty": empty,
-}

@@ -22,14 +22,17 @@ def print_schema(index: Index, output: Path | None, as_json: bool) -> None:
     Args:
         index: all parts.
         output: the file.
-        as_json: print the path of the file as JSON.
+        as_json: print the schema, or the path of the file, as a document of `--json`.
 
     Raises:
         FrameworkError: the file cannot be written.
     """
     schema = experiment_schema(index, choice_files(config_folders(), index))
+    if output is None and as_json:
+        print_json({"experiment_schema": schema})
+        return
     if output is None:
-        print_json(schema)
+        print(json.dumps(schema, indent=2))
         return
     write_schema(output, schema)
     print_line(f"schema   {shorter(output)}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import FrameworkError, RunError, short
+from framework.errors import FrameworkError, RunError
 from framework.errors.paths import pasted
 from framework.errors.terminal import print_line
 from framework.runs.requests import (
@@ -42,8 +42,9 @@ def tell(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     if not 0 < args.timeout < float("inf"):
         parser.error(f"--timeout {args.timeout}: expected seconds, more than 0")
-    parsed = parse_commands(args.commands)
-    run = run_files(args.run).path
+    files = run_files(args.run)
+    run = files.path
+    parsed = parse_commands(args.commands, files.settings)
     check_owner(run)
     check_running(run)
     rows = answers(run, parsed, args.timeout)
@@ -57,13 +58,11 @@ def tell(arguments: list[str]) -> None:
 
 def check_running(run: Path) -> None:
     """Raise RunError if a run is not in training."""
-    files = RunFiles(run)
-    state = files.state
-    status = files.status.get("status")
-    if state == "running" and status in ("running", "paused"):
+    state = RunFiles(run).state
+    if state in ("running", "paused"):
         return
-    if state == "running":
-        raise RunError(f"{run} is not in training: it is {short(status, quote=False)}")
+    if state == "testing":
+        raise RunError(f"{run} is not in training: it is testing")
     meaning = " (its process ended without a result)" if state == "stale" else ""
     raise RunError(f"{run} is not running: it is {state}{meaning}")
 

@@ -220,6 +220,15 @@ class Fields:
             return [inputs]
         return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
 
+    def select_inputs(self, batch: Batch) -> dict[Field, Any]:
+        """Return the fields that the model is called with to predict, without the target.
+
+        Raises:
+            DataError: the batch does not have them.
+        """
+        names = [field for field in self.input_fields(batch) if field != self.target]
+        return {field: field_of(batch, field, "task.inputs") for field in names}
+
     def select_output(self, outputs: Any) -> Any:
         """Return the named field of outputs; all of them without a name."""
         return outputs if self.output is None else field_of(outputs, self.output, "task.output")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from framework.errors import DataError, short
 from framework.errors.paths import expanded
+from framework.runtime.batch import Batch, count_rows, join_rows, select_rows
 
 STDIN = "-"
 CHUNK_BYTES = 2**24  # of inputs in float32
@@ -40,24 +40,25 @@ class InputRows:
     """Consecutive rows of a file.
 
     Attributes:
-        inputs: shape (rows, *in_shape).
+        inputs: shape (rows, *in_shape); or a dict of tensors for batches with named fields.
         ids: the cells of the columns that identify a row, by column.
         first: number of the first row in its file; the first row of a file is 1.
         file: the file as the user names it.
     """
 
-    inputs: Tensor
+    inputs: Batch
     ids: dict[str, Sequence[Any]] = field(default_factory=dict)
     first: int = 1
     file: str = ""
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return count_rows(self.inputs)
 
     def slice(self, start: int, stop: int) -> "InputRows":
         """Return the rows from start to stop."""
         ids = {name: cells[start:stop] for name, cells in self.ids.items()}
-        return InputRows(self.inputs[start:stop], ids, self.first + start, self.file)
+        inputs = select_rows(self.inputs, start, stop)
+        return InputRows(inputs, ids, self.first + start, self.file)
 
 
 def chunk_rows(in_shape: Sequence[int], batch_size: int) -> int:
@@ -135,11 +136,11 @@ def regrouped(chunks: Iterable[InputRows], rows: int) -> Iterator[list[InputRows
         yield group
 
 
-def joined_inputs(group: Sequence[InputRows]) -> Tensor:
+def joined_inputs(group: Sequence[InputRows]) -> Batch:
     """Return the inputs of a group of chunks."""
     if len(group) == 1:
         return group[0].inputs
-    return torch.cat([chunk.inputs for chunk in group])
+    return join_rows([chunk.inputs for chunk in group])
 
 
 def name_columns(

@@ -43,13 +43,15 @@ class RawInput(NamedTuple):
 RESULT = """\
 for name, values in zip(about["outputs"], outputs):
     rows = np.asarray(values).tolist()
-    if name == "class" and about["classes"]:
-        rows = [about["classes"][index] for index in rows]
+    if name == "class_index" and about["classes"]:
+        print(json.dumps({"class": [about["classes"][index] for index in rows]}))
     print(json.dumps({name: rows}))"""
 
 
 class Preparation(nn.Module):
     """Turns raw inputs into inputs of the model; `forward` must be exportable by torch.export.
+
+    `forward` returns a tensor, or a dict of tensors by field if `task.inputs` names several fields.
 
     Attributes:
         raw: the tensors that `forward` takes, by name, in order.
@@ -69,33 +71,37 @@ class Preparation(nn.Module):
     example: str = ""
     result: str = RESULT
 
-    def recover(self, inputs: Tensor) -> tuple[Tensor, ...]:
+    def recover(self, inputs: Any) -> tuple[Tensor, ...]:
         """Return raw inputs that become these inputs, up to rounding; to verify an export.
 
         Args:
-            inputs: of the model, shape (samples, ...).
+            inputs: of the model, as `forward` returns them, shape (samples, ...).
         """
         raise NotImplementedError
 
 
-class Unchanged(Preparation):
-    """For data sets that describe no preparation: the exported model takes inputs as prepared.
+class UnchangedInputs(Preparation):
+    """The raw inputs are the inputs of the model.
 
     Args:
-        dtype: of the inputs.
-        shape: of an input.
+        raw: the inputs by name; if there are several, by field of `task.inputs`.
     """
 
-    example = 'raw = {"inputs": np.load(file)}'
-
-    def __init__(self, dtype: torch.dtype, shape: Sequence[int]):
+    def __init__(self, raw: Mapping[str, RawInput]):
         super().__init__()
-        self.raw = {"inputs": RawInput(dtype, tuple(shape), "inputs as the data set prepares them")}
+        self.raw = raw
+        if len(raw) == 1:
+            (name,) = raw
+            self.example = f"raw = {{{name!r}: np.load(file)}}  # a .npy file"
+        else:
+            names = tuple(raw)
+            self.example = "arrays = np.load(file)  # a .npz file\n"
+            self.example += f"raw = {{name: arrays[name] for name in {names!r}}}"
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the inputs."""
-        return inputs
+    def forward(self, *raw: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the raw inputs."""
+        return raw[0] if len(raw) == 1 else dict(zip(self.raw, raw, strict=True))
 
-    def recover(self, inputs: Tensor) -> tuple[Tensor, ...]:
+    def recover(self, inputs: Any) -> tuple[Tensor, ...]:
         """Return the inputs."""
-        return (inputs,)
+        return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs[name] for name in self.raw)

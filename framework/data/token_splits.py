@@ -8,7 +8,7 @@ from torch import Tensor
 
 from framework.errors import DataError
 from framework.runtime import seeds
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, map_tensors
 
 from .sample_order import Order, mapped, sequential, shuffled
 
@@ -34,7 +34,8 @@ class GatheredSplit:
 
     def __getitem__(self, index: int) -> Batch:
         """Return one sample, without a batch axis."""
-        return tuple(tensor[0] for tensor in self.gather(torch.tensor([int(index)])))
+        batch = self.gather(torch.tensor([int(index)]))
+        return map_tensors(lambda tensor: tensor[0], batch)
 
     def gather(self, indices: Tensor) -> Batch:
         """Return the samples at indices (a tensor on the CPU) as one batch on the device."""

@@ -9,6 +9,9 @@ from typing import Any
 from . import SettingError
 from .terminal import printable
 
+INSTALLED = ("/site-packages/", "/dist-packages/")
+"""Folders of installed packages."""
+
 
 def expanded(path: str | Path) -> Path:
     """Return a path with a leading `~` or `~user` replaced by the home folder.
@@ -47,6 +50,14 @@ def shorter(path: str | Path) -> str:
         return str(real_path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
+
+
+def in_package(path: str | Path) -> str:
+    """Return a path as `shorter` does; that of an installed package without the folders above."""
+    shown = shorter(path)
+    for folder in INSTALLED:
+        shown = shown.rpartition(folder)[2]
+    return shown
 
 
 def pasted(path: str | Path) -> str:

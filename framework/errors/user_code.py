@@ -17,13 +17,12 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from . import BuildError, FrameworkError
-from .paths import shorter
+from .paths import INSTALLED, in_package
 from .terminal import shortened
 
 OWN_PACKAGES = ("framework", "framework_plugins")
 LONGEST_TEXT = 300  # characters of an error's text
 PYTHON = sysconfig.get_path("stdlib")
-INSTALLED = ("/site-packages/", "/dist-packages/")
 DEPENDENCIES = {
     "_pytest",
     "hydra",
@@ -57,10 +56,7 @@ class Place(NamedTuple):
     function: str = ""
 
     def __str__(self) -> str:
-        file = shorter(self.file)
-        for folder in INSTALLED:
-            file = file.rpartition(folder)[2]
-        place = f"{file}:{self.line}"
+        place = f"{in_package(self.file)}:{self.line}"
         return f"{place} in {self.function}" if self.function else place
 
 

@@ -24,7 +24,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ from typing import Any
 
 from framework.errors import FrameworkError, RunError, did_you_mean, short
 from framework.system.files import AppendFile, open_file, parse_json, parse_row, write_file
+
+from .run_files import setting_named
 
 REQUEST = "request.json"
 EVENTS = "events.jsonl"
@@ -91,8 +93,12 @@ class Refused(FrameworkError):
     request = ""
 
 
-def parse_commands(words: Sequence[str]) -> list[Command]:
+def parse_commands(words: Sequence[str], settings: Collection[str] = ()) -> list[Command]:
     """Return the commands of a command line: `stop`, or `set optimizer.lr=1e-4 checkpoint`.
+
+    Args:
+        words: of the command line.
+        settings: those of the run, by which short names such as `lr` are completed.
 
     Raises:
         FrameworkError: a word is no command, or a value is no number.
@@ -108,7 +114,7 @@ def parse_commands(words: Sequence[str]) -> list[Command]:
             commands.append(Command(word))
             takes_settings = False
         elif takes_settings and "=" in word:
-            commands.append(parse_setting(word))
+            commands.append(parse_setting(word, settings))
             setting_follows = False
         elif takes_settings:
             raise FrameworkError(f"set: expected KEY=VALUE, got {short(word)}")
@@ -126,13 +132,15 @@ def parse_commands(words: Sequence[str]) -> list[Command]:
     return commands
 
 
-def parse_setting(word: str) -> Command:
+def parse_setting(word: str, settings: Collection[str]) -> Command:
     """Return the command that sets KEY=VALUE.
 
     Raises:
-        FrameworkError: the value is neither a finite number nor a list of finite numbers.
+        FrameworkError: the value is neither a finite number nor a list of finite numbers, or
+            several settings have the name.
     """
-    setting, _, text = word.partition("=")
+    name, _, text = word.partition("=")
+    setting = setting_named(name, settings, "set") or name
     value: Any = None
     for parse in (json.loads, float):
         try:

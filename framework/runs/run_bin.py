@@ -15,7 +15,7 @@ from framework.system.files import failure_reason, make_folder, unwritable
 from framework.system.locks import lock_holder
 
 from .folder import RunFolder, resolve_run, run_advice
-from .run_files import RunFiles, is_run, is_sweep
+from .run_files import ACTIVE, RunFiles, is_run, is_sweep, trials_in
 
 BIN = ".bin"
 MOST_LISTED = 1_000_000  # entries of a bin that are looked through
@@ -23,16 +23,15 @@ LOCK = ".lock"  # of an experiment, written when one of its runs is moved
 SWEEP_LOCK = "sweep.lock"
 
 
-def find_run_folder(root: Path, name: str, sweeps: bool = False) -> Path:
-    """Return the folder of a run that a user names by its path, or by its name below `root`.
+def find_run_folder(root: Path, name: str) -> Path:
+    """Return the folder of a run or sweep that a user names by its path, or its name below `root`.
 
     Args:
         root: the folder of runs.
         name: the path or name; of `best` in a sweep, the run is returned.
-        sweeps: accept a sweep too.
 
     Raises:
-        RunError: there is no such run.
+        RunError: there is no such run or sweep.
     """
     path = expanded(name)
     if not path.is_dir() and (root / path).is_dir():
@@ -40,7 +39,7 @@ def find_run_folder(root: Path, name: str, sweeps: bool = False) -> Path:
     path = resolve_run(path)
     if not path.is_dir():
         raise RunError(f"there is no run {name}, neither here nor in {root}")
-    if not is_run(path) and not (sweeps and is_sweep(path)):
+    if not is_run(path) and not is_sweep(path):
         raise RunError(
             f"{path} is not the folder of a run: it has no config.yaml{run_advice(path)}"
         )
@@ -80,9 +79,9 @@ def check_ended(path: Path) -> None:
     if is_sweep(path):
         if lock_holder(path, SWEEP_LOCK) is not None:
             raise RunError(f"{path} is running: stop it first")
-        runs = [inner for inner in sorted(path.iterdir()) if inner.is_dir() and is_run(inner)]
+        runs = trials_in(path)
     for run in runs:
-        if not run.is_symlink() and RunFiles(run).state == "running":
+        if RunFiles(run).state in ACTIVE:
             raise RunError(f"{run} is running: stop it first")
 
 

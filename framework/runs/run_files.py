@@ -11,13 +11,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
-from framework.errors import FrameworkError, RunError, short
+from framework.errors import FrameworkError, RunError, SettingError, short
 from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.system.files import (
@@ -55,14 +55,17 @@ FRESH_SECONDS = 600.0  # since the last write of a run on another machine that c
 TAG = re.compile(r"[\w][\w.:/+-]{0,63}")
 TRIAL_NAME = re.compile(r"(\d{3,})(_.*)?")
 
-State = Literal["running", "stale", "failed", "stopped", "done", "unknown"]
+State = Literal["running", "paused", "testing", "stale", "failed", "stopped", "done", "unknown"]
 """The state of a run.
 
-running: a process writes to the folder. stale: it says so, but its process has ended without a
-word, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a callback in a run
-whose test was interrupted, has ended it. done: complete. unknown: status.json is missing or broken.
+running: a process writes to the folder. paused: it waits between two steps, as `framework tell` has
+requested. testing: the training has ended, and the test may follow. stale: its process has ended
+without a result, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a
+callback in a run whose test was interrupted, has ended it. done: complete. unknown: status.json is
+missing or damaged.
 """
-STATES = get_args(State)
+ACTIVE: tuple[State, ...] = ("running", "paused", "testing")
+"""The states of a run whose process is alive."""
 
 
 class Row(NamedTuple):
@@ -366,6 +369,27 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+def setting_named(name: str, settings: Iterable[str], place: str) -> str | None:
+    """Return the setting that a name stands for: `lr` for optimizer.lr; None if there is none.
+
+    Args:
+        name: a complete name, or the last words of one if no other setting ends in them.
+        settings: the complete names.
+        place: the beginning of the message.
+
+    Raises:
+        SettingError: several settings end in the name.
+    """
+    known = list(settings)
+    if name in known:
+        return name
+    ending = [key for key in known if key.endswith(f".{name}")]
+    if len(ending) > 1:
+        names = ", ".join(ending[:4])
+        raise SettingError(f"{place}: {name!r} may be {names}; give the complete name")
+    return ending[0] if ending else None
+
+
 def metric_direction(
     metric: str, setting: Callable[[str], Any], directions: Mapping[str, str]
 ) -> str | None:
@@ -437,12 +461,15 @@ def state_of(run: Path, status: Any) -> State:
         run: its folder.
         status: the status in its status.json: running, paused, testing, stopped, failed or done.
     """
-    if status in ("done", "failed"):
-        return "done" if status == "done" else "failed"
-    if status in ("running", "paused", "testing", "stopped"):
-        if is_written(run):
-            return "running"  # also after "stopped": the test follows
-        return "stopped" if status == "stopped" else "stale"
+    if status == "done":
+        return "done"
+    if status == "failed":
+        return "failed"
+    if status == "stopped":
+        return "testing" if is_written(run) else "stopped"  # the test may follow
+    for active in ACTIVE:
+        if status == active:
+            return active if is_written(run) else "stale"
     return "unknown"
 
 
@@ -535,6 +562,20 @@ def is_sweep(folder: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Return whether a folder is that of a run, also of one with missing files."""
     return any(os.path.lexists(folder / file) for file in DESCRIPTION)
+
+
+def trials_in(sweep: Path) -> list[Path]:
+    """Return the folders of the trials of a sweep, by name."""
+    return sorted(path for path in folders_in(sweep) if path.name != "best" and is_run(path))
+
+
+def folders_in(path: Path) -> list[Path]:
+    """Return the folders in a folder, without links; none if it cannot be read."""
+    try:
+        entries = [entry for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [Path(entry.path) for entry in entries]
 
 
 def run_files(run: Path | str) -> RunFiles:

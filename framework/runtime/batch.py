@@ -18,7 +18,8 @@ Batch = Any
 """Tensors of equal length, such as (inputs, targets) or {"input_ids": ..., "labels": ...}.
 
 It may be nested, and contain other values: lists with a text or a number for each row belong to the
-rows, and anything else to the whole batch.
+rows, and anything else to the whole batch. The type is `Any`, since with a union of these forms
+each task would have to narrow its batch before `inputs, targets = batch`.
 """
 
 

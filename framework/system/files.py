@@ -132,7 +132,7 @@ def write_file(folder: Path, name: str, content: bytes | str | Iterable[bytes]) 
 
     Raises:
         RunError: a folder of the path is a link, or the file cannot be written. For a full disk the
-            message has the bytes needed and free.
+            message has the bytes free, and those needed or, of an iterable, written before.
     """
     needed: int | None = None
     if isinstance(content, str):
@@ -145,23 +145,40 @@ def write_file(folder: Path, name: str, content: bytes | str | Iterable[bytes]) 
     try:
         directory = open_directory(folder, PurePosixPath(name).parent)
         try:
-            write_and_rename(directory, temporary, path.name, content)
+            write_and_rename(directory, temporary, path, content, needed)
         finally:
             os.close(directory)
     except OSError as error:
         raise unwritable(path, error, needed) from error
 
 
-def write_and_rename(directory: int, temporary: str, name: str, pieces: Iterable[bytes]) -> None:
-    """Write a temporary file and rename it; remove it if that fails."""
+def write_and_rename(
+    directory: int, temporary: str, path: Path, pieces: Iterable[bytes], needed: int | None
+) -> None:
+    """Write a temporary file and rename it; remove it if that fails.
+
+    Args:
+        directory: the descriptor of the folder.
+        temporary: the name of the temporary file.
+        path: the path of the file, for messages; its name is the name of the file.
+        pieces: the content.
+        needed: the number of its bytes; None if it is not known before it is written.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     descriptor = os.open(temporary, FLAGS["x"] | NO_LINKS, 0o666, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(pieces)
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
+        os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException as error:
+        written = None
         with suppress(OSError):
+            written = os.stat(temporary, dir_fd=directory).st_size
             os.unlink(temporary, dir_fd=directory)
+        if isinstance(error, OSError):
+            raise unwritable(path, error, needed, written) from error
         raise
 
 
@@ -261,13 +278,19 @@ def check_exists(folder: Path) -> None:
         raise RunError(f"the folder {folder} no longer exists")
 
 
-def unwritable(path: Path, error: OSError, needed: int | None = None) -> RunError:
+def unwritable(
+    path: Path, error: OSError, needed: int | None = None, written: int | None = None
+) -> RunError:
     """Return the error of a file that cannot be written.
 
     Args:
+        path: the file.
+        error: of the system.
         needed: the bytes to write; the message for a full disk has them.
+        written: if the number of bytes to write is not known: those that were written and removed.
     """
-    return write_error(error)(f"{path} cannot be written: {failure_reason(path, error, needed)}")
+    reason = failure_reason(path, error, needed, written)
+    return write_error(error)(f"{path} cannot be written: {reason}")
 
 
 def write_error(error: OSError) -> type[RunError]:
@@ -275,12 +298,18 @@ def write_error(error: OSError) -> type[RunError]:
     return DiskFull if error.errno in FULL else RunError
 
 
-def failure_reason(path: Path, error: OSError, needed: int | None = None) -> str:
+def failure_reason(
+    path: Path, error: OSError, needed: int | None = None, written: int | None = None
+) -> str:
     """Return the reason that a file or folder cannot be written; the message names the path."""
     reason = error.strerror or str(error)
     if error.errno in FULL:
-        needs = "" if needed is None else f"{needed:,} bytes are needed, "
-        return f"{reason} ({needs}{free_disk_bytes(path):,} bytes are free)"
+        size = ""
+        if needed is not None:
+            size = f"{needed:,} bytes are needed, "
+        elif written is not None:
+            size = f"{written:,} bytes were written and removed, "
+        return f"{reason} ({size}{free_disk_bytes(path):,} bytes are free)"
     if not path.parent.exists():
         return f"the folder {path.parent} no longer exists"
     return reason

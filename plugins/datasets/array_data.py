@@ -19,7 +19,7 @@ from framework import (
     TensorSplit,
 )
 
-from .preparations import Standardize
+from .preparations.arrays import Standardize
 from .readers.arrays import batch_chunks, numbers, read_batch
 from .readers.scaling import (
     AutoScaling,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from framework import (
+    Batch,
     Data,
     DataError,
     InputFile,
@@ -27,6 +28,7 @@ from framework import (
 )
 
 from .arrow_splits import (
+    MappedFields,
     MappedImages,
     MappedNumbers,
     MappedSequences,
@@ -36,7 +38,9 @@ from .arrow_splits import (
 )
 from .audio import SoundData, show_sounds
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
-from .preparations import Standardize, Tokens, Waveforms
+from .preparations.arrays import Standardize
+from .preparations.sequences import Waveforms
+from .preparations.texts import Tokens
 from .readers.arrays import read_batch
 from .readers.arrow_files import (
     Layout,
@@ -96,6 +100,11 @@ class Arrow(Data):
     column of images or sounds, as the bytes of their files. Texts, images and sounds are decoded by
     the workers of the loader (`loader.workers`).
 
+    With batch=dict, a batch has the inputs and the targets by the names of their columns, for a
+    task with `inputs` and `target`. The inputs are columns of numbers, each a field of its own.
+    Integers and booleans are int64 and are not standardized. Lists of integers of unequal length
+    are padded with 0 to the longest list of their column in a batch.
+
     The checks of other data sets that read all inputs (NaN, infinity) are made only for the rows
     that are measured. A file must not be changed while a run reads it.
 
@@ -105,6 +114,7 @@ class Arrow(Data):
         inputs: the columns to predict from; null: the only column of images, sounds or texts,
             otherwise all columns of numbers but the target.
         target: the column to predict.
+        batch: tuple: a batch is (inputs, targets); dict: it has the columns by name.
         target_kind: null infers it: texts and at most 20 different integers are classes.
         val_path: a file or folder with the official validation set; val_fraction is not used then.
         test_path: a file or folder with the official test set; test_fraction is not used then.
@@ -118,7 +128,8 @@ class Arrow(Data):
         resample: of sounds: convert other rates to sample_rate.
         tokenizer: of texts: converts text to ids; fitted to at most 20,000 training texts, evenly
             spaced.
-        max_length: of texts and token ids: maximum number of tokens; the rest is cut off.
+        max_length: of texts and token ids: maximum number of tokens; the rest is cut off. With
+            batch=dict, of all lists of unequal length.
         bucket: of token ids: number of batches that are sorted by length together; 0 for none.
         val_fraction: share of the rows for validation, with the same share of each class.
         test_fraction: share of the rows for the test.
@@ -136,6 +147,7 @@ class Arrow(Data):
         path: Path,
         inputs: list[str] | None = None,
         target: str = "label",
+        batch: Literal["tuple", "dict"] = "tuple",
         target_kind: Literal["class", "value", "labels"] | None = None,
         val_path: Path | None = None,
         test_path: Path | None = None,
@@ -167,7 +179,8 @@ class Arrow(Data):
         names = choose_inputs(first, inputs, target, features)
         chosen = paths.override("data.inputs", names) if inputs else "data.inputs=null"
         self.table = MappedTable(files, names, chosen)
-        self.kind = self.find_kind(features, encoded)
+        self.kind = "fields" if batch == "dict" else self.find_kind(features, encoded)
+        self.target_name = target
         targets = self.read_targets(target, target_kind, features)
         self.target = targets.kind
         self.classes = targets.classes
@@ -254,12 +267,16 @@ class Arrow(Data):
         if self.kind == "text":
             self.in_shape = (self.max_length,)
             return
+        if self.kind == "fields":
+            self.prepare_fields()
+            return
         columns = list(self.table.columns.values())
         for column in columns:
-            self.shapes.append(self.shape_of_column(column))
+            column_shape, self.lengths = self.shape_and_lengths(column)
+            self.shapes.append(column_shape)
         if self.lengths is not None:
             self.kind = "sequences"
-            self.in_shape = (int(self.lengths.max()),)
+            self.in_shape = self.shapes[0]
             return
         count = sum(torch.Size(one).numel() for one in self.shapes)
         self.in_shape = self.shapes[0] if len(columns) == 1 else (count,)
@@ -273,29 +290,52 @@ class Arrow(Data):
         if self.in_shape == ():
             self.in_shape = (1,)
 
-    def shape_of_column(self, column: MappedColumn) -> tuple[int, ...]:
-        """Return the shape of the values of a column; set `lengths` for lists of token ids."""
+    def prepare_fields(self) -> None:
+        """Set how each column becomes a field of a batch, and the shape of the first field."""
+        self.fields: dict[str, dict[str, Any]] = {}
+        self.lengths_of: dict[str, Tensor] = {}
+        for name, column in self.table.columns.items():
+            if not column.layout.is_number:
+                raise DataError(
+                    f"{paths.override('data.inputs', self.table.names)}: expected columns of "
+                    f"numbers with data.batch=dict, got {column.layout.leaf} in column {name!r} "
+                    f"({self.table.name})"
+                )
+            shape, lengths = self.shape_and_lengths(column)
+            self.shapes.append(shape)
+            self.fields[name] = {"shape": list(shape)}
+            if lengths is not None:
+                self.fields[name]["max_length"] = self.max_length
+                self.lengths_of[name] = lengths
+        self.in_shape = self.shapes[0] or (1,)
+
+    def shape_and_lengths(self, column: MappedColumn) -> tuple[tuple[int, ...], Tensor | None]:
+        """Return the shape of the values of a column, and of lists of unequal length the lengths.
+
+        The shape of such lists is the length of the longest one. They are cut to `max_length`.
+        """
         shape = column.fixed_shape
         if shape is not None:
-            return shape
+            return shape, None
         if len(column.layout.levels) > 1:
-            return column.shape_of(0)
+            return column.shape_of(0), None
         lengths = column.lengths()
         shortest = int(lengths.min())
         longest = int(lengths.max())
         if shortest == longest:
-            return (longest,)
-        is_only_column = len(self.table.columns) == 1
-        if not column.layout.is_integer or not is_only_column:
+            return (longest,), None
+        may_be_ragged = self.kind == "fields" or len(self.table.columns) == 1
+        if not column.layout.is_integer or not may_be_ragged:
             raise DataError(
                 f"{paths.override('data.inputs', self.table.names)}: expected lists of one length "
-                "(or integers as the only input, which are token ids), got lists of "
-                f"{shortest} to {longest} items in column {column.name!r} of {self.table.name}"
+                "(or integers as the only input or with data.batch=dict, which are token ids), got "
+                f"lists of {shortest} to {longest} items in column {column.name!r} of "
+                f"{self.table.name}"
             )
         if shortest == 0:
             raise DataError(f"{column.where(int(lengths.argmin()))} is empty; drop the row")
-        self.lengths = lengths.clamp(max=self.max_length)
-        return (longest,)
+        lengths = lengths.clamp(max=self.max_length)
+        return (int(lengths.max()),), lengths
 
     def fit(self, answers: Tensor, normalize: bool, scaling: AutoScaling, rows: Rows) -> None:
         """Measure the training rows, and set the splits.
@@ -313,6 +353,8 @@ class Arrow(Data):
             answers = scaled(answers, self.scale)
         if self.kind == "numbers":
             self.measure_numbers(rows["train"], normalize)
+        elif self.kind == "fields":
+            self.measure_fields(rows["train"], normalize)
         elif self.kind == "image":
             self.measure_images(rows["train"], normalize)
         elif self.kind == "text":
@@ -322,22 +364,53 @@ class Arrow(Data):
 
     def measure_numbers(self, training: Tensor, normalize: bool) -> None:
         """Set mean and deviation of the inputs."""
-        row_bytes = 8 * torch.Size(self.in_shape).numel()
-        most = max(256, min(MAX_MEASURED, MAX_MEASURED_BYTES // row_bytes))
-        sample = evenly_spaced(training, most)
+        sample = measured_rows(training, self.in_shape)
         raw = read_numbers(self.table, sample, self.shapes, self.in_shape)
+        found = self.measure(raw, sample, "the inputs", normalize)
+        if found:
+            self.mean = found["mean"]
+            self.std = found["std"]
+            self.float64 = "float64" in found
+
+    def measure_fields(self, training: Tensor, normalize: bool) -> None:
+        """Set mean and deviation of the columns that are not integers."""
+        for name, facts in self.fields.items():
+            column = self.table.columns[name]
+            if name in self.lengths_of or not column.dtype.is_floating_point:
+                continue
+            sample = measured_rows(training, facts["shape"])
+            raw = column.read(sample, facts["shape"])
+            found = self.measure(raw, sample, f"column {name!r}", normalize)
+            self.fields[name] = {"shape": facts["shape"]} | found
+
+    def measure(self, raw: Tensor, rows: Tensor, name: str, normalize: bool) -> dict[str, Any]:
+        """Return how numbers are standardized, see `standardize`; empty if they are not.
+
+        Args:
+            raw: the numbers of some training rows.
+            rows: the numbers of these rows.
+            name: what the numbers are, for errors.
+            normalize: whether they are standardized.
+
+        Raises:
+            DataError: they are not finite, or float32 or float64 cannot hold them.
+        """
         if raw.dtype == torch.float16:
             raw = raw.float()
-        self.check_finite(raw, sample)
-        where = f"{self.table.name}: the inputs"
+        self.check_finite(raw, rows, name)
+        where = f"{self.table.name}: {name}"
         if not normalize:
             check_digits(raw, where, "data.normalize=true")
-            return
+            return {}
         check_integers(raw, where)
-        self.float64 = needs_float64(raw)
-        self.mean, self.std = moments(raw, "feature", self.float64)
+        float64 = needs_float64(raw)
+        mean, std = moments(raw, "feature", float64)
+        facts: dict[str, Any] = {"mean": mean, "std": std}
+        if float64:
+            facts["float64"] = True
+        return facts
 
-    def check_finite(self, raw: Tensor, rows: Tensor) -> None:
+    def check_finite(self, raw: Tensor, rows: Tensor, name: str) -> None:
         """Raise DataError for NaN and infinity in the rows that are measured."""
         if not raw.is_floating_point():
             return
@@ -345,8 +418,8 @@ class Arrow(Data):
         if is_bad.any():
             row = int(rows[is_bad.nonzero()[0, 0]])
             raise DataError(
-                f"{self.table.name}: the inputs of row {row + 1} contain NaN or infinity (or a "
-                "number beyond float32); fill it in or drop the row"
+                f"{self.table.name}: row {row + 1} has NaN or infinity (or a number beyond "
+                f"float32) in {name}; fill it in or drop the row"
             )
 
     def measure_images(self, training: Tensor, normalize: bool) -> None:
@@ -372,6 +445,10 @@ class Arrow(Data):
         if self.kind == "sequences":
             assert self.lengths is not None
             return MappedSequences(self.table, rows, labels, self.lengths[rows], self.bucket)
+        if self.kind == "fields":
+            lengths = {name: lengths[rows] for name, lengths in self.lengths_of.items()}
+            name = self.target_name
+            return MappedFields(self.table, rows, labels, name, self.fields, lengths, self.bucket)
         if self.kind == "image":
             return MappedImages(self.table, rows, labels, facts)
         if self.kind == "audio":
@@ -394,6 +471,8 @@ class Arrow(Data):
         if self.kind in ("numbers", "image"):
             facts["mean"] = self.mean
             facts["std"] = self.std
+        if self.kind == "fields":
+            facts["fields"] = self.fields
         if self.kind == "numbers":
             facts["shapes"] = [list(shape) for shape in self.shapes]
         if self.float64:
@@ -409,7 +488,7 @@ class Arrow(Data):
         return facts
 
     @classmethod
-    def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Tensor:
+    def read_inputs(cls, path: Path, facts: dict[str, Any]) -> Batch:
         """Read an Arrow file; or a file as data=npz, image_folder, audio_folder and text_table."""
         kind = facts["kind"]
         if path.suffix in SUFFIXES:
@@ -465,11 +544,18 @@ class Arrow(Data):
             column = next(iter(table.columns.values()))
             lengths = column.lengths().clamp(max=facts["max_length"])
             return MappedSequences(table, rows, targets, lengths, 0)
+        if facts["kind"] == "fields":
+            return fields_split(table, rows, targets, label, facts)
         return mapped_split(table, rows, targets, facts)
 
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         kind = facts["kind"]
+        if kind == "fields":
+            raise DataError(
+                "data.batch=dict: expected one input for the exported model; Python code can use "
+                "the model of `framework.load(run)`"
+            )
         if kind == "audio":
             return Waveforms(facts, in_shape)
         if kind in ("text", "sequences"):
@@ -586,16 +672,26 @@ def read_vectors(cells: Any, name: str) -> Any:
     return numpy.asarray(flat).reshape(len(cells), length)
 
 
+def measured_rows(training: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the training rows whose numbers are measured, for rows of a shape."""
+    row_bytes = 8 * torch.Size(shape).numel()
+    most = max(256, min(MAX_MEASURED, MAX_MEASURED_BYTES // row_bytes))
+    return evenly_spaced(training, most)
+
+
 def evenly_spaced(rows: Tensor, most: int) -> Tensor:
     """Return at most `most` of the rows, evenly spaced."""
     step = -(-len(rows) // most)
     return rows[::step].contiguous()
 
 
-def read_arrow_inputs(path: Path, facts: dict[str, Any]) -> Tensor:
+def read_arrow_inputs(path: Path, facts: dict[str, Any]) -> Batch:
     """Return all rows of an Arrow file as a batch of inputs."""
     table = MappedTable([path], facts["inputs"])
-    size = torch.Size(facts["in_shape"]).numel()
+    shapes = [facts["in_shape"]]
+    if facts["kind"] == "fields":
+        shapes = [field["shape"] for field in facts["fields"].values()]
+    size = sum(torch.Size(shape).numel() for shape in shapes)
     memory.check_room(8 * len(table) * size, f"{len(table)} rows of {path}")
     return read_arrow_rows(table, torch.arange(len(table)), facts)
 
@@ -611,8 +707,12 @@ def read_arrow_chunks(file: InputFile, facts: dict[str, Any]) -> Iterator[InputR
         yield InputRows(read_arrow_rows(table, rows, facts), names, start + 1)
 
 
-def read_arrow_rows(table: MappedTable, rows: Tensor, facts: dict[str, Any]) -> Tensor:
+def read_arrow_rows(table: MappedTable, rows: Tensor, facts: dict[str, Any]) -> Batch:
     """Return some rows of an Arrow file as a batch of inputs."""
+    if facts["kind"] == "fields":
+        fields = fields_split(table, rows, rows, "", facts)
+        widths = {name: facts["fields"][name]["shape"][0] for name in fields.lengths_of}
+        return fields.inputs(torch.arange(len(rows)), widths)
     if facts["kind"] == "sequences":
         column = next(iter(table.columns.values()))
         longest = facts["in_shape"][0]
@@ -623,6 +723,18 @@ def read_arrow_rows(table: MappedTable, rows: Tensor, facts: dict[str, Any]) -> 
     if isinstance(split, MappedNumbers):
         return split.gather(every)[0]
     return torch.stack([split.read(row) for row in rows.tolist()])
+
+
+def fields_split(
+    table: MappedTable, rows: Tensor, labels: Tensor, target: str, facts: dict[str, Any]
+) -> MappedFields:
+    """Return a split of named fields, prepared as in training."""
+    lengths = {}
+    for name, field in facts["fields"].items():
+        if "max_length" in field:
+            most = min(*field["shape"], field["max_length"])
+            lengths[name] = table.columns[name].lengths()[rows].clamp(max=most)
+    return MappedFields(table, rows, labels, target, facts["fields"], lengths, 0)
 
 
 def mapped_split(table: MappedTable, rows: Tensor, labels: Tensor, facts: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,12 +127,81 @@ class MappedSequences(RaggedSplit):
         files = [self.table.paths, self.table.names]
         return [*files, self.rows, self.labels, self.lengths, self.bucket]
 
-    def gather(self, indices: Tensor) -> Batch:
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
         column = next(iter(self.table.columns.values()))
-        lengths = self.lengths[indices]
-        tokens = column.read_lists(self.rows[indices], lengths, int(lengths.max()))
-        batch = (tokens, self.labels[indices])
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        width = int(self.lengths[batch].max())
+        tokens = column.read_lists(self.rows[indices], self.lengths[indices], width)
+        parts = (tokens, self.labels[indices])
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in parts)
+
+
+class MappedFields(RaggedSplit):
+    """Columns of numbers, and the targets, by name: a batch is a dict of tensors.
+
+    Integers and booleans become int64, other numbers float32 (see `standardize`). Lists of unequal
+    length are padded with 0 to the longest list of their column in the batch.
+
+    Args:
+        table: the mapped columns.
+        rows: the numbers of the rows of this split.
+        labels: the targets of these rows, in memory.
+        target: the name of the targets in a batch.
+        columns: for each column, how it is scaled, and "shape", that of a row.
+        lengths: for each column of lists of unequal length, the lengths of these rows.
+        bucket: see `RaggedSplit`; by the lengths of the first such column.
+    """
+
+    place = "memory-mapped"
+
+    def __init__(
+        self,
+        table: MappedTable,
+        rows: Tensor,
+        labels: Tensor,
+        target: str,
+        columns: Mapping[str, dict[str, Any]],
+        lengths: Mapping[str, Tensor],
+        bucket: int,
+    ):
+        self.table = table
+        self.rows = rows
+        self.labels = labels
+        self.target = target
+        self.columns = columns
+        self.lengths_of = lengths
+        self.lengths = next(iter(lengths.values()), rows)
+        self.bucket = bucket if lengths else 0
+
+    def content(self) -> Any:
+        """Return the content of the samples, see `Data`."""
+        samples = [self.table.paths, self.table.names, self.rows, self.labels, self.target]
+        return [*samples, self.columns, self.lengths_of, self.bucket]
+
+    def gather_part(self, indices: Tensor, batch: Tensor) -> Batch:
+        widths = {name: int(lengths[batch].max()) for name, lengths in self.lengths_of.items()}
+        fields = self.inputs(indices, widths) | {self.target: self.labels[indices]}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in fields.items()}
+
+    def inputs(self, indices: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the inputs of some samples by name.
+
+        Args:
+            indices: of the samples.
+            widths: for each column of lists of unequal length, the length to pad them to.
+        """
+        rows = self.rows[indices]
+        fields = {}
+        for name, column in self.table.columns.items():
+            if name in widths:
+                lengths = self.lengths_of[name][indices]
+                fields[name] = column.read_lists(rows, lengths, widths[name])
+                continue
+            values = column.read(rows, self.columns[name]["shape"])
+            if values.is_floating_point():
+                fields[name] = standardize(values, self.columns[name])
+            else:
+                fields[name] = values.long()
+        return fields
 
 
 class EncodedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

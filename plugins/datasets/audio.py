@@ -33,7 +33,7 @@ from framework import (
     seeds,
 )
 
-from .preparations import Waveforms
+from .preparations.sequences import Waveforms
 from .readers.class_folders import (
     LabelledFiles,
     find_classes,

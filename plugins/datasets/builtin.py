@@ -24,7 +24,7 @@ from framework import (
 )
 
 from .array_data import ArrayData
-from .preparations import Enlarge, Standardize
+from .preparations.arrays import Enlarge, Standardize
 from .readers.arrays import as_batch_of, read_array
 from .readers.scaling import standardize
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from framework import Data, DataError, PositiveInt, Preparation, Rate, Scale, Shape, datasets
 
-from .preparations import Standardize
+from .preparations.arrays import Standardize
 from .readers.arrays import read_batch
 from .readers.class_folders import (
     LabelledFiles,

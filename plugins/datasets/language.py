@@ -20,7 +20,7 @@ from framework import (
     datasets,
 )
 
-from .preparations import Tokens
+from .preparations.texts import Tokens
 from .readers.data_files import read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.tokenizers import TokenizerPart, load_tokenizer

@@ -20,7 +20,7 @@ from framework import (
     memory,
 )
 
-from .preparations import Frames
+from .preparations.sequences import Frames
 from .readers.data_files import parse_number, read_bytes
 from .readers.fetched import data_folder
 from .readers.scaling import check_digits, mean_and_std, needs_float64

@@ -25,7 +25,7 @@ from framework import (
     seeds,
 )
 
-from .preparations import Windows
+from .preparations.sequences import Windows
 from .readers.columns import as_column
 from .readers.data_files import parse_number, read_text
 from .readers.fetched import data_folder

@@ -26,7 +26,7 @@ from framework import (
     paths,
 )
 
-from .preparations import Columns
+from .preparations.tables import Columns
 from .readers.columns import Column, Texts, as_column, as_numbers, as_texts, dictionary_encoded
 from .readers.dates import DATE_PARTS, TIME_PARTS, date_columns, date_part_column
 from .readers.encoding import Categories, Encoding, category_counts, encode, fit_column

@@ -39,7 +39,7 @@ from framework import (
     short,
 )
 
-from .preparations import Tokens
+from .preparations.texts import Tokens
 from .readers.data_files import file_errors, one_line, open_unpacked, read_bytes, read_text
 from .readers.fetched import cache_folder, fetch_command
 from .readers.targets import known_classes

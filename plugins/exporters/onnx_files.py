@@ -48,6 +48,8 @@ class Onnx(Exporter):
                 assert converted is not None
                 large = size > MOST_IN_ONE_FILE
                 converted.save(folder / "model.onnx", external_data=large)
+        except OSError:  # of the disk
+            raise
         except Exception as error:
             reason = user_code.text_of(error)
             raise BuildError(f"--to onnx: torch cannot convert {model.name}: {reason}") from error

@@ -1,6 +1,7 @@
 """Exports to PyTorch: a program of torch.export, and weights with plain PyTorch code."""
 
 import importlib.util
+import io
 import re
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,9 @@ class TorchExport(Exporter):
     """A program of torch.export: model.pt2, for `torch.export.load` in PyTorch, also in C++."""
 
     def write(self, model: ExportedModel, folder: Path) -> None:
-        torch.export.save(model.program(), folder / "model.pt2")
+        content = io.BytesIO()  # torch ends the process if it cannot write a file
+        torch.export.save(model.program(), content)
+        (folder / "model.pt2").write_bytes(content.getbuffer())
 
     def load(self, model: ExportedModel, folder: Path) -> Any:
         return torch.export.load(folder / "model.pt2").module()
@@ -45,7 +48,7 @@ class Safetensors(Exporter):
     packages = ("safetensors",)
 
     def write(self, model: ExportedModel, folder: Path) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         program = model.program()
         if has_subgraphs(program):  # of torch.autocast; this inlines them, and unrolls an LSTM
@@ -60,7 +63,7 @@ class Safetensors(Exporter):
             if not is_shared:
                 first[place] = name
                 weights[name] = tensor.detach().clone().contiguous()
-        save_file(weights, folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(weights))
         source = source_of(program, name_of, model)
         (folder / "model.py").write_text(source, encoding="utf-8")
 

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from framework import Logger, files, loggers
 
-from .text import keep_lines, read_lines
+from .text import keep_lines, read_lines, warn_of_no_folder
 
 TABLE = "metrics.csv"
 FIRST_COLUMNS = ["step", "epoch", "wall_seconds"]
@@ -33,7 +32,7 @@ class Csv(Logger):
             RunError: the file cannot be written.
         """
         if folder is None:
-            warnings.warn("the run has no folder, so the csv logger records nothing", stacklevel=2)
+            warn_of_no_folder("csv")
             return
         folder = Path(folder)
         files.make_folder(folder)

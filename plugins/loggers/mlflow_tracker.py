@@ -6,7 +6,8 @@ from typing import Any
 
 from framework import PositiveFloat, loggers
 
-from .tracker import Outcome, Record, TrackedRun, Tracker, as_image
+from .journal import Record
+from .tracker import Outcome, TrackedRun, Tracker
 
 MOST_METRICS = 1000  # of a call of log_batch
 MOST_PARAMS = 100
@@ -76,17 +77,15 @@ class MLflow(Tracker):
             self._client.log_batch(self._id, metrics=metrics[start : start + MOST_METRICS])
         for tag, text in record.texts.items():
             self._client.log_text(self._id, text, f"{tag}.md")
-        for tag, images in record.images.items():
-            for number, image in enumerate(images):
-                key = tag if len(images) == 1 else f"{tag}/{number}"
-                self._client.log_image(
-                    self._id,
-                    as_image(image),
-                    key=key,
-                    step=record.step,
-                    timestamp=milliseconds,
-                    synchronous=True,
-                )
+        for name, image in record.named_images():
+            self._client.log_image(
+                self._id,
+                image,
+                key=name,
+                step=record.step,
+                timestamp=milliseconds,
+                synchronous=True,
+            )
 
     def finish(self, outcome: Outcome) -> None:
         self._log_params(outcome.settings)

@@ -11,7 +11,6 @@ import re
 import socket
 import struct
 import time
-import warnings
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from framework import Logger, PositiveInt, files, loggers
 
 from .tensorboard_graph import trace_graph
+from .text import warn_of_no_folder
 
 STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
@@ -53,9 +53,7 @@ class TensorBoard(Logger):
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file; readers then discard the records of earlier files after `step`."""
         if folder is None:
-            warnings.warn(
-                "the run has no folder, so the tensorboard logger records nothing", stacklevel=2
-            )
+            warn_of_no_folder("tensorboard")
             return
         self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
         self._file = EventFile(Path(folder))

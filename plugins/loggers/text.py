@@ -32,9 +32,7 @@ class JsonLines(Logger):
             RunError: the file cannot be written.
         """
         if folder is None:
-            warnings.warn(
-                "the run has no folder, so the json_lines logger records nothing", stacklevel=2
-            )
+            warn_of_no_folder("json_lines")
             return
         files.make_folder(Path(folder))
         keep_lines(Path(folder), METRICS, lambda line: is_kept(line, step))
@@ -65,6 +63,11 @@ class JsonLines(Logger):
         if self._file is not None:
             self._file.close()
         self._file = None
+
+
+def warn_of_no_folder(logger: str) -> None:
+    """Warn that a logger records nothing, at the caller of its `open`."""
+    warnings.warn(f"the run has no folder, so the {logger} logger records nothing", stacklevel=3)
 
 
 def keep_lines(folder: Path, name: str, is_kept: Callable[[bytes], bool]) -> None:

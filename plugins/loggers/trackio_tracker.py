@@ -6,7 +6,8 @@ from typing import Any
 
 from framework import PositiveFloat, RunError, loggers
 
-from .tracker import Outcome, Record, TrackedRun, Tracker, as_image
+from .journal import Record, counts_and_edges
+from .tracker import Outcome, TrackedRun, Tracker
 
 STORE_SECONDS = 30.0  # until the thread of Trackio has stored what was sent
 
@@ -71,12 +72,9 @@ class Trackio(Tracker):
         for tag, text in record.texts.items():
             values[tag] = trackio.Markdown(text)
         for tag, bars in record.histograms.items():
-            edges = [bars[0][0], *(right for _, right, _ in bars)]
-            values[tag] = trackio.Histogram(np_histogram=([bar[2] for bar in bars], edges))
-        for tag, images in record.images.items():
-            for number, image in enumerate(images):
-                key = tag if len(images) == 1 else f"{tag}/{number}"
-                values[key] = trackio.Image(numpy.asarray(as_image(image)))
+            values[tag] = trackio.Histogram(np_histogram=counts_and_edges(bars))
+        for name, image in record.named_images():
+            values[name] = trackio.Image(numpy.asarray(image))
         self._run.log(values, step=record.step)
         self._last = record.step
 

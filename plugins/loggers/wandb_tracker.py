@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from framework import PositiveFloat, RunError, loggers
 
-from .tracker import Outcome, Record, TrackedRun, Tracker, as_image
+from .journal import Record, as_image, counts_and_edges
+from .tracker import Outcome, TrackedRun, Tracker
 
 LOGIN_SECONDS = 10  # that W&B may wait at a terminal for a key; without one there is a warning
 
@@ -92,8 +93,7 @@ class Wandb(Tracker):
         for tag, text in record.texts.items():
             values[tag] = wandb.Html(as_html(text), inject=False)
         for tag, bars in record.histograms.items():
-            edges = [bars[0][0], *(right for _, right, _ in bars)]
-            values[tag] = wandb.Histogram(np_histogram=([bar[2] for bar in bars], edges))
+            values[tag] = wandb.Histogram(np_histogram=counts_and_edges(bars))
         for tag, images in record.images.items():
             values[tag] = [wandb.Image(as_image(image)) for image in images]
         self._run.log(values, step=record.step)

@@ -206,7 +206,7 @@ class Classification(Supervised):
     def predict(self, outputs: Tensor) -> dict[str, Any]:
         probabilities = outputs.float().softmax(1)
         probability, index = probabilities.max(1)
-        return {"class": index, "probability": probability, "probabilities": probabilities}
+        return {"class_index": index, "probability": probability, "probabilities": probabilities}
 
     def check(self, data: Data) -> None:
         super().check(data)

@@ -83,7 +83,7 @@ def test_eval_prints_the_test_metrics_of_the_run(command, run):
     status, out, _ = command(f"eval {run} --json")
     assert status == 0
     logged = {key: value for key, value in last_line(run).items() if key.startswith("test/")}
-    assert json.loads(out) == pytest.approx(logged, abs=1e-6)
+    assert json.loads(out)["metrics"] == pytest.approx(logged, abs=1e-6)
     status, out, _ = command(f"eval {run} --split val --checkpoint last")
     assert [line.split()[0] for line in out.splitlines()] == ["val/loss", "val/accuracy", "from"]
 
@@ -109,9 +109,9 @@ def test_predict_reads_a_file_and_writes_a_file(command, run, tmp_path):
 
 def test_plan_list_and_show_print_json(command):
     assert json.loads(command("plan --json")[1])["parameters"] > 1000
-    listed = json.loads(command("list --json")[1])
+    listed = json.loads(command("list --json")[1])["parts"]
     assert listed.keys() == Registry.every.keys()
-    optimizers = json.loads(command("list optimizer --json")[1])["optimizer"]
+    optimizers = json.loads(command("list optimizer --json")[1])["parts"]["optimizer"]
     assert {part["name"] for part in optimizers} >= {"sgd", "adamw"}
     shown = json.loads(command("show optimizer/adamw --json")[1])
     assert shown["settings"][0]["name"] == "lr"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import NoneType
@@ -11,10 +9,11 @@ from types import NoneType
 import numpy
 import pytest
 
-from framework.cli.json_output import as_json, json_output, print_json
+from framework.cli import tell
+from framework.cli.json_output import SCHEMA, as_json, json_output, print_json
 from framework.cli.main import COMMANDS, main
 from framework.errors import ConfigError, Facts, Problem
-from run_folders import write_run
+from runs import run_training
 
 Number = (int, float)
 Text = (str, NoneType)
@@ -54,7 +53,6 @@ TRIAL = {
 }
 SWEEP = {"sweep": str, "objectives": {"val/loss": str}, "best": Text, "trials": [TRIAL]}
 BEST = {
-    "schema": int,
     "path": str,
     "metric": str,
     "direction": str,
@@ -65,7 +63,7 @@ BEST = {
 ROW = {"name": str, "values": list}
 DIFF = {"runs": [{"name": str, "path": str, "state": str, "events": list, "problems": list}]}
 DIFF |= {part: [ROW] for part in ("settings", "code", "versions", "data", "metrics", "time")}
-EXPLAINED = {"setting": str, "value": object, "places": list, "note": Text}
+EXPLAINED = {"settings": [{"setting": str, "value": object, "places": list, "note": Text}]}
 SPEED = {
     "seconds": Known,
     "steps": (int, NoneType),
@@ -92,7 +90,7 @@ WATCHED = {
     "metrics": {"val/loss": EXTREMES, ...: EXTREMES},
     "warnings": [str],
 }
-SETTING = {"name": str, "type": str, "doc": str, "required": bool, "schema": dict}
+SETTING = {"name": str, "type": str, "doc": str, "required": bool, "schema": dict, ...: object}
 PART = {
     "kind": str,
     "key": str,
@@ -101,6 +99,7 @@ PART = {
     "aliases": [str],
     "summary": str,
     "doc": str,
+    "settings": [SETTING],
     "source": str,
     "registered": str,
     "module": str,
@@ -108,6 +107,44 @@ PART = {
     "version": Text,
 }
 SMALL = "model.width=8 loader.batch_size=400 trainer.max_epochs=1 callbacks=[checkpoint]"
+LABELS = {"path": str, "tags": [str], "note": Text}
+CHECK = {"passed": bool, "parts": [{"text": str, "seconds": Known}]}
+RATES = {"rates": [Number], "losses": [Number], "suggestion": Number, "lowest": Number}
+EXPORTED = {"folder": str, "files": {...: int}, "difference": Number, "samples": int}
+EXPORTED |= {"split": str, "metrics": {...: Number}, "seconds": Number}
+DOCUMENTS = [
+    (f"train {SMALL} run.name=first", RESULT),
+    ("rerun default/first run.name=second seed=1", RESULT | {"differences": [str]}),
+    ("resume default/first trainer.max_epochs=2", RESULT),
+    ("eval default/first", {"metrics": {"test/loss": Number, "test/accuracy": Number}}),
+    ("predict default/first --input rows.npy --output p.csv", {"output": str, "rows": int}),
+    ("export default/first --to safetensors", EXPORTED),
+    ("best", BEST),
+    ("runs", {"root": str, "runs": [dict]}),
+    ("diff default/first default/second", DIFF),
+    ("explain optimizer.lr", EXPLAINED),
+    ("explain optimizer --run default/first", EXPLAINED),
+    ("explain speed default/first", SPEED),
+    ("watch", {"runs": [WATCHED]}),
+    ("tell default/first checkpoint", {"run": str, "events": [dict]}),
+    ("runs tag default/first good", LABELS),
+    ("runs note default/first slow", LABELS),
+    ("runs remove default/first", {"removed": [{"path": str, "bin": str}]}),
+    ("runs --bin", {"root": str, "runs": [dict]}),
+    ("runs restore default/first", {"restored": [str]}),
+    ("runs empty --yes", {"deleted": int}),
+    (f"train -m {SMALL} seed=1,2 sweep.name=both", SWEEP),
+    ("watch default/both", {"runs": [WATCHED]}),
+    (f"plan {SMALL}", {"parameters": int, "layers": list, ...: object}),
+    (f"check {SMALL} strategy=single", CHECK),
+    ("find lr model.width=8", RATES),
+    ("list", {"parts": {"optimizer": [PART], ...: [PART]}}),
+    ("list optimizer", {"parts": {"optimizer": [PART]}}),
+    ("list experiment", {"experiments": [{"name": str, "summary": str, "folder": str}]}),
+    ("show optimizer/sgd", PART),
+    ("schema", {"experiment_schema": dict}),
+    ("schema --output experiment.schema.json", {"output": str}),
+]
 
 
 def check_form(value, form, path="$"):
@@ -136,15 +173,13 @@ def without_constants(text):
 
 
 def document(command, line, status=0):
+    """Return the document of a command without `schema`, which is the first key of each."""
     found, out, err = command(f"{line} --json")
     assert (found or 0) == status, err
-    return json.loads(out, parse_constant=without_constants)
-
-
-@pytest.fixture
-def trained(command, one_thread):
-    check_form(document(command, f"train {SMALL} run.name=first"), RESULT)
-    return "runs/default/first"
+    content = json.loads(out, parse_constant=without_constants)
+    assert next(iter(content.items())) == ("schema", SCHEMA)
+    del content["schema"]
+    return content
 
 
 def test_the_checker_of_forms_can_fail():
@@ -153,88 +188,54 @@ def test_the_checker_of_forms_can_fail():
             check_form(value, form)
 
 
-def test_commands_on_a_run(command, trained):
-    found = document(command, f"rerun {trained} run.name=second optimizer.lr=0.01")
-    check_form(found, RESULT | {"differences": [str]})
-    assert found["run"] == "runs/default/second"
-    check_form(document(command, f"resume {trained} trainer.max_epochs=2"), RESULT)
-    check_form(document(command, f"eval {trained}"), {"test/loss": Number, "test/accuracy": Number})
-    check_form(document(command, "best"), BEST)
-    found = document(command, f"diff {trained} runs/default/second")
-    check_form(found, DIFF)
-    assert "optimizer.lr" in [row["name"] for row in found["settings"]]
-    check_form(document(command, "explain optimizer.lr"), [EXPLAINED])
-    check_form(document(command, f"explain optimizer.lr --run {trained}"), [EXPLAINED])
-    check_form(document(command, f"explain speed {trained}"), SPEED)
-    check_form(document(command, "watch"), {"runs": [WATCHED]})
-    found = document(command, "runs")
-    assert (found["schema"], len(found["runs"])) == (1, 2)
-    labels = {"path": str, "tags": [str], "note": Text}
-    check_form(document(command, f"runs tag {trained} good"), labels)
-    check_form(document(command, f"runs note {trained} slow"), labels)
-    moved = {"removed": [{"path": str, "bin": str}]}
-    check_form(document(command, f"runs remove {trained}"), moved)
-    check_form(document(command, "runs restore default/first"), {"restored": [str]})
-    check_form(document(command, "runs empty --yes"), {"deleted": int})
+def test_the_document_of_each_command(command, one_thread, monkeypatch):
+    """In order: a command may need the run of an earlier one."""
+    monkeypatch.setattr(tell, "check_running", lambda run: None)
+    row = {"do": "checkpoint", "step": 3, "checkpoint": "step-3"}
+    monkeypatch.setattr(tell, "answers", lambda run, commands, seconds: [row])
     numpy.save("rows.npy", numpy.zeros((3, 64), "float32"))
-    found = document(command, f"predict {trained} --input rows.npy --output p.csv")
-    assert found == {"output": "p.csv", "rows": 3}
-    found = document(command, f"export {trained} --to safetensors")
-    form = {"folder": str, "files": {...: int}, "difference": Number, "samples": int}
-    check_form(found, form | {"split": str, "metrics": {...: Number}, "seconds": Number})
+    for line, form in DOCUMENTS:
+        check_form(document(command, line), form, line)
+    commands = {line.split()[0] for line, _ in DOCUMENTS}
+    assert commands == COMMANDS.keys() - {"trust", "data", "board", "completion"}
 
 
-def test_a_sweep(command, one_thread):
-    found = document(command, f"train -m {SMALL} seed=1,2 sweep.name=both")
-    check_form(found, SWEEP)
-    assert [trial["settings"] for trial in found["trials"]] == [{"seed": 1}, {"seed": 2}]
-    assert found["best"] in [trial["run"] for trial in found["trials"]]
-    check_form(document(command, "watch runs/default/both"), {"runs": [WATCHED]})
-    [row] = document(command, "runs")["runs"]
-    assert (row["kind"], row["states"]) == ("sweep", {"done": 2})
+def test_the_differences_of_runs(command, one_thread):
+    for name in ("first", "second optimizer.lr=0.01"):
+        run_training(*f"{SMALL} run.name={name}".split())
+    found = document(command, "diff default/first default/second")
+    assert [row["name"] for row in found["settings"]] == ["optimizer.lr"]
+    assert len(document(command, "runs")["runs"]) == 2
 
 
 def test_a_sweep_with_failed_trials_has_results_and_an_error(command, one_thread):
     found = document(command, f"train -m {SMALL} init_from=null,missing.safetensors", status=2)
     check_form(found, SWEEP | {"error": ERROR})
     assert [trial["state"] for trial in found["trials"]] == ["done", "failed"]
+    assert found["trials"][0]["settings"] == {"init_from": None}
+    assert found["best"] == found["trials"][0]["run"]
     assert "missing.safetensors" in found["trials"][1]["error"]
+    [row] = document(command, "runs")["runs"]
+    assert (row["kind"], row["states"]) == ("sweep", {"done": 1})
 
 
-def test_commands_before_a_run(command, one_thread):
-    check_form(document(command, f"plan {SMALL}"), {"parameters": int, "layers": list, ...: object})
-    numbers = {"rates": [Number], "losses": [Number], "suggestion": Number, "lowest": Number}
-    check_form(document(command, "find lr model.width=8"), numbers)
-    found = document(command, f"check {SMALL} strategy=single")
-    check_form(found, {"passed": bool, "parts": [{"text": str, "seconds": Known}]})
-    assert found["passed"]
+def test_a_failed_check_has_parts_and_an_error(command, one_thread):
     found = document(command, f"check {SMALL} optimizer.lr=1e-30 strategy=single", status=2)
-    check_form(found, {"passed": bool, "parts": list, "error": ERROR})
+    check_form(found, CHECK | {"error": ERROR})
     assert not found["passed"]
 
 
-def test_commands_on_parts(command):
-    kinds = document(command, "list")
-    check_form(document(command, "list optimizer"), {"optimizer": [dict]})
-    part = document(command, "show optimizer/sgd")
-    assert part in kinds["optimizer"]
-    for setting in part.pop("settings"):
-        check_form({key: setting[key] for key in SETTING}, SETTING)
-    check_form(part, PART)
-    found = document(command, "schema --output experiment.schema.json")
-    assert found == {"output": "experiment.schema.json"}
-    assert json.loads(Path(found["output"]).read_text()) == document(command, "schema")
+def test_a_part_is_the_same_in_lists(command):
+    parts = document(command, "list")["parts"]
+    assert document(command, "list optimizer")["parts"] == {"optimizer": parts["optimizer"]}
+    assert document(command, "show optimizer/sgd") in parts["optimizer"]
 
 
-def test_tell(command, monkeypatch):
-    from framework.cli import tell
-
-    write_run(Path("runs/default/first"))
-    row = {"do": "checkpoint", "step": 3, "checkpoint": "step-3"}
-    monkeypatch.setattr(tell, "check_running", lambda run: None)
-    monkeypatch.setattr(tell, "answers", lambda run, commands, seconds: [row])
-    found = document(command, "tell runs/default/first checkpoint")
-    assert found == {"run": "runs/default/first", "events": [row]}
+def test_the_schema_of_experiment_files_is_the_same_without_the_option(command):
+    schema = document(command, "schema")["experiment_schema"]
+    command("schema --output experiment.schema.json")
+    assert json.loads(Path("experiment.schema.json").read_text()) == schema
+    assert json.loads(command("schema")[1]) == schema
 
 
 @pytest.mark.parametrize(
@@ -296,13 +297,17 @@ def test_an_error_is_also_printed_on_stderr(command):
     assert command("trian")[1:] == ("", err)
 
 
-def test_output_of_parts_and_child_processes_goes_to_stderr(tmp_path):
-    """The descriptor of standard output is also redirected, which in-process tests cannot show."""
+def test_output_of_parts_and_child_processes_goes_to_stderr(tmp_path, monkeypatch, capfd):
     Path(tmp_path, "noisy.py").write_text("import os\nprint('one')\nos.system('echo two')\n")
-    words = [sys.executable, "-m", "framework", "list", "loss", "--json", "--plugins", "noisy.py"]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "loss" in json.loads(ended.stdout)
-    assert {"one", "two"} <= set(ended.stderr.split())
+    monkeypatch.chdir(tmp_path)
+    with open(1, "w", closefd=False) as stdout, open(2, "w", closefd=False) as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)  # with descriptors 1 and 2, as in a shell
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(SystemExit):
+            main(["list", "loss", "--json", "--plugins", "noisy.py"])
+    out, err = capfd.readouterr()
+    assert "loss" in json.loads(out)["parts"]
+    assert {"one", "two"} <= set(err.split())
 
 
 def test_a_signal_before_a_result_is_an_error(command, monkeypatch):
@@ -333,13 +338,7 @@ def test_only_the_last_document_is_printed(capsys):
         print_json({"passed": True})
         output.write(0)
     out, err = capsys.readouterr()
-    assert (json.loads(out), err) == ({"passed": True}, "a note\n")
-
-
-def test_a_closed_pipe_ends_the_command(tmp_path):
-    script = f"{shlex.quote(sys.executable)} -m framework list --json | head -c 10"
-    ended = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, check=False)
-    assert (len(ended.stdout), ended.stderr) == (10, b"")
+    assert (json.loads(out), err) == ({"schema": SCHEMA, "passed": True}, "a note\n")
 
 
 def test_problems_keep_their_facts_in_an_error():
@@ -347,11 +346,3 @@ def test_problems_keep_their_facts_in_an_error():
     [found] = ConfigError([problem]).problems
     assert isinstance(found, Problem)
     assert (str(found), found.facts) == (r"seed=x: \x1b wrong", Facts("seed", "x"))
-
-
-def test_every_command_with_results_has_the_option(capsys):
-    without = {"trust", "data", "board", "completion"}
-    for name in COMMANDS.keys() - without:
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        assert "--json" in capsys.readouterr().out, name

@@ -96,10 +96,10 @@ def test_the_table_of_a_run_agrees_with_its_checkpoints(command):
     assert best.name != "step-00000008"
     test_row = f"test (best, step {int(best.name[5:])})"
     assert list(rows) == ["val (last, step 8)", test_row]
-    values = json.loads(command("eval runs/default/first --json")[1])
+    values = json.loads(command("eval runs/default/first --json")[1])["metrics"]
     assert f"{values['test/loss']:.4g}" == rows[test_row]
     _, printed, _ = command("eval runs/default/first --checkpoint last --split val --json")
-    assert f"{json.loads(printed)['val/loss']:.4g}" == rows["val (last, step 8)"]
+    assert f"{json.loads(printed)['metrics']['val/loss']:.4g}" == rows["val (last, step 8)"]
     _, again, _ = command("resume runs/default/first")
     assert again.splitlines()[1:5] == out.splitlines()[:4], "a complete run has the same table"
 

@@ -92,7 +92,7 @@ def test_filters(runs):
         "runs tag default/first 'two words'",
         "runs tag default/first absent --remove",
         "runs tag nowhere x",
-        "runs note default/grid x",
+        "runs note default x",
         "runs remove nowhere",
         "runs remove runs",
         "runs restore default/first",
@@ -134,6 +134,16 @@ def test_json_has_the_documented_form(runs):
     assert (sweep["kind"], sweep["states"]) == ("sweep", {"done": 3})
     assert sweep["best"]["name"] == "default/grid/001_lr-0.2"
     assert len(sweep["trials"]) == 3
+
+
+def test_json_of_a_config_with_keys_that_json_lacks(runs):
+    config = Path("runs/default/first/config.yaml")
+    config.write_text(config.read_text() + "days: [{2026-12-01: 1, null: 2, 3: .nan}]\n")
+    first = json.loads(runs("runs --json --where name=default/first")[1])["runs"][0]
+    assert first["settings"]["days"] == [{"2026-12-01": 1, "null": 2, "3": None}]
+    rows = json.loads(runs("diff default/first default/second --json")[1])["settings"]
+    [days] = [row["values"][0]["value"] for row in rows if row["name"] == "days"]
+    assert days == [{"2026-12-01": 1, "null": 2, "3": None}]
 
 
 def test_a_narrow_terminal_keeps_the_important_columns(runs, monkeypatch):
@@ -189,6 +199,45 @@ def test_tags_and_notes_are_shown_and_filtered(runs):
     assert "good" not in out
 
 
+def test_labels_of_a_sweep_are_those_of_its_trials(runs):
+    assert runs("runs tag default/grid wide")[1] == "runs/default/grid: wide\n"
+    runs("runs tag default/grid/000_lr-0.1 first")
+    runs("runs note default/grid 'three rates'")
+    runs("runs note default/grid/000_lr-0.1 'the lowest'")
+    _, out, _ = runs("runs --where 'tags=wide and tags!=first'")
+    assert names(out) == ["default/grid/ (2 of 3 trials)"]
+    assert "three rates" in out
+    _, out, _ = runs("runs --where tags=wide --expand --columns name,tags,note --sort name")
+    assert out.splitlines()[1].split("  ") == [
+        "default/grid/000_lr-0.1",
+        "wide, first",
+        "the lowest",
+    ]
+    assert "wide         three rates" in out.splitlines()[2]
+    [sweep] = json.loads(runs("runs --where tags=wide --json")[1])["runs"]
+    assert (sweep["tags"], sweep["note"]) == (["wide"], "three rates")
+    assert "has no tag 'first'" in runs("runs tag default/grid first --remove")[2]
+
+
+def test_the_common_time_of_stacked_trials_counts_once(command):
+    write_sweep("runs/default/stack", *[(0.1 * number, [0.5]) for number in range(1, 5)])
+    write_run("runs/default/alone")
+    status = Path("runs/default/alone/status.json")
+    status.write_text(status.read_text().replace('"wall_seconds": 2.5', '"wall_seconds": 4'))
+    for trial in Path("runs/default/stack").glob("00*/status.json"):
+        content = json.loads(trial.read_text()) | {"wall_seconds": 6.0, "time": {"stacked": 3}}
+        if trial.parent.name.startswith("003"):  # it trained alone, after the others
+            content = json.loads(trial.read_text())
+        trial.write_text(json.dumps(content))
+    _, out, _ = command("runs --columns name,time --sort time")
+    assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:]] == ["4.0 s", "8.5 s"]
+    _, out, _ = command("runs runs/default/stack --columns name,time --sort name")
+    assert out.splitlines()[1].endswith("6.0 s (3 trials)")
+    assert out.splitlines()[4].endswith(" 2.5 s")
+    sweep, alone = json.loads(command("runs --json --sort time --reverse")[1])["runs"]
+    assert (sweep["seconds"], alone["seconds"], alone["stacked"]) == (8.5, 4, 1)
+
+
 def test_removed_runs_can_be_listed_restored_and_deleted(runs):
     runs("runs remove default/first default/grid")
     assert "first" not in runs("runs")[1]
@@ -210,6 +259,20 @@ def test_a_running_run_is_not_removed(runs):
     assert status == 2
     assert "is running" in err
     assert Path("runs/default/first").is_dir()
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "testing"])
+def test_all_commands_name_the_same_state(state, runs):
+    run = write_run("runs/default/live", status=state)
+    lock = WriterLock(run)
+    [listed] = json.loads(runs(f"runs --where state={state} --json")[1])["runs"]
+    [watched] = json.loads(runs("watch default/live --json")[1])["runs"]
+    compared = json.loads(runs("diff default/live default/first --json")[1])["runs"][0]
+    _, _, refused = runs("runs remove default/live")
+    lock.close()
+    assert listed["name"] == "default/live"
+    assert {listed["state"], watched["state"], compared["state"]} == {state}
+    assert "is running" in refused
 
 
 def test_best_prints_only_the_folder(runs):

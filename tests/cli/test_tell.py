@@ -58,6 +58,31 @@ def test_the_answer_of_the_run_is_printed(run, command):
     assert out.splitlines()[1] == "resume   framework resume runs/default/first"
 
 
+def test_a_short_name_of_a_setting_is_completed(run, command):
+    config = "optimizer: {name: sgd, lr: 0.1, momentum: 0.9}\nmodel: {name: mlp, momentum: 0.1}\n"
+    (run / "config.yaml").write_text(config)
+    requests = []
+
+    def later():
+        wait_for((run / REQUEST).exists, pause=0.01)
+        requests.append(take(run))
+        change = {"setting": "optimizer.lr", "old": 0.1, "new": 0.01}
+        record(run, [event(7, requests[0].id, "set", **change)])
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    code, _, err = command("tell runs/default/first set lr=0.01")
+    thread.join()
+    assert (code, err) == (0, "")
+    assert [each.setting for each in requests[0].commands] == ["optimizer.lr"]
+    code, _, err = command("tell runs/default/first set momentum=0.5")
+    assert code == 2
+    assert "optimizer.momentum, model.momentum" in err
+    code, _, err = command("tell runs/default/first set lr=0.5 optimizer.lr=0.4")
+    assert code == 2
+    assert "optimizer.lr is given 2 times" in err
+
+
 def test_a_refusal_is_an_error_in_one_line(run, command):
     thread = answer(run, ("refused", {"reason": "optimizer.lr=-1: expected more"}))
     code, out, err = command("tell runs/default/first set optimizer.lr=-1")

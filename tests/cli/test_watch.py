@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from framework.cli.watch import View, Watched, chart, current_runs
+from framework.cli.live_view import View, chart
 from framework.errors import RunError
 from framework.runs.overview.live import Curve
+from framework.runs.overview.watched import Watched, current_runs
 from framework.runtime.console import PrintableConsole
 
 
@@ -136,14 +137,20 @@ def test_what_is_no_run_is_refused(root, tmp_path):
         Watched([], tmp_path / "none")
 
 
-def test_without_a_terminal_a_snapshot_is_printed(root, command):
-    code, out, _ = command("watch runs/default/first runs/default/third")
-    lines = out.splitlines()
+def test_without_a_terminal_a_run_is_a_line(root, command):
+    code, out, _ = command("watch runs/default/first runs/default/second runs/default/third")
+    first, second, third = out.splitlines()
     assert code == 0
-    assert lines[0] == "runs/default/first  done"
-    assert "  step       80 of 100 (80%)" in lines
-    assert "  val/loss 0.1 (lowest 0.1 at 80, highest 2 at 4)" in lines
-    assert "runs/default/third  stale" in lines
+    assert first.split("  ") == [
+        "runs/default/first",
+        "done",
+        "step 80 of 100 (80%)",
+        "val/loss 0.1",
+        "train/loss 0.05",
+        "val/accuracy 0.5",
+    ]
+    assert second.endswith("  ValueError: no \\x1b[31m")
+    assert third.startswith("runs/default/third  stale  step 80 of 100 (80%)  its process ended")
     code, _, err = command("watch runs/default/fourth")
     assert (code, len(err.splitlines())) == (2, 1)
 

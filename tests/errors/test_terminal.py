@@ -22,6 +22,7 @@ import torch
 import framework
 from framework.cli import main, part_tables, predict
 from framework.cli.output import print_values
+from framework.cli.predict import text_pieces
 from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
 from framework.errors.terminal import (
@@ -34,7 +35,8 @@ from framework.errors.terminal import (
 )
 from framework.experiment.plan import Memory, ParameterGroup, Plan
 from framework.experiment.plan_text import render
-from framework.experiment.trained.prediction_files import Form, write_predictions
+from framework.experiment.trained.prediction_columns import Form
+from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.sweep_files import Trial
 from framework.runtime.console import Console, console
 from framework.training.layer_table import Layer
@@ -406,13 +408,15 @@ def test_lines_of_a_sweep_are_escaped_and_short(capsys):
 
 def test_values_and_predictions_are_escaped_on_the_terminal_only(capsys, tmp_path):
     print_values({f"test/{HOSTILE}": 0.5, "x" * 100_000: 1.0}, Path(HOSTILE))
-    values = {"class": torch.tensor([0, 1])}
-    write_predictions([({"file": [HOSTILE, "=x"]}, values)], Form([HOSTILE, "größe"]), "-")
     out = capsys.readouterr().out
+    values = {"class": [HOSTILE, "größe"], "probabilities": torch.eye(2)}
+    chunks = [({"file": [HOSTILE, "=x"]}, values)]
+    form = Form([HOSTILE, "größe"])
+    out += "".join(text_pieces("csv", chunks, form))
     assert not list(faults(out))
+    assert "größe" in out
     assert len(out) < 4_000
-    values = {"class": torch.tensor([0])}
-    write_predictions([({}, values)], Form([HOSTILE]), str(tmp_path / "y.csv"))
+    write_predictions(chunks, form, str(tmp_path / "y.csv"))
     assert HOSTILE.encode() in (tmp_path / "y.csv").read_bytes(), "a file has the original text"
 
 
@@ -543,7 +547,7 @@ ALLOWED = {  # numbers and constant texts
         "'\\n'.join(completed(words))",
         "SCRIPTS[parser.parse_args(arguments).shell]",
     },
-    "runs.py": {"printable(path) if sys.stdout.isatty() else path"},
+    "best.py": {"printable(path) if sys.stdout.isatty() else path"},
     "predict.py": {"first", "piece"},  # `text_pieces` escapes them
     "find.py": None,
     "terminal.py": None,

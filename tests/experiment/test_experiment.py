@@ -79,7 +79,7 @@ def test_a_loaded_run_evaluates_and_predicts_the_same(result):
     )  # the best is the last
     test = fw.datasets.build("digits").test
     assert isinstance(test, TensorSplit)
-    predicted = opened.predict(test.tensors[0])["class"]
+    predicted = opened.predict(test.tensors[0])["class_index"]
     assert (predicted == test.tensors[1]).float().mean().item() == pytest.approx(
         result.metrics["test/accuracy"]
     )

@@ -3,14 +3,19 @@
 import json
 import math
 import runpy
+from pathlib import Path
 
 import pytest
+import torch
 
 import framework as fw
 from framework.errors import FrameworkError, RunError
 from framework.experiment.experiment import Experiment
 from framework.experiment.recorded.explain import explain_setting, explain_setting_of_run
-from framework.experiment.recorded.replay import RECORD, load_step, replay
+from framework.experiment.recorded.replay import RECORD, replay
+from framework.experiment.recorded.saved_step import load_step
+from framework.runs import checkpoint
+from framework.runs.checkpoint import folder_name
 from framework.runs.overview.speed import explain_speed
 from framework.runs.run_files import RunFiles
 from framework.runs.run_time import read_time
@@ -24,10 +29,6 @@ HUGE = ("model.width=64", "model.depth=5", "optimizer=sgd", "optimizer.lr=30", "
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
-
-
-def silent(text):
-    pass
 
 
 def failed_run(name, *overrides):
@@ -119,7 +120,7 @@ def test_the_time_of_a_resumed_run_is_that_of_both_sessions(monkeypatch):
 def test_the_step_is_found_and_repeated(overrides, tmp_path, capsys):
     run = failed_run("bad", *HUGE, *overrides)
     recorded = json.loads((run.path / RECORD).read_text())
-    result = replay(run, tmp_path / "step", silent)
+    result = replay(run, tmp_path / "step")
     finding = result.finding
     assert finding is not None
     assert finding.step == recorded["first"] == recorded["last"]
@@ -145,7 +146,7 @@ def test_the_layer_and_the_samples(tmp_path, forget_plugins):
     )
     fw.discover(["part.py"])
     run = failed_run("layer", OFTEN, "model.width=8", "activation=reciprocal")
-    finding = replay(run, None, silent).finding
+    finding = replay(run).finding
     assert finding.step == 1
     assert finding.layer == "blocks.0.activation"
     assert finding.layer_type == "Reciprocal"
@@ -154,14 +155,99 @@ def test_the_layer_and_the_samples(tmp_path, forget_plugins):
     assert finding.parameter == "blocks.0.linear.weight"
 
 
+SHARDS = ("trainer.shards=4", "trainer.accumulate=2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), SHARDS, (*SHARDS, "trainer.micro_batch=30"), ("trainer.accumulate=2",)],
+    ids=["plain", "shards", "shards of micro-batches", "accumulate"],
+)
+def test_the_sample_with_a_fault_is_named(overrides, tmp_path, forget_plugins):
+    (tmp_path / "part.py").write_text(
+        "import math\nfrom framework import datasets\n"
+        "from framework_plugins.datasets.builtin import Blobs\n\n\n"
+        "@datasets.register('faulty')\nclass Faulty(Blobs):\n"
+        "    '''Blobs with a NaN in sample 838.'''\n\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.train[838][0].fill_(math.nan)\n"
+    )
+    fw.discover(["part.py"])
+    run = failed_run("bad", "data=faulty", "loader.batch_size=100", OFTEN, *overrides)
+    run.status["processes"] = 2
+    result = replay(run)
+    assert ("2 processes" in str(result.notes)) == ("trainer.shards=4" not in overrides)
+    finding = result.finding
+    assert 838 in finding.samples
+    assert finding.inputs == finding.layer_samples == [838]
+
+
+def test_a_run_that_rewinds_is_repeated(tmp_path):
+    """The steps before the last one were skipped: its weights are those of the checkpoint."""
+    policy = ("callbacks.non_finite.policy=rewind", "callbacks.non_finite.most_skips=2")
+    run = failed_run("bad", *HUGE, "callbacks.checkpoint.every=5steps", *policy)
+    last = json.loads((run.path / RECORD).read_text())["last"]
+    result = replay(run, tmp_path / "step")
+    assert result.finding.step == last
+    assert result.start < last - 2
+    weights, _ = checkpoint.load(run.path / "checkpoints" / folder_name(result.start))
+    for name, tensor in load_step(tmp_path / "step/step.pt").model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("launcher", ["basic", "vectorized"])
+def test_a_trial_of_a_sweep_is_repeated(launcher, command):
+    words = [*SMALL, *HUGE, OFTEN, "optimizer.lr=0.1,30", f"hydra/launcher={launcher}"]
+    assert command(f"train -m {' '.join(words)} loggers=[] sweep.name=s")[0] != 0
+    status, out, err = command("explain nan default/s/001_lr-30 --json")
+    assert status == 0, err
+    finding = json.loads(out)["finding"]
+    recorded = json.loads(Path("runs/default/s/001_lr-30", RECORD).read_text())
+    assert finding["step"] == recorded["first"]
+    assert finding["layer"] is not None
+
+
+def test_the_record_of_an_earlier_failure_does_not_count(command, monkeypatch):
+    """The run goes on from an earlier checkpoint, and fails elsewhere."""
+    run = failed_run("bad", *HUGE, OFTEN, "callbacks.checkpoint.keep=9")
+    first = json.loads((run.path / RECORD).read_text())["first"]
+    assert first > 5
+    make_trainer = Experiment.trainer
+
+    def failing(*args):
+        trainer = make_trainer(*args)
+        trainer.callbacks.insert(0, Fault())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "trainer", failing)
+        line = "resume runs/default/bad/checkpoints/step-00000002 optimizer.lr=0.1 --inexact"
+        assert command(line)[0] == 1
+    assert (run.path / RECORD).exists()
+    result = replay(RunFiles(run.path))
+    assert (result.start, result.last, result.finding) == (4, 5, None)
+    assert command("resume runs/default/bad")[0] == 0
+    with pytest.raises(RunError, match="it is done"):
+        replay(RunFiles(run.path))
+
+
+class Fault(fw.Callback):
+    """Fails in step 5, not because of a value that is not finite."""
+
+    def on_step_start(self, trainer):
+        if trainer.state.step == 4:
+            raise ValueError("a fault")
+
+
 def test_the_step_is_searched_where_it_is_not_recorded_exactly():
     """With a fused optimizer on an accelerator, several steps are checked at once."""
     run = failed_run("range", *HUGE, OFTEN)
     exact = json.loads((run.path / RECORD).read_text())["first"]
     (run.path / RECORD).write_text(json.dumps({"first": 1, "last": exact + 3}))
-    assert replay(run, None, silent).finding.step == exact
+    assert replay(run).finding.step == exact
     (run.path / RECORD).unlink()  # an older version
-    assert replay(RunFiles(run.path), None, silent).finding.step == exact
+    assert replay(RunFiles(run.path)).finding.step == exact
 
 
 class Poison(fw.Callback):
@@ -183,7 +269,7 @@ def test_a_failure_without_a_cause_in_the_run_is_not_repeated(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Experiment, "trainer", poisoned)
         run = failed_run("poisoned", OFTEN)
-    result = replay(run, None, silent)
+    result = replay(run)
     assert result.finding is None
     assert (result.start, result.last) == (4, 5)
 
@@ -191,7 +277,8 @@ def test_a_failure_without_a_cause_in_the_run_is_not_repeated(monkeypatch):
 def test_runs_that_cannot_be_repeated(tmp_path):
     folder = run_training(*SMALL, "trainer.max_epochs=1", "run.name=good").folder
     with pytest.raises(RunError, match="has not been stopped"):
-        replay(RunFiles(folder), None, silent)
+        replay(RunFiles(folder))
+    folder = failed_run("bad", *HUGE).path
     for content in (
         "{",
         "[]",
@@ -200,12 +287,12 @@ def test_runs_that_cannot_be_repeated(tmp_path):
         '{"first": 1}',
     ):
         (folder / RECORD).write_text(content)
-        with pytest.raises(RunError):
-            replay(RunFiles(folder), None, silent)
+        with pytest.raises(RunError, match=RECORD):
+            replay(RunFiles(folder))
     (folder / RECORD).unlink()
     (folder / RECORD).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunError):
-        replay(RunFiles(folder), None, silent)
+    with pytest.raises(RunError, match=RECORD):
+        replay(RunFiles(folder))
 
 
 def test_a_damaged_step_file(tmp_path):

@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import framework as fw
+from exports import run_alone
 from framework.contracts.exporter import Exporter
 from framework.errors import FrameworkError, RunError, SettingError, UnknownName
-from framework.experiment.trained import export
+from framework.experiment.trained import verification
 from framework.experiment.trained.export import export_run
 from framework.experiment.trained.load import open_run
+from framework.experiment.trained.pipeline import build_pipeline, choose_split
 from framework_plugins.datasets.builtin import load_digits
 from runs import run_training
 
@@ -32,25 +34,11 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def isolated(tmp_path_factory):
+def alone(tmp_path_factory):
     """Run a script in a process in which `import framework` fails; return its lines of JSON."""
-    folder = tmp_path_factory.mktemp("isolated")
-    for name in ("framework", "framework_plugins", "framework_conf"):
-        (folder / f"{name}.py").write_text("raise ImportError('not installed')\n")
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-
-    def run_isolated(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-        if done.returncode:
-            return done.stderr
-        outputs = {}
-        for line in done.stdout.splitlines():
-            outputs.update(json.loads(line))
-        return outputs
-
-    assert "not installed" in run_isolated("-c", "import framework")
-    return run_isolated
+    run = partial(run_alone, tmp_path_factory.mktemp("alone"))
+    assert "not installed" in run("-c", "import framework")
+    return run
 
 
 def require(name):
@@ -67,20 +55,21 @@ def exported(request, run, tmp_path_factory):
 
 
 def test_the_example_gives_the_predictions_of_the_run_without_the_framework(
-    exported, run, isolated, tmp_path
+    exported, run, alone, tmp_path
 ):
     _, exported = exported
     trained = open_run(run)
     assert exported.difference <= 1e-5
     pixels, _ = load_digits()
     np.save(tmp_path / "raw.npy", pixels[:5])  # from 0 to 16, as read from the source
-    found = isolated(exported.folder / "example.py", tmp_path / "raw.npy")
+    found = alone(exported.folder / "example.py", tmp_path / "raw.npy")
     expected = trained.predict(trained.read_inputs(tmp_path / "raw.npy"))
     assert isinstance(found, dict), found
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-5)
-    assert found["class"] == [trained.facts["classes"][index] for index in expected["class"]]
-    assert "python example.py FILE" in isolated(exported.folder / "example.py")  # no traceback
-    assert "Traceback" not in isolated(exported.folder / "example.py")
+    assert found["class"] == expected["class"]
+    assert found["class_index"] == expected["class_index"].tolist()
+    assert "python example.py FILE" in alone(exported.folder / "example.py")  # no traceback
+    assert "Traceback" not in alone(exported.folder / "example.py")
     content = b"".join(path.read_bytes() for path in exported.folder.iterdir())
     assert str(run.parent.parent).encode() not in content
     assert os.path.dirname(fw.__file__).encode() not in content  # stack traces of the model
@@ -91,7 +80,8 @@ def test_exported_models_take_batches_of_any_size(exported, run):
     name, exported = exported
     exporter = fw.exporters.build(name)
     folder = exported.folder
-    pipeline = export.build_pipeline(open_run(run), None)
+    trained = open_run(run)
+    pipeline = build_pipeline(trained, choose_split(trained.read_data())[1])
     model = fw.ExportedModel(pipeline, pipeline.preparation.raw, OUTPUTS, (), "Mlp")
     loaded = exporter.load(model, folder)
     for rows in (1, 2, 7, 300):
@@ -102,7 +92,7 @@ def test_exported_models_take_batches_of_any_size(exported, run):
             torch.testing.assert_close(torch.as_tensor(found), value, atol=1e-5, rtol=1e-5)
 
 
-OUTPUTS = ["class", "probability", "probabilities"]
+OUTPUTS = ["class_index", "probability", "probabilities"]
 
 
 def test_the_metadata_and_the_card_have_the_facts_of_the_run(run, tmp_path):
@@ -176,11 +166,11 @@ def test_a_file_with_other_outputs_is_an_error_and_nothing_is_written(run, tmp_p
 
 def test_the_difference_is_relative_for_large_outputs_and_infinite_for_other_classes():
     large = torch.tensor([1e6, 0.0])
-    assert export.difference_of(large + 1, large) == pytest.approx(1e-6)
-    assert export.difference_of(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25
-    assert export.difference_of(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert verification.difference_of(large + 1, large) == pytest.approx(1e-6)
+    assert verification.difference_of(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25
+    assert verification.difference_of(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
     nan = torch.tensor([float("nan")])
-    assert not export.difference_of(nan, torch.tensor([1.0])) <= export.TOLERANCE
+    assert not verification.difference_of(nan, torch.tensor([1.0])) <= verification.TOLERANCE
 
 
 def test_wrong_arguments_are_errors(run, tmp_path):
@@ -226,3 +216,99 @@ def test_a_model_that_cannot_be_traced_is_an_error_in_one_line(tmp_path):
     assert "Branching" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+PAIRS = '''
+import torch
+from torch import nn
+
+import framework as fw
+
+
+@fw.datasets.register("pairs_of_tests")
+class Pairs(fw.Data):
+    """Two points each, with the class "near" or "far", and a name."""
+
+    in_shape = (2,)
+    out_shape = (2,)
+    classes = ("near", "far")
+
+    def __init__(self):
+        self.train = self.val = Rows()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self):
+        self.first, self.second = torch.randn(2, 42, 2)
+
+    def __len__(self):
+        return 42
+
+    def __getitem__(self, row):
+        first, second = self.first[row], self.second[row]
+        label = ((first - second).norm() > 1.5).long()
+        return {"first": first, "point": {"second": second}, "labels": label, "name": f"row {row}"}
+
+
+@fw.models.register("pairs_of_tests")
+class PairModel(nn.Module):
+    """Two points to logits, and the loss if there are labels."""
+
+    def __init__(self, in_shape: fw.Shape, out_shape: fw.Shape):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, first, second=None, labels=None, name=None):
+        logits = self.linear(torch.cat([first, first if second is None else second], 1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+'''
+PAIR_RUN = "--plugins pairs.py data=pairs_of_tests model=pairs_of_tests trainer.max_steps=3"
+NAMED = "task.target=labels task.output=logits"
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "outputs"),
+    [
+        (f"{NAMED} task.inputs=[first,point.second]", ["first", "point.second"], OUTPUTS),
+        (f"{NAMED} task.inputs=first", ["first"], OUTPUTS),
+        ("task=model_loss task.inputs=[point.second,labels,first] metrics=[accuracy]",
+         ["point.second", "first"], ["output"]),
+    ],
+)  # fmt: skip
+def test_the_named_fields_are_the_inputs(command, forget_plugins, alone, task, inputs, outputs):
+    Path("pairs.py").write_text(PAIRS)
+    status, _, err = command(f"train {PAIR_RUN} {task} run.name=r")
+    assert status == 0, err
+    status, _, err = command("export runs/default/r --to safetensors --plugins pairs.py")
+    assert status == 0, err
+    folder = Path("runs/default/r/exports/safetensors").absolute()
+    about = json.loads((folder / "metadata.json").read_text())
+    assert list(about["inputs"]) == inputs
+    assert all(each["shape"] == ["batch", 2] for each in about["inputs"].values())
+    assert list(about["outputs"]) == outputs
+    points = {name: torch.randn(5, 2) for name in inputs}
+    if len(inputs) == 1:
+        np.save("raw", points["first"])
+    else:
+        np.savez("raw", **points)
+    found = alone(folder / "example.py", *Path.cwd().glob("raw.np*"))
+    assert isinstance(found, dict), found
+    model = open_run("runs/default/r").model.eval()
+    with torch.no_grad():
+        arguments = {name.rpartition(".")[2]: each for name, each in points.items()}
+        logits = model(**arguments)["logits"]
+    if outputs == ["output"]:
+        torch.testing.assert_close(torch.tensor(found["output"]), logits)
+    else:
+        torch.testing.assert_close(torch.tensor(found["probabilities"]), logits.softmax(1))
+
+
+def test_a_field_that_is_no_tensor_cannot_be_exported(command, forget_plugins):
+    Path("pairs.py").write_text(PAIRS)
+    line = f"train {PAIR_RUN} {NAMED} task.inputs=[first,name] run.name=r"
+    assert command(line)[0] == 0
+    status, _, err = command("export runs/default/r --to torch_export --plugins pairs.py")
+    assert status == 2
+    assert "task.inputs=name: expected a tensor with a row for each sample, got" in err
+    assert err.count("\n") == 1

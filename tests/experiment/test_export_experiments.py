@@ -6,84 +6,21 @@ prints the table of plugins/exporters/README.md. Data sets that are fetched are 
 """
 
 import json
-import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 
 import framework as fw
-from framework.experiment.trained import export
+from exports import measure, save_case
 from framework.experiment.trained.export import export_run
 from framework.experiment.trained.load import open_run
+from framework.experiment.trained.pipeline import build_pipeline, choose_split, real_batches
 from runs import run_training
 from substitutes import DATA, EXPERIMENTS, register_data
 
 FORMATS = ("safetensors", "torch_export", "onnx")
 SMALL = ["loader.batch_size=13", "loader.limit=2", "trainer.max_steps=3", "trainer.max_epochs=null"]
 MONITORS = ("contrastive", "gan")  # experiments whose checkpoints follow values of other callbacks
-ALONE = """
-import json, sys, time
-from pathlib import Path
-import numpy as np, torch
-try:
-    import framework
-    sys.exit("the framework can be imported")
-except ImportError:
-    pass
-results = {}
-for folder in map(Path, sys.argv[1:]):
-    raw = dict(np.load(folder / "raw.npz"))
-    tensors = [torch.from_numpy(each) for each in raw.values()]
-    format = json.loads((folder / "metadata.json").read_text())["format"]
-    if format == "onnx":
-        import onnxruntime
-        session = onnxruntime.InferenceSession(folder / "model.onnx")
-        run = lambda: session.run(None, raw)
-    elif format == "torch_export":
-        program = torch.export.load(folder / "model.pt2").module()
-        run = lambda: program(*tensors)
-    else:
-        from safetensors.torch import load_file
-        space = {}
-        exec((folder / "model.py").read_text(), space)
-        weights = load_file(folder / "model.safetensors")
-        run = lambda: space["forward"](weights, *tensors)
-    run()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        outputs = run()
-        times.append(time.perf_counter() - started)
-    worst = 0.0
-    expected = np.load(folder / "expected.npz")
-    for name, found in zip(expected, outputs):
-        value = expected[name]
-        error = np.abs(np.asarray(found)[tuple(map(slice, value.shape))] - value).max()
-        worst = max(worst, float(error / max(1, np.abs(value).max())))
-    results[folder.name] = [min(times), worst]
-print(json.dumps(results))
-"""
-
-
-@pytest.fixture(scope="module")
-def isolated(tmp_path_factory):
-    """Run the code `ALONE` for folders of exports, in a process without the framework."""
-    folder = tmp_path_factory.mktemp("isolated")
-    (folder / "framework.py").write_text("raise ImportError('not installed')\n")
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-
-    def run(*folders):
-        command = [sys.executable, "-W", "ignore", "-c", ALONE, *map(str, folders)]
-        output = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=folder
-        )
-        assert output.returncode == 0, output.stderr
-        return json.loads(output.stdout)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +43,7 @@ def trained_run(name, folder, teacher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_is_exported(name, tmp_path, teacher, isolated, capsys):
+def test_an_experiment_is_exported(name, tmp_path, teacher, capsys):
     pytest.importorskip("onnxruntime")
     run = trained_run(name, tmp_path, teacher)
     exported = {}
@@ -115,7 +52,8 @@ def test_an_experiment_is_exported(name, tmp_path, teacher, isolated, capsys):
         exported[to] = export_run(trained, to, tmp_path / to)
         assert exported[to].difference <= 1e-5
         save_samples(trained, exported[to].folder)
-    measured = isolated(*[each.folder for each in exported.values()])
+    (tmp_path / "alone").mkdir()
+    measured = measure(tmp_path / "alone", *[each.folder for each in exported.values()])
     row = [f"{name:<24}"]
     for to, each in exported.items():
         milliseconds, difference = measured[to][0] * 1000, measured[to][1]
@@ -130,21 +68,19 @@ def test_an_experiment_is_exported(name, tmp_path, teacher, isolated, capsys):
 
 def save_samples(trained, folder):
     """Write raw inputs of seven real samples, and the outputs of the run for them."""
-    _, rows = export.choose_split(trained.read_data())
-    pipeline = export.build_pipeline(trained, rows)
-    inputs = export.real_batches(pipeline, rows)[2]
+    _, rows = choose_split(trained.read_data())
+    pipeline = build_pipeline(trained, rows)
+    inputs = real_batches(pipeline, rows)[2]
     with torch.no_grad():
         expected = pipeline.named_outputs(inputs)
     about = json.loads((folder / "metadata.json").read_text())
     raw = {}
     for name, tensor in zip(about["inputs"], pipeline.preparation.recover(inputs), strict=True):
-        array = tensor.numpy()
-        smallest = about["inputs"][name]["smallest"]
-        pairs = zip(smallest, array.shape[1:], strict=True)
-        padding = [(0, max(0, least - size)) for least, size in pairs]
-        raw[name] = np.pad(array, [(0, 0), *padding])
-    np.savez(folder / "raw.npz", **raw)
-    np.savez(folder / "expected.npz", **{name: each.numpy() for name, each in expected.items()})
+        padding = []
+        for least, size in zip(about["inputs"][name]["smallest"], tensor.shape[1:], strict=True):
+            padding = [0, max(0, least - size), *padding]
+        raw[name] = torch.nn.functional.pad(tensor, padding)
+    save_case(folder, raw, expected)
 
 
 def test_all_experiments_are_known():

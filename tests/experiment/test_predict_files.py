@@ -73,7 +73,7 @@ def test_a_run_is_evaluated_on_other_data(command, trained, tmp_path):
     write_table(tmp_path / "new.csv", 0, 50)
     status, out, err = command(f"eval {trained} --data new.csv --json")
     assert status == 0, err
-    values = json.loads(out)
+    values = json.loads(out)["metrics"]
     rows = predicted(command, f"predict {trained} --input new.csv --output -")
     truth = ["high" if row % 7 - 3 > 0 else "low" for row in range(50)]
     right = [row[1] == label for row, label in zip(rows[1:], truth, strict=True)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from framework.errors import FrameworkError
+from framework.experiment.trained.prediction_columns import Form
 from framework.experiment.trained.prediction_files import (
-    Form,
     choose_format,
     csv_pieces,
     write_predictions,
@@ -22,13 +22,21 @@ CHUNKS = [
     (
         {"row": [1, 2]},
         {
-            "class": torch.tensor([1, 0]),
-            "probability": torch.tensor([[0.1, 0.9], [0.5, 0.5]]),
+            "class": ["dog, big", "cat"],
+            "class_index": torch.tensor([1, 0]),
+            "probabilities": torch.tensor([[0.1, 0.9], [0.5, 0.5]]),
         },
     ),
-    ({"row": [3]}, {"class": torch.tensor([1]), "probability": torch.tensor([[0.0, 1.0]])}),
+    (
+        {"row": [3]},
+        {
+            "class": ["dog, big"],
+            "class_index": torch.tensor([1]),
+            "probabilities": torch.tensor([[0.0, 1.0]]),
+        },
+    ),
 ]
-HEADER = 'row,class,class_index,probability:cat,"probability:dog, big"'
+HEADER = 'row,class,class_index,probabilities:cat,"probabilities:dog, big"'
 
 
 def written(folder, name, chunks=CHUNKS, form=FORM, chosen=None):
@@ -60,8 +68,8 @@ def test_json_lines(tmp_path):
         "row": 1,
         "class": "dog, big",
         "class_index": 1,
-        "probability:cat": 0.1,
-        "probability:dog, big": 0.9,
+        "probabilities:cat": 0.1,
+        "probabilities:dog, big": 0.9,
     }
 
 

@@ -75,11 +75,11 @@ def test_arrays_tensors_and_files_give_the_rows_of_predict(digits, tmp_path, cap
     inputs = [pixels, torch.from_numpy(pixels), pixels.tolist(), file, str(file), [file]]
     for raw in inputs:
         columns = digits.predict(raw)
-        assert columns["label"] == [str(row["class"]) for row in rows]
+        assert columns["class"] == [str(row["class"]) for row in rows]
         probabilities = [row["probability"] for row in rows]
         assert columns["probability"].tolist() == pytest.approx(probabilities, abs=1e-5)
-    assert len(digits.predict(pixels[0])["label"]) == 1  # one sample without the axis of samples
-    assert len(digits.predict([file, file])["label"]) == 6
+    assert len(digits.predict(pixels[0])["class"]) == 1  # one sample without the axis of samples
+    assert len(digits.predict([file, file])["class"]) == 6
 
 
 def test_rows_of_a_table_in_all_forms(table, tmp_path, capsys):
@@ -108,9 +108,9 @@ def test_texts(texts, tmp_path, capsys):
     file = tmp_path / "new.txt"
     file.write_text("good day\nbad night\n")
     expected = [str(row["class"]) for row in predicted(texts, file, tmp_path, capsys)]
-    assert texts.predict(["good day", "bad night"])["label"] == expected
-    assert texts.predict("good day")["label"] == expected[:1]
-    assert texts.predict(["good\nday"])["label"] == expected[:1]  # one text of two lines
+    assert texts.predict(["good day", "bad night"])["class"] == expected
+    assert texts.predict("good day")["class"] == expected[:1]
+    assert texts.predict(["good\nday"])["class"] == expected[:1]  # one text of two lines
 
 
 def test_evaluate_takes_a_split_a_name_or_batches(digits):

@@ -167,7 +167,8 @@ def measured(run, folder):
     found = {}
     for split in ("val", "test"):
         evaluate = ["eval", str(run), "--split", split, "--json", *plugins]
-        found.update(json.loads(framework(evaluate, folder).stdout))
+        printed = json.loads(framework(evaluate, folder).stdout)
+        found.update(printed.get("metrics", printed))  # 0.2 and older print the values alone
     columns = json.loads((folder / run / "facts.json").read_text())["data"]["columns"]
     inputs = ",".join(column["name"] for column in columns) + "\n"
     for shift in (-1, 0, 1):

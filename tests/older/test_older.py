@@ -154,7 +154,8 @@ def test_an_older_run_is_evaluated_and_predicts(name, succeed, is_exact, tmp_pat
     plugins = ["--plugins", "mine.py"] if name == "plugin_run" else []
     found = {}
     for split in ("val", "test"):
-        found.update(json.loads(succeed(["eval", run, "--split", split, "--json", *plugins])))
+        printed = succeed(["eval", run, "--split", split, "--json", *plugins])
+        found.update(json.loads(printed)["metrics"])
     compare(found, expected["eval"], is_exact)
     (tmp_path / "inputs.csv").write_text(expected["inputs"])
     files = ["--input", "inputs.csv", "--output", "predicted.jsonl"]
@@ -168,8 +169,8 @@ def test_an_older_run_is_evaluated_and_predicts(name, succeed, is_exact, tmp_pat
 @pytest.mark.parametrize("name", ["sweep", "search"])
 def test_the_best_run_of_an_older_sweep_is_evaluated(name, succeed, tmp_path):
     best = expected_of(name)["trials"][0]  # the only one that was done
-    values = json.loads(succeed(["eval", str(copied(name, tmp_path) / "best"), "--json"]))
-    for key, value in values.items():
+    printed = succeed(["eval", str(copied(name, tmp_path) / "best"), "--json"])
+    for key, value in json.loads(printed)["metrics"].items():
         assert value == pytest.approx(best["metrics"][key], rel=ROUNDING)
 
 

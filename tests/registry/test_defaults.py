@@ -285,8 +285,9 @@ class Watching(Callback):
         assert status == 0, err
         status, out, err = command(f"eval --plugins parts.py runs/default/{name} --json")
         assert status == 0, err
-        logged = (tmp_path / f"runs/default/{name}/metrics.jsonl").read_text().splitlines()[-1]
-        assert json.loads(out)["test/loss"] == pytest.approx(json.loads(logged)["test/loss"])
+        rows = (tmp_path / f"runs/default/{name}/metrics.jsonl").read_text().splitlines()
+        logged = json.loads(rows[-1])
+        assert json.loads(out)["metrics"]["test/loss"] == pytest.approx(logged["test/loss"])
         status, _, err = command(
             f"resume --plugins parts.py runs/default/{name} trainer.max_steps=2"
         )

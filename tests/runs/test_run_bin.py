@@ -113,7 +113,8 @@ def test_only_runs_in_the_root_are_removed_and_only_into_a_real_folder(root, tmp
 def test_a_run_is_found_by_its_path_and_by_its_name(root, monkeypatch):
     assert find_run_folder(root, str(root / "default" / "a")) == root / "default" / "a"
     assert find_run_folder(root, "default/a") == root / "default" / "a"
-    for name in ("default", "default/grid", "default/x"):
+    assert find_run_folder(root, "default/grid") == root / "default" / "grid"
+    for name in ("default", "default/x"):
         with pytest.raises(RunError):
             find_run_folder(root, name)
     with pytest.raises(RunError, match=r"default/aa.*default/a"):

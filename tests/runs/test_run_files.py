@@ -45,11 +45,11 @@ def test_settings_have_dotted_keys():
     }
 
 
-@pytest.mark.parametrize("status", ["running", "testing"])
-def test_a_run_is_running_while_its_process_holds_the_lock(status, tmp_path):
+@pytest.mark.parametrize("status", ["running", "paused", "testing"])
+def test_a_run_has_the_state_of_its_status_while_its_process_holds_the_lock(status, tmp_path):
     run = write_run(tmp_path / "a", status=status)
     lock = WriterLock(run)
-    assert RunFiles(run).state == "running"
+    assert RunFiles(run).state == status
     lock.close()
     assert RunFiles(run).state == "stale"
 
@@ -58,7 +58,11 @@ def test_a_killed_run_is_stale_and_a_stopped_one_stopped(tmp_path):
     run = write_run(tmp_path / "a", status="running")
     lock_file(run, ended_process())
     assert RunFiles(run).state == "stale"
-    assert RunFiles(write_run(tmp_path / "b", status="stopped")).state == "stopped"
+    run = write_run(tmp_path / "b", status="stopped")
+    assert RunFiles(run).state == "stopped"
+    lock = WriterLock(run)
+    assert RunFiles(run).state == "testing"
+    lock.close()
     assert RunFiles(write_run(tmp_path / "c", status="failed")).state == "failed"
 
 

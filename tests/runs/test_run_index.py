@@ -33,7 +33,8 @@ def shown(listing):
     found = {}
     for run in listing.runs:
         series = {metric: repr(run.summary(metric)) for metric in run.series}
-        facts = (run.status, run.step, run.started, run.seconds, run.processes, run.tags, run.note)
+        facts = (run.status, run.step, run.started, run.seconds, run.processes, run.stacked)
+        facts += (run.tags, run.note)
         found[run.name] = (facts, series, run.settings.complete(), run.directions, run.problems)
     return found, listing.sweeps
 
@@ -68,9 +69,11 @@ def test_a_changed_run_is_read_again(root):
     [run] = [run for run in listing.runs if run.name == "default/a"]
     assert run.summary("val/loss").lowest == (0.01, 99)
     RunFiles(root / "spam" / "b").write_labels(Labels(["x"]))
+    RunFiles(root / "default" / "grid").write_labels(Labels(["wide"]))
     listing = list_runs(root)
     assert listing.read == 1
     assert [run.tags for run in listing.runs if run.name == "spam/b"] == [["x"]]
+    assert listing.sweeps["default/grid"].tags == ["wide"]
 
 
 def test_removed_and_new_runs_are_noticed(root):
@@ -87,7 +90,7 @@ def damages(index):
     yield index[: len(index) // 2]
     yield os.urandom(1000)
     yield b"[" * 100_000
-    yield b'{"schema": 2}'
+    yield b'{"schema": 3}'
     for key in content:
         yield json.dumps(content | {key: 5}).encode()
         yield json.dumps(content | {key: [[5]]}).encode()

@@ -12,6 +12,7 @@ import re
 import resource
 import shlex
 import shutil
+import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from framework import Callback, Trainer
 from framework.cli.main import main
 from framework.errors import CheckpointError, RunError
 from framework.experiment.result import last_values
+from framework.experiment.trained.prediction_columns import Form
+from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.checkpoint import writing
 from framework.runs.run_files import status_of
 from framework.runs.status_file import Status
@@ -546,18 +549,60 @@ def test_an_index_on_a_full_disk_is_not_kept(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index.json"]
 
 
-def test_predictions_are_written_atomically(tmp_path):
-    from framework.experiment.trained.prediction_files import Form, write_predictions
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "npz", "parquet"])
+def test_predictions_on_a_full_disk_are_an_error_and_leave_the_file_as_it_was(tmp_path, suffix):
+    chunks = [({}, {"value": torch.rand(500)}) for _ in range(4)]
+    path = tmp_path / f"y.{suffix}"
+    path.write_text("before")
+    message = (
+        r"cannot be written: .* \(3,000 bytes were written and removed, [\d,]+ bytes are free\)$"
+    )
+    with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match=message) as raised:
+        write_predictions(chunks, Form(), str(path))
+    assert str(raised.value).startswith(f"--output {path}: ")
+    assert contents(tmp_path) == {path.name: b"before"}
+    assert write_predictions(chunks, Form(), str(path)) == 2000
+    assert list(tmp_path.iterdir()) == [path]
 
-    chunks = [({}, {"value": torch.arange(1000.0)})]
-    for suffix in ("csv", "jsonl", "npz"):
-        path = tmp_path / f"y.{suffix}"
-        path.write_text("before")
-        with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match="cannot be written"):
-            write_predictions(chunks, Form(), str(path))
-        assert path.read_text() == "before"
-        assert write_predictions(chunks, Form(), str(path)) == 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["y.csv", "y.jsonl", "y.npz"]
+
+@pytest.mark.filterwarnings("ignore")  # of torch about its own code
+@pytest.mark.parametrize("to", ["safetensors", "torch_export", "onnx"])
+@pytest.mark.parametrize("size", [300, 12_000])
+def test_an_export_on_a_full_disk_is_an_error_and_nothing_is_left(command, to, size):
+    for package in fw.exporters.build(to).packages:
+        pytest.importorskip(package)
+    assert command("train data=blobs trainer.max_steps=2 callbacks=[checkpoint] run.name=r")[0] == 0
+    with largest_file(size):
+        status, _, err = command(f"export runs/default/r --to {to}")
+    assert status == 2, err
+    assert "cannot be written: File too large" in err
+    assert err.count("\n") == 1
+    assert not Path("runs/default/r/exports").exists()
+
+
+def test_a_full_disk_of_temporary_files_is_named(tmp_path):
+    chunks = [({}, {"value": torch.rand(500)}) for _ in range(40)]
+    message = f"{tempfile.gettempdir()} cannot be written: .* bytes are free"
+    with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match=message):
+        write_predictions(chunks, Form(), f"{tmp_path}/y.npy")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_images_on_a_full_disk_are_an_error_and_none_is_left(tmp_path, is_new):
+    pytest.importorskip("PIL.Image")
+    small = torch.zeros(1, 1, 8, 8)
+    large = torch.rand(1, 1, 80, 80)
+    chunks = [({}, {"samples": images}) for images in (small, large)]
+    folder = tmp_path / "y"
+    if not is_new:
+        folder.mkdir()
+    with largest_file(3000), pytest.raises(fw.errors.FrameworkError, match=FULL):
+        write_predictions(chunks, Form(), f"{folder}/")
+    assert folder.exists() != is_new
+    assert not list(tmp_path.glob("y/*"))
+    assert write_predictions(chunks, Form(), f"{folder}/") == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_trace_is_written_atomically(tmp_path):

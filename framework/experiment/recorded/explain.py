@@ -1,7 +1,7 @@
 """Explain a setting: its value, the place that gives it, and the values that this one replaces."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from framework.composition.origins import Origins
@@ -10,7 +10,7 @@ from framework.errors import ConfigError, FrameworkError, did_you_mean
 from framework.errors.paths import shorter
 from framework.experiment.resumption.config_changes import setting_leaves
 from framework.experiment.trained.load import read_spec_of
-from framework.runs.run_files import RunFiles
+from framework.runs.run_files import RunFiles, setting_named
 
 MOST_PLACES = 100  # of a setting in a provenance.json
 USED = "used"
@@ -64,10 +64,6 @@ class Explained:
             if place.effect == USED:
                 return place.text
         return ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields in plain values."""
-        return asdict(self)
 
 
 def explain_setting(spec: Spec, setting: str) -> list[Explained]:
@@ -130,7 +126,7 @@ def explained(
 
     Args:
         tree: the experiment.
-        setting: the path; its last word is enough if only one setting ends in it.
+        setting: the path, see `setting_named`.
         written: by path, the places in config files and on the command line; None if not recorded.
         spec: of the experiment; None if it cannot be checked.
 
@@ -148,14 +144,9 @@ def explained(
     if not chosen:
         known = {path.removesuffix(".name") for path in leaves}
         known |= {path.partition(".")[0] for path in leaves}
-        ending = sorted(path for path in known if path.endswith(f".{setting}"))
-        if len(ending) == 1:
-            return explained(tree, ending[0], written, spec)
-        if ending:
-            names_text = ", ".join(ending[:4])
-            raise FrameworkError(
-                f"explain {setting}: expected the complete name of a setting: {names_text}"
-            )
+        complete = setting_named(setting, sorted(known), "explain")
+        if complete is not None:
+            return explained(tree, complete, written, spec)
         raise FrameworkError(
             f"explain {setting}: the experiment has no such setting; {did_you_mean(setting, known)}"
         )

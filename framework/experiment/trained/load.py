@@ -51,10 +51,11 @@ from framework.runs.folder import (
     resolve_run,
     run_of_checkpoint,
 )
+from framework.runtime.batch import Batch
 from framework.training.trainer import Trainer
 from framework.training.trainer_state import WRONG_FORM
 
-from .prediction_files import Form
+from .prediction_columns import Form
 
 MAX_FLOAT32_OFFSET = 1000  # deviations between 0 and the mean of targets
 # Errors of a model that is built from the config of an untrusted source.
@@ -185,7 +186,9 @@ class Trained:
         return inputs  # type: ignore[no-any-return]
 
     def check_inputs(self, inputs: Any, file: Path) -> None:
-        """Raise DataError unless the inputs are a tensor of rows for the model."""
+        """Raise DataError unless the inputs are rows for the model, or a dict of them."""
+        if isinstance(inputs, Mapping):
+            return  # the task checks the fields
         if not isinstance(inputs, Tensor):
             found = type(inputs).__name__
             raise DataError(f"{file}: expected a tensor from `read_inputs`, got a {found}")
@@ -267,11 +270,11 @@ class Trained:
                     chunk.file = str(file)
                     yield chunk
 
-    def predict(self, inputs: Tensor, trainer: Trainer | None = None) -> Mapping[str, Any]:
-        """Return the predictions of the task as columns by name.
+    def predict(self, inputs: Batch, trainer: Trainer | None = None) -> Mapping[str, Any]:
+        """Return the predictions of the task as columns by name, and the names of the classes.
 
         Args:
-            inputs: shape (rows, *in_shape), prepared as in training.
+            inputs: shape (rows, *in_shape), prepared as in training; or named tensors.
             trainer: the result of `trainer`; None makes one.
         """
         batch_size = self.spec.sections["loader"]["eval_batch_size"]
@@ -284,7 +287,17 @@ class Trained:
         if not isinstance(columns, Mapping):
             name = type(self.task).__name__
             raise DataError(f"{name}.predict: expected a dict of columns, got {short(columns)}")
-        return columns
+        return self.with_class_names(columns)
+
+    def with_class_names(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return columns with the column `class`, the names of `class_index`, before it."""
+        indices = columns.get("class_index")
+        classes = self.facts["classes"]
+        if not classes or not isinstance(indices, Tensor) or indices.ndim != 1:
+            return columns
+        with facts_that_fit(self.run):
+            names = [classes[index] for index in indices.tolist()]
+        return {"class": names, **columns}
 
     def generate(self, prompt: str, **sampling: Any) -> tuple[str, str]:
         """Continue a text with a language model.

@@ -5,8 +5,7 @@ import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -15,31 +14,13 @@ from framework.errors import FrameworkError, RunError
 from framework.errors.paths import expanded, real_path
 from framework.system.files import unwritable, write_file
 
+from .prediction_columns import Chunk, Form, flatten, main_array, plain_columns
+from .prediction_images import check_pillow, write_images
+
 FORMATS = ("csv", "jsonl", "parquet", "npy", "npz", "images")
 TEXT_FORMATS = ("csv", "jsonl")  # of the terminal
 EXPECTED = ", ".join(f".{name}" for name in FORMATS if name != "images")
 PIECE_BYTES = 2**20
-
-Chunk = tuple[Mapping[str, Sequence[Any]], Mapping[str, Any]]
-"""The columns that identify the rows of a chunk, and its predictions; by name."""
-Columns = dict[str, Any]
-"""Columns of single values, each a list or a NumPy array."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How predictions are written.
-
-    Attributes:
-        classes: the names of the classes. They replace class indices, which get the column
-            `class_index`, and name the columns of probabilities.
-        is_float32: whether float32 holds the digits of numbers that are float64.
-        to_pixels: converts an image from the scale of the model to 0 to 1; None if unknown.
-    """
-
-    classes: Sequence[str] = ()
-    is_float32: bool = True
-    to_pixels: Callable[[Any], Any] | None = None
 
 
 def choose_format(output: str, chosen: str | None = None) -> str:
@@ -75,14 +56,6 @@ def choose_format(output: str, chosen: str | None = None) -> str:
     if not path.parent.is_dir():
         raise FrameworkError(f"--output {output}: no folder {path.parent}")
     return form
-
-
-def check_pillow() -> None:
-    """Raise FrameworkError if Pillow is not installed."""
-    try:
-        import PIL.Image  # noqa: F401  # only whether it can be imported
-    except ImportError as error:
-        raise FrameworkError("images need Pillow: pip install 'framework[images]'") from error
 
 
 def write_predictions(
@@ -145,77 +118,6 @@ def write_pieces(pieces: Iterable[bytes], path: Path) -> None:
             file.writelines(pieces)
     except OSError as error:
         raise unwritable(path, error) from error
-
-
-def flatten(chunk: Chunk, form: Form) -> Columns:
-    """Return columns of single values: a matrix becomes one column for each class or index.
-
-    Raises:
-        FrameworkError: a column of the file has the name of a prediction.
-    """
-    names, predictions = chunk
-    columns: Columns = {}
-    for name, values in predictions.items():
-        array = as_array(values)
-        ndim = getattr(array, "ndim", 1)
-        if name == "class" and form.classes:
-            columns["class"] = [form.classes[index] for index in array]
-            columns["class_index"] = array
-        elif ndim == 1:
-            columns[name] = array
-        else:
-            width = array.shape[1]
-            labels = form.classes if len(form.classes) == width else range(width)
-            for index, label in enumerate(labels):
-                column = array[:, index]
-                columns[f"{name}:{label}"] = column if ndim == 2 else column.tolist()
-    for name in names:
-        if name in columns:
-            raise FrameworkError(f"--id {name}: the predictions have a column of this name")
-    return {**names, **columns}
-
-
-def as_array(values: Any) -> Any:
-    """Return a tensor or a list of numbers as a NumPy array; other values as a list."""
-    import numpy
-
-    if hasattr(values, "detach"):
-        return values.detach().cpu().numpy()
-    if isinstance(values, numpy.ndarray):
-        return values
-    values = list(values)
-    try:
-        array = numpy.asarray(values)
-    except ValueError:  # lists of unequal length
-        return values
-    return array if array.dtype.kind in "biufc" else values
-
-
-def plain_columns(columns: Columns, form: Form) -> dict[str, list[Any]]:
-    """Return columns as lists of Python values, with as many digits as float32 has.
-
-    The number of digits is the smallest that distinguishes a float32 from its neighbours.
-    """
-    import numpy
-    import pyarrow
-
-    plain: dict[str, list[Any]] = {}
-    for name, values in columns.items():
-        if not isinstance(values, numpy.ndarray):
-            plain[name] = list(values)
-            continue
-        array = values
-        if values.dtype == numpy.float64 and form.is_float32:
-            with numpy.errstate(over="ignore"):
-                narrow = values.astype(numpy.float32)
-            fits = numpy.isfinite(narrow) == numpy.isfinite(values)
-            array = narrow if fits.all() else values
-        if array.dtype == numpy.float32:
-            texts = pyarrow.array(numpy.ascontiguousarray(array)).cast("string")
-            plain[name] = [float(text) for text in texts.to_pylist()]
-        else:
-            plain[name] = array.tolist()
-    return plain
 
 
 def csv_pieces(
@@ -334,55 +236,39 @@ def npy_pieces(chunks: Iterable[Chunk], form: Form) -> Iterator[bytes]:
 
     The number of rows is at the beginning of the file, so the rows are first written to a temporary
     file.
+
+    Raises:
+        FrameworkError: there are no numbers.
+        RunError: the temporary file cannot be written.
     """
     import numpy
 
     rows = 0
     shape: tuple[int, ...] = ()
     dtype: Any = None
-    with tempfile.TemporaryFile() as file:
-        for _, predictions in chunks:
-            array = main_array(predictions)
-            rows += len(array)
-            shape = array.shape[1:]
-            dtype = array.dtype
-            file.write(array.tobytes())
-        header = io.BytesIO()
-        description = numpy.lib.format.dtype_to_descr(dtype)
-        fields = {"descr": description, "fortran_order": False, "shape": (rows, *shape)}
-        numpy.lib.format.write_array_header_1_0(header, fields)
-        yield header.getvalue()
-        file.seek(0)
-        yield from read_pieces(file)
+    try:
+        with tempfile.TemporaryFile() as file:
+            for _, predictions in chunks:
+                array = main_array(predictions)
+                rows += len(array)
+                shape = array.shape[1:]
+                dtype = array.dtype
+                file.write(array.tobytes())
+            header = io.BytesIO()
+            description = numpy.lib.format.dtype_to_descr(dtype)
+            fields = {"descr": description, "fortran_order": False, "shape": (rows, *shape)}
+            numpy.lib.format.write_array_header_1_0(header, fields)
+            yield header.getvalue()
+            file.seek(0)
+            yield from read_pieces(file)
+    except OSError as error:
+        raise unwritable(Path(tempfile.gettempdir()), error) from error
 
 
 def read_pieces(file: IO[bytes]) -> Iterator[bytes]:
     """Yield the content of a file from its position on."""
     while piece := file.read(PIECE_BYTES):
         yield piece
-
-
-def main_array(predictions: Mapping[str, Any]) -> Any:
-    """Return the last prediction with several numbers per row, such as the probabilities.
-
-    If there is none: all columns of numbers side by side, or the only one, shape (rows,).
-
-    Raises:
-        FrameworkError: there are no numbers.
-    """
-    import numpy
-
-    arrays = []
-    for values in predictions.values():
-        array = as_array(values)
-        if isinstance(array, numpy.ndarray):
-            arrays.append(array)
-    if not arrays:
-        raise FrameworkError("the predictions are not numbers; write .csv, .jsonl or .parquet")
-    wide = [array for array in arrays if array.ndim > 1]
-    if wide:
-        return wide[-1]
-    return arrays[0] if len(arrays) == 1 else numpy.stack(arrays, axis=1)
 
 
 PIECES: dict[str, Callable[[Iterable[Chunk], Form], Iterator[bytes]]] = {
@@ -392,61 +278,3 @@ PIECES: dict[str, Callable[[Iterable[Chunk], Form], Iterator[bytes]]] = {
     "npy": npy_pieces,
     "npz": npz_pieces,
 }
-
-
-def write_images(chunks: Iterable[Chunk], form: Form, folder: Path) -> None:
-    """Write predictions that are images as PNG files: FOLDER/000001.png, or 000001-NAME.png.
-
-    Raises:
-        FrameworkError: the predictions are not images.
-        RunError: a file cannot be written.
-    """
-    import numpy
-    from PIL import Image
-
-    number = 0
-    for names, predictions in chunks:
-        images = images_of(predictions)
-        pixels = stretched(images) if form.to_pixels is None else form.to_pixels(images)
-        pixels = (pixels.clip(0, 1) * 255).round().astype(numpy.uint8)
-        for row, channels in enumerate(pixels):
-            number += 1
-            is_gray = len(channels) == 1
-            picture = Image.fromarray(channels[0] if is_gray else channels.transpose(1, 2, 0))
-            content = io.BytesIO()
-            picture.save(content, "PNG")
-            if number == 1:
-                make_image_folder(folder)
-            stem = f"-{Path(names['file'][row]).stem}" if "file" in names else ""
-            write_file(folder, f"{number:06}{stem}.png", content.getvalue())
-
-
-def make_image_folder(folder: Path) -> None:
-    """Create a folder unless it exists.
-
-    Raises:
-        RunError: it cannot be created.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
-def stretched(images: Any) -> Any:
-    """Return images whose smallest number is 0 and whose largest is 1, each by itself."""
-    low = images.min(axis=(1, 2, 3), keepdims=True)
-    high = images.max(axis=(1, 2, 3), keepdims=True)
-    return (images - low) / (high - low).clip(min=1e-12)
-
-
-def images_of(predictions: Mapping[str, Any]) -> Any:
-    """Return the predictions that are images, shape (rows, 1 or 3, height, width)."""
-    for values in predictions.values():
-        array = as_array(values)
-        if getattr(array, "ndim", 0) == 4 and array.shape[1] in (1, 3):
-            return array
-    raise FrameworkError(
-        f"the predictions ({', '.join(predictions)}) are not images; --format csv, jsonl, parquet, "
-        "npy and npz are possible"
-    )

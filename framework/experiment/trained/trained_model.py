@@ -80,19 +80,16 @@ class TrainedModel:
                 text, or a path if a file with this name exists.
 
         Returns:
-            Columns by name, such as "class" and "probability", with a value for each sample. If the
-            targets are classes, "label" has their names.
+            Columns by name, with a value for each sample: for classes "class" (the name of the most
+            likely class), "class_index", "probability" and "probabilities". conf/README.md lists
+            those of all tasks.
 
         Raises:
             DataError: the data set cannot read these inputs, or they do not fit the model.
         """
         with files_of(inputs, self._trained.facts["data"]) as files:
             tensors = [self._trained.read_inputs(file) for file in files]
-        columns = dict(self._trained.predict(torch.cat(tensors)))
-        numbers = columns.get("class")
-        if self.classes and isinstance(numbers, Tensor) and numbers.ndim == 1:
-            columns["label"] = [self.classes[number] for number in numbers.tolist()]
-        return columns
+        return dict(self._trained.predict(torch.cat(tensors)))
 
     def evaluate(self, data: str | Source = "test") -> dict[str, float]:
         """Return the loss and the metrics of the run on some data.

@@ -7,7 +7,7 @@ left out, and listed in `Diff.problems`. This module does not import torch.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from framework.runs.requests import EventReader, row_text
 from framework.runs.run_files import RunFiles, Value
 from framework.runs.run_time import read_time
 
-LISTS = {"metrics": "metric", "transforms": "transform", "callbacks": "callback"}
-LISTS["loggers"] = "logger"
+LISTS = {
+    "metrics": "metric",
+    "transforms": "transform",
+    "callbacks": "callback",
+    "loggers": "logger",
+}
 """The kind of the parts in each list of parts of an experiment, by its key."""
 OF_THE_FOLDER = ("run", "run.")
 DEFAULT = "default"
@@ -51,6 +55,10 @@ class Row:
     def differs(self) -> bool:
         """Whether the runs do not all have the same value."""
         return any(not equal(self.values[0], value) for value in self.values[1:])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row in plain values."""
+        return {"name": self.name, "values": [plain(value) for value in self.values]}
 
 
 @dataclass
@@ -112,7 +120,7 @@ class Diff:
         parts: dict[str, Any] = {"runs": runs}
         for part in ("settings", "code", "versions", "data", "metrics", "time"):
             rows: list[Row] = getattr(self, part)
-            parts[part] = [{"name": row.name, "values": plain(row.values)} for row in rows]
+            parts[part] = [row.as_dict() for row in rows]
         return parts
 
 
@@ -357,6 +365,8 @@ def time_of(run: RunFiles) -> dict[str, Any]:
     if time is not None and time.training:
         found["total_seconds"] = round(time.total, 3)
         found["device"] = time.device
+        if time.stacked > 1:
+            found["stacked"] = time.stacked
         if time.steps:
             found["seconds_per_step"] = time.in_steps / time.steps / time.stacked
     speed = run.last("train/samples_per_second")
@@ -389,21 +399,15 @@ def curves_of(run: RunFiles, metrics: Iterable[str]) -> dict[str, Curve]:
 
 
 def plain(value: Any) -> Any:
-    """Return values as JSON holds them: NaN is null."""
+    """Return a setting or the value of a metric as a dict, any other value unchanged."""
     if isinstance(value, Setting):
-        return {"value": plain(value.value), "source": value.source}
+        return asdict(value)
     if isinstance(value, MetricValue):
         best = value.best
         return {
-            "last": plain(value.last.value),
+            "last": value.last.value,
             "last_step": value.last.step,
-            "best": None if best is None else plain(best.value),
+            "best": None if best is None else best.value,
             "best_step": None if best is None else best.step,
         }
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
     return value

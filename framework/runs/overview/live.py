@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from framework.errors import RunError
-from framework.runs.run_files import METRICS, MOST_SERIES, RunFiles, metrics_row, number_in
+from framework.runs.run_files import (
+    ACTIVE,
+    METRICS,
+    MOST_SERIES,
+    STATUS_FILE,
+    RunFiles,
+    State,
+    metrics_row,
+    number_in,
+)
 from framework.system.files import open_file, parse_row
 
 MOST_POINTS = 2_000  # of a curve; with more, every second one is left out
@@ -25,7 +34,6 @@ PARTS = 192  # of a longer file, which are read in place of all of it
 PART_BYTES = 2**14
 TAIL_BYTES = 2**20
 QUIET_SECONDS = 120.0  # without news, after which a running run gets a warning
-ENDED = ("done", "failed", "stopped", "stale", "unknown")
 
 
 @dataclass
@@ -158,7 +166,7 @@ class LiveRun:
         path: the folder of the run.
         label: a name for the screen.
         status: the content of status.json.
-        state: see `RunFiles.state`; also paused, and testing during the final test.
+        state: see `State` in run_files.py.
         metrics: the curves.
         problem: why a file cannot be read; "" otherwise.
     """
@@ -168,22 +176,19 @@ class LiveRun:
         self.label = label
         self.metrics = LiveMetrics(path)
         self.status: dict[str, Any] = {}
-        self.state = "unknown"
+        self.state: State = "unknown"
         self.problem = ""
         self.is_read = False
         self._seen: tuple[int, int] | None = None
 
     def refresh(self) -> None:
         """Read what is new; a run that has ended is read again only if its files have changed."""
-        seen = (modified(self.path / "status.json"), modified(self.path / METRICS))
-        if self.is_read and self.state in ENDED and seen == self._seen:
+        seen = (modified(self.path / STATUS_FILE), modified(self.path / METRICS))
+        if self.is_read and self.state not in ACTIVE and seen == self._seen:
             return
         files = RunFiles(self.path)
         self.status = files.status
         self.state = files.state
-        said = self.status.get("status")
-        if self.state == "running" and said in ("paused", "testing"):
-            self.state = str(said)
         self.problem = ""
         if self.status or not files.problems:
             self._seen = seen
@@ -208,7 +213,7 @@ class LiveRun:
     @property
     def updated(self) -> float | None:
         """Seconds since the run has written its state or a metric; None if it is not known."""
-        times = [modified(self.path / name) / 1e9 for name in ("status.json", METRICS)]
+        times = [modified(self.path / name) / 1e9 for name in (STATUS_FILE, METRICS)]
         newest = max(times)
         return max(time.time() - newest, 0.0) if newest else None
 

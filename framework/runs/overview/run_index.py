@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from framework.errors import RunError
 from framework.runs.run_files import (
+    LABELS,
     METRICS,
     STATUS_FILE,
     RunFiles,
@@ -30,11 +31,12 @@ from framework.runs.run_files import (
     number_in,
     state_of,
 )
+from framework.runs.run_time import read_time
 from framework.runs.sweep_files import REQUEST, ROWS, read_request, trial_of_row
 from framework.system.files import open_file, read_rows, write_file
 
 INDEX = ".index.json"
-SCHEMA = 2
+SCHEMA = 3
 MOST_INDEX = 128 * 2**20  # bytes; 10,000 runs with 12 metrics have 9 MB
 MOST_METRICS_BYTES = 256 * 2**20  # of a metrics.jsonl; reading them takes seconds
 MOST_DEPTH = 4  # folders between the root and a run
@@ -42,6 +44,7 @@ MOST_FOLDERS = 200_000
 FEWEST_CHANGES = 20  # entries read anew for which the index is written again
 TEXT: frozenset[type] = frozenset([str])
 MAPPING: frozenset[type] = frozenset([dict])
+INTEGER: frozenset[type] = frozenset([int])
 OPTIONAL_TEXT: frozenset[type] = frozenset([str, NoneType])
 OPTIONAL_INT: frozenset[type] = frozenset([int, NoneType])
 OPTIONAL_NUMBER: frozenset[type] = frozenset([int, float, NoneType])
@@ -109,7 +112,8 @@ class RunEntry:
         status: of status.json, such as "testing"; None if it is unknown. See `state_in`.
         started: when the run began, in seconds since 1970.
         updated: when its status was written, in seconds since 1970.
-        seconds: of training.
+        seconds: of training; stacked trials share them.
+        stacked: the number of trials that trained together as one model.
         directions: of its metrics, see `RunFiles.directions`.
         series: of each metric, the last, lowest and highest value, see `summary`.
         problems: a line for each missing or damaged file.
@@ -125,6 +129,7 @@ class RunEntry:
     updated: float | None = None
     seconds: float | None = None
     processes: int | None = None
+    stacked: int = 1
     settings: Settings = field(default_factory=lambda: Settings({}, {}))
     directions: dict[str, str] = field(default_factory=dict)
     series: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -178,6 +183,8 @@ class SweepEntry:
         objectives: the direction of each metric that the sweep compares trials by.
         swept: the settings that it varies.
         trials: the folder and the state of each trial; "" for a trial without a folder.
+        tags: those of the sweep, which all its trials have too.
+        note: that of the sweep.
     """
 
     name: str
@@ -185,6 +192,8 @@ class SweepEntry:
     objectives: dict[str, str] = field(default_factory=dict)
     swept: list[str] = field(default_factory=list)
     trials: list[tuple[str, str]] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    note: str = ""
 
 
 @dataclass
@@ -290,7 +299,7 @@ def walk(root: Path, index: Index, listing: RunList) -> Iterator[Found]:
             continue
         in_sweep = any(entry.name == REQUEST for entry in entries)
         if in_sweep:
-            found = Found(name, stamp_of(str(root / name), (REQUEST, ROWS), folder=False))
+            found = Found(name, stamp_of(str(root / name), (REQUEST, ROWS, LABELS), folder=False))
             sweep = index.sweeps.get(name)
             if sweep is None or sweep.stamp != found.stamp:
                 sweep = read_sweep(root, found)
@@ -369,6 +378,7 @@ def read_entry(root: Path, found: Found, bases: dict[str, dict[str, Any]]) -> Ru
     labels = files.labels
     step = status.get("step")
     total_steps = status.get("total_steps")
+    time = read_time(status)
     return RunEntry(
         found.name,
         found.stamp,
@@ -380,6 +390,7 @@ def read_entry(root: Path, found: Found, bases: dict[str, dict[str, Any]]) -> Ru
         number_in(status, "updated"),
         files.seconds,
         files.processes,
+        1 if time is None else time.stacked,
         Settings.difference(files.settings, base),
         files.directions,
         {metric: series_row(series) for metric, series in files.series.items()},
@@ -410,7 +421,9 @@ def read_sweep(root: Path, found: Found) -> SweepEntry:
     """Read the request and the trials of a sweep."""
     path = root / found.name
     request = read_request(path)
-    entry = SweepEntry(found.name, found.stamp, swept=list(request.get("swept") or []))
+    labels = RunFiles(path).labels
+    entry = SweepEntry(found.name, found.stamp, tags=labels.tags, note=labels.note)
+    entry.swept = list(request.get("swept") or [])
     objectives = request.get("by")
     if isinstance(objectives, dict):
         for metric, direction in objectives.items():
@@ -446,9 +459,9 @@ def read_index(root: Path) -> Index:
 
 def sweeps_in(content: Mapping[str, Any]) -> Iterator[SweepEntry]:
     """Yield the sweeps of an index. One of another form raises ValueError or TypeError."""
-    for name, stamp, objectives, swept, trials in content["sweeps"]:
-        check_types((name, *objectives, *objectives.values(), *swept), TEXT)
-        entry = SweepEntry(name, tuple(stamp), objectives, swept)
+    for name, stamp, objectives, swept, trials, tags, text in content["sweeps"]:
+        check_types((name, *objectives, *objectives.values(), *swept, *tags, text), TEXT)
+        entry = SweepEntry(name, tuple(stamp), objectives, swept, tags=tags, note=text)
         for folder, state in trials:
             check_types((folder, state), TEXT)
             entry.trials.append((folder, state))
@@ -461,18 +474,20 @@ def runs_in(content: Mapping[str, Any], bases: Mapping[str, dict[str, Any]]) -> 
     directions = content["directions"]
     check_types(metrics, TEXT)
     for name, stamp, facts, changes, removed, direction, series, labels in content["runs"]:
-        status, reason, step, total_steps, started, updated, seconds, processes = facts
+        status, reason, step, total_steps, started, updated, seconds, processes, stacked = facts
         tags, text, problems = labels
         check_types((name, reason, text, *tags, *problems), TEXT)
         check_types((status,), OPTIONAL_TEXT)
         check_types((changes, directions[direction]), MAPPING)
         check_types((step, total_steps, processes, *stamp), OPTIONAL_INT)
+        check_types((stacked,), INTEGER)
         check_types((started, updated, seconds), OPTIONAL_NUMBER)
         entry = RunEntry(name, tuple(stamp), status, reason, step, total_steps)
         entry.started = started
         entry.updated = updated
         entry.seconds = seconds
         entry.processes = processes
+        entry.stacked = max(stacked, 1)
         settings = changes | dict.fromkeys(removed, MISSING) if removed else changes
         entry.settings = Settings(bases[experiment_of(name)], settings)
         entry.directions = directions[direction]
@@ -497,7 +512,15 @@ def write_index(listing: RunList, bases: Mapping[str, Mapping[str, Any]]) -> Non
     directions: dict[str, int] = {}
     runs = [run_row(run, metrics, directions) for run in listing.runs]
     sweeps = [
-        (entry.name, entry.stamp, entry.objectives, entry.swept, entry.trials)
+        (
+            entry.name,
+            entry.stamp,
+            entry.objectives,
+            entry.swept,
+            entry.trials,
+            entry.tags,
+            entry.note,
+        )
         for entry in listing.sweeps.values()
     ]
     content = {
@@ -528,11 +551,12 @@ def run_row(run: RunEntry, metrics: dict[str, int], directions: dict[str, int]) 
     for metric, row in run.series.items():
         series.append((metrics.setdefault(metric, len(metrics)), *row))
     key = json.dumps(run.directions, sort_keys=True)
+    steps = (run.step, run.total_steps)
     times = (run.started, run.updated, run.seconds)
     return (
         run.name,
         run.stamp,
-        (run.status, run.reason, run.step, run.total_steps, *times, run.processes),
+        (run.status, run.reason, *steps, *times, run.processes, run.stacked),
         changes,
         removed,
         directions.setdefault(key, len(directions)),

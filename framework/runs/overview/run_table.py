@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from framework.errors import Facts, SettingError, nearest, suggestion
-from framework.runs.run_files import Value
+from framework.runs.run_files import Value, setting_named
 
 from .run_index import MISSING, RunEntry, RunList, SweepEntry
 
@@ -135,12 +135,9 @@ class RunTable:
                     return Column("metric", metric, known)
             expected = ", ".join(get_args(Statistic))
             raise SettingError(f"{place}: expected one of {expected} after {metric}:, got {text!r}")
-        ending = [key for key in self.settings if key.endswith(f".{text}")]
-        if len(ending) == 1:
-            return Column("setting", ending[0])
-        if ending:
-            names = ", ".join(ending[:4])
-            raise SettingError(f"{place}: {text!r} may be {names}; give the complete name")
+        setting = setting_named(text, self.settings, place)
+        if setting is not None:
+            return Column("setting", setting)
         available = [*FIELDS, *self.metrics, *self.settings]
         last_words = [key.rpartition(".")[2] for key in self.settings]
         options = [*available, *last_words]
@@ -223,8 +220,29 @@ class RunTable:
             return None if seconds is None else date_text(seconds)
         if name == "time":
             return run.seconds
+        if name == "tags":
+            return self.tags(run) or None
+        if name == "note":
+            sweep = self.listing.sweep_of(run)
+            return run.note or (sweep.note if sweep is not None else "") or None
         value = getattr(run, name)
         return None if value in ("", []) else value
+
+    def tags(self, run: RunEntry) -> list[str]:
+        """Return the tags of a run, after those of its sweep."""
+        sweep = self.listing.sweep_of(run)
+        if sweep is None or not sweep.tags:
+            return run.tags
+        return list(dict.fromkeys([*sweep.tags, *run.tags]))
+
+    def seconds(self, row: RunRow) -> float | None:
+        """Return the time of a run; of a sweep, that of the selected trials together.
+
+        Trials that trained together as one model have their share of the common time.
+        """
+        if row.sweep is None:
+            return row.run.seconds
+        return sum((run.seconds or 0.0) / run.stacked for run in row.trials)
 
     def selected(
         self, predicate: Callable[[Callable[[str], Any]], bool], columns: dict[str, Column]
@@ -273,6 +291,8 @@ class RunTable:
         without = []
         for row in rows:
             value = self.value(row.run, column)
+            if column == Column("field", "time"):
+                value = self.seconds(row)
             if value is None or (isinstance(value, float) and math.isnan(value)):
                 without.append(row)
             else:
@@ -329,7 +349,7 @@ class RunTable:
         if any(run.processes not in (None, 1) for run in runs):
             columns.append(Column("field", "processes"))
         for name in ("tags", "note"):
-            if any(getattr(run, name) for run in runs):
+            if any(self.field(run, name) for run in runs):
                 columns.append(Column("field", name))
         return columns
 

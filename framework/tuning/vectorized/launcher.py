@@ -297,7 +297,10 @@ class Vectorized(OneByOne):
         number: int,
         error: BaseException | None,
     ) -> None:
-        """Record how a trial ended, except one that continues alone."""
+        """Record how a trial ended, except one that continues alone.
+
+        The trials have equal shares of their common time.
+        """
         trial = trials[number]
         assert trial.row is not None
         if error is not None and (isinstance(error, NotStackable) or is_full(error)):
@@ -307,12 +310,12 @@ class Vectorized(OneByOne):
             if error is not None:
                 raise error
             result = trial.prepared.result(signals)
-            result.seconds /= len(trials)  # its share of the common time
+            result.seconds /= len(trials)
             row = outcome(trial.row, result)
         except Exception as failure:
             trial.prepared.record_failure()
             seconds = trial.prepared.trainer.state.wall_seconds
-            row = self.runner.failed(trial.row, failure, seconds)
+            row = self.runner.failed(trial.row, failure, seconds / len(trials))
         rows[trial.index] = self.runner.finish(row)
 
 

@@ -137,6 +137,21 @@ def test_token_ids_of_unequal_length_are_padded(tmp_path, labels):
     assert data.in_shape == (4,)
     inputs, _ = data.train.gather(torch.tensor([0, 4, 2]))
     assert inputs.tolist() == [[1, 0, 0, 0], [1, 2, 3, 4], [1, 2, 3, 0]]
+    part, _ = data.train.gather_part(torch.tensor([0]), torch.tensor([0, 2]))
+    assert part.tolist() == [[1, 0, 0]], "padded like the whole batch of several processes"
+
+
+def test_token_ids_are_batched_like_those_in_memory(tmp_path, labels):
+    ids = [[1 + row % 3] * (1 + row * 7 % 5) for row in range(ROWS)]
+    path = write(tmp_path / "a.arrow", {"ids": ids, "label": labels})
+    data = build(path, bucket=2, **WHOLE)
+    in_memory = fw.RaggedSplit([torch.tensor(row) for row in ids], torch.arange(ROWS) % 3, bucket=2)
+    settings = {"batch_size": 8, "shuffle": True, "seed": 3}
+    expected = list(Loader(in_memory, **settings).epoch(1))
+    found = list(Loader(data.train, **settings).epoch(1))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
 
 
 def test_texts_are_encoded(tmp_path, labels):
@@ -355,7 +370,7 @@ def test_empty_cells_and_nan_are_errors(tmp_path, labels):
     with pytest.raises(DataError, match="column 'a' has 1 empty cells"):
         build(empty)
     invalid = write(tmp_path / "b.arrow", {"a": [*values[1:], float("nan")], "label": labels})
-    with pytest.raises(DataError, match=f"row {ROWS} contain NaN"):
+    with pytest.raises(DataError, match=f"row {ROWS} has NaN"):
         build(invalid, **WHOLE)
     inner = pa.array([[1.0, None]] * ROWS, pa.list_(pa.float64(), 2))
     with pytest.raises(DataError, match="empty cells"):

@@ -149,7 +149,7 @@ OUTPUTS = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]], dtype=torch.bfloat16
 
 def test_predictions_of_classification_are_class_and_probabilities():
     columns = fw.tasks.build("classification").predict(OUTPUTS)
-    assert columns["class"].tolist() == [1, 0]
+    assert columns["class_index"].tolist() == [1, 0]
     torch.testing.assert_close(columns["probabilities"].sum(1), torch.ones(2))
     torch.testing.assert_close(columns["probability"], columns["probabilities"].amax(1))
 

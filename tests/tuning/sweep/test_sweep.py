@@ -88,8 +88,9 @@ def test_a_sweep_leaves_a_run_for_each_trial_and_prints_a_table(command):
     assert (config["seed"], config["optimizer"]["lr"]) == (0, 1e-4)
     assert "sweep" not in config
     assert "epoch" not in out, "output of trials is in their run folders"
+    assert "{" not in out, "JSON is printed for --json only"
     status, out, _ = command(f"eval {sweep}/best --json")
-    assert json.loads(out)["test/loss"] == pytest.approx(best["metrics"]["test/loss"])
+    assert json.loads(out)["metrics"]["test/loss"] == pytest.approx(best["metrics"]["test/loss"])
 
 
 def test_the_output_of_a_trial_is_in_its_run_folder(command):
@@ -336,7 +337,7 @@ def test_a_sweep_over_experiments_has_a_folder_of_its_own(command, tmp_path):
     status, out, _ = command(f"train {line} resume=auto")
     assert status == 0
     assert "of which 2 trials are finished" in out
-    listed = json.loads(command("list experiment --json")[1])
+    listed = json.loads(command("list experiment --json")[1])["experiments"]
     summaries = {each["name"]: each["summary"] for each in listed}
     assert summaries["base"] == "The base."
     assert summaries["wide"] == ""

@@ -52,7 +52,7 @@ def test_stacked_trials_leave_the_runs_of_single_trials(command):
     status, out, _ = command(f"eval {run_of(stacked[0], 'stacked')} --json")
     assert status == 0
     loss = stacked[0]["metrics"]["test/loss"]
-    assert json.loads(out)["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert json.loads(out)["metrics"]["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_stacked_trial_resumes_alone(command):
@@ -68,6 +68,8 @@ def test_a_trial_that_diverges_fails_and_the_others_are_done(command):
     assert command(line)[0] != 0
     assert [row["state"] for row in trials()] == ["done", "failed", "done"]
     assert "non_finite" in trials()[1]["error"]
+    status = json.loads((run_of(trials()[1]) / "status.json").read_text())
+    assert trials()[1]["seconds"] < status["wall_seconds"] / 2, "its share of the common time"
     assert command(f"{line} resume=auto")[0] != 0
     started = [row["number"] for row in rows() if row["state"] == "running"]
     assert sorted(started) == [0, 1, 1, 2], "only the failed one runs again"

@@ -1,0 +1,158 @@
+"""`framework best`: print the folder of the best run."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from framework.errors import RunError, SettingError
+from framework.errors.paths import pasted
+from framework.errors.terminal import note, printable
+from framework.runs.overview.run_index import MISSING, RunEntry
+from framework.runs.run_files import Value
+
+from . import help_texts
+from .json_output import print_json
+from .parsers import JSON, Parser
+from .run_actions import ROOT_OPTION
+from .runs import ROOT, WHERE, filtered, nothing, read_table, setting_text
+
+
+def best(arguments: list[str]) -> int:
+    """Run `framework best`."""
+    parser = Parser("best", "Print the folder of the best run.", help_texts.BEST)
+    parser.add_argument("folder", **ROOT, help="folder of runs (default: runs)")
+    parser.add_argument("--root", **ROOT_OPTION | {"help": "the same as ROOT"})
+    metric = "metric to compare (default: the one that the runs rank checkpoints by)"
+    parser.add_argument("--metric", help=metric)
+    mode = "whether low or high values are better (default: the metric decides)"
+    parser.add_argument("--mode", choices=["min", "max"], help=mode)
+    parser.add_argument("--where", **WHERE)
+    parser.add_argument("--json", **JSON)
+    args = parser.parse_args(arguments)
+    table = read_table(args.folder or args.root)
+    chosen = filtered(table, args.where)
+    if not chosen:
+        raise RunError(nothing(table, args.where))
+    metric = args.metric or monitored_metric(chosen)
+    if args.metric is not None:
+        column = table.column(metric, "--metric")
+        if column.kind != "metric" or column.key != metric:
+            raise SettingError(f"--metric {metric}: expected a metric such as val/loss")
+    direction = args.mode or table.direction(metric)
+    if direction is None:
+        raise SettingError(
+            f"whether low or high values of {metric} are better is not known: give --mode"
+        )
+    ranked = ranked_runs(chosen, metric, direction)
+    if not ranked:
+        raise RunError(f"no run in {table.root} has a finite value of {metric}")
+    ranked = without_damaged(ranked)
+    check_comparable([run for run, _ in ranked], table.root)
+    run, value = first_with_checkpoint(table.root, ranked)
+    path = table.root / run.name
+    if args.json:
+        content = {"path": str(path), "metric": metric, "direction": direction}
+        counts = {"value": value.value, "step": value.step, "compared": len(ranked)}
+        print_json(content | counts)
+        return 0
+    print(printable(path) if sys.stdout.isatty() else path)  # exact for a shell
+    compared = f"the best of {run_count(len(ranked))}"
+    note(f"{metric} {value.value:.4g} after step {value.step:,}, {compared}")
+    return 0
+
+
+def ranked_runs(
+    runs: Sequence[RunEntry], metric: str, direction: str
+) -> list[tuple[RunEntry, Value]]:
+    """Return the runs with a finite value of a metric and their best values, the best run first."""
+    sign = -1.0 if direction == "max" else 1.0
+    found = []
+    for run in runs:
+        series = run.summary(metric)
+        value = None if series is None else series.best(direction)
+        if value is not None:
+            found.append((run, value))
+    return sorted(found, key=lambda pair: sign * pair[1].value)
+
+
+def without_damaged(ranked: list[tuple[RunEntry, Value]]) -> list[tuple[RunEntry, Value]]:
+    """Return the runs whose data and task are known; all of them if none is known."""
+    readable = [pair for pair in ranked if pair[0].settings.get("data") is not MISSING]
+    skipped = len(ranked) - len(readable)
+    if not readable:
+        return ranked
+    if skipped:
+        note(f"skipped, because their config cannot be read: {run_count(skipped)}")
+    return readable
+
+
+def run_count(count: int) -> str:
+    """Return a number of runs as text."""
+    return "1 run" if count == 1 else f"{count:,} runs"
+
+
+def first_with_checkpoint(
+    root: Path, ranked: Sequence[tuple[RunEntry, Value]]
+) -> tuple[RunEntry, Value]:
+    """Return the best run that can be evaluated; without any checkpoint, the best run."""
+    for skipped, (run, value) in enumerate(ranked):
+        if has_checkpoint(root / run.name):
+            if skipped:
+                count = f"{run_count(skipped)} with better values"
+                note(f"skipped, because they have no checkpoint: {count}")
+            return run, value
+    note("no run has a checkpoint, so that none can be evaluated")
+    return ranked[0]
+
+
+def monitored_metric(runs: Sequence[RunEntry]) -> str:
+    """Return the metric that runs rank their checkpoints by.
+
+    Raises:
+        SettingError: they differ, or no run has one.
+    """
+    counts: dict[str, int] = {}
+    for run in runs:
+        if run.monitor is not None and run.monitor in run.series:
+            counts[run.monitor] = counts.get(run.monitor, 0) + 1
+    if not counts:
+        raise SettingError(
+            "no run has values of the metric that it ranks its checkpoints by: choose one with "
+            "--metric"
+        )
+    if len(counts) > 1:
+        texts = ", ".join(f"{metric} ({run_count(count)})" for metric, count in counts.items())
+        raise SettingError(f"the runs monitor different metrics: {texts}; choose one with --metric")
+    return next(iter(counts))
+
+
+def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:
+    """Raise RunError if runs have different data or tasks: their metrics cannot be compared."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        values = [(key, run.settings.get(key)) for key in ("data", "task")]
+        words = [
+            f"{key}={'?' if value is MISSING else setting_text(value)}" for key, value in values
+        ]
+        label = " and ".join(words)
+        counts[label] = counts.get(label, 0) + 1
+    if len(counts) > 1:
+        texts = ", ".join(
+            f"{label} ({run_count(count)})" for label, count in list(counts.items())[:3]
+        )
+        example = next(iter(counts))
+        raise RunError(
+            f"the runs in {root} differ in data or task, so that their metrics cannot be compared: "
+            f"{texts}; choose some with --where {pasted(example)}"
+        )
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Return whether a run has a checkpoint."""
+    folder = run / "checkpoints"
+    if folder.is_symlink():
+        return False
+    try:
+        return any(path.name.startswith("step-") for path in folder.iterdir())
+    except OSError:
+        return False
