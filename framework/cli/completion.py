@@ -139,7 +139,7 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return starting(current, ("lr", "batch_size"))
     if before == ["data"]:
         return starting(current, ("convert",))
-    if name in commands and commands[name].composes:
+    if name == "tour" or (name in commands and commands[name].composes):
         return override_words(current, before[1:], index)
     if name == "list":
         return starting(current, [*index.keys, "experiment"])

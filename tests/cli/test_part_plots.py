@@ -39,6 +39,12 @@ def show(capsys, *words):
     return capsys.readouterr().out
 
 
+def json_of(capsys, *words):
+    """Return the document of `framework show --json`."""
+    assert cli.exit_status_of(["show", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_gelu_and_its_derivative_are_those_of_torch():
     found = numbers("activation", "gelu")
     x = torch.tensor(found["x"], dtype=torch.float64, requires_grad=True)
@@ -230,18 +236,17 @@ def test_a_chart_fits_80_columns_and_has_labels_and_letters(capsys):
 
 
 def test_the_numbers_are_in_the_json(capsys):
-    document = json.loads(show(capsys, "scheduler/linear", "--steps", "4", "--json"))
+    document = json_of(capsys, "scheduler/linear", "--steps", "4")
     assert document["name"] == "linear"
     assert document["plots"][0]["factor"] == [1, 0.75, 0.5, 0.25]
-    several = json.loads(show(capsys, "relu", "block/linear", "softmax", "--json"))
+    several = json_of(capsys, "relu", "block/linear", "softmax")["parts"]
     assert [each["name"] for each in several] == ["relu", "linear", "softmax"]
     assert "plots" not in several[1]
     assert "depends on more than one input" in several[2]["plots"][0]["problem"]
 
 
 def test_settings_make_curves_of_their_own(capsys):
-    words = ["sgd", "optimizer.lr=0.1", "optimizer.momentum=0,0.9", "--json"]
-    plots = json.loads(show(capsys, *words))["plots"]
+    plots = json_of(capsys, "sgd", "optimizer.lr=0.1", "optimizer.momentum=0,0.9")["plots"]
     assert [each["settings"] for each in plots] == [
         {"lr": 0.1, "momentum": 0},
         {"lr": 0.1, "momentum": 0.9},

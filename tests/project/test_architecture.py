@@ -76,6 +76,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/runtime/memory.py": "/proc/meminfo",
     "framework/experiment/trained/prediction_files.py": "the output that the user names",
     "framework/composition/config_files.py": "`read_bytes` of framework/system/files.py",
+    "framework/cli/tour.py": "the lessons, which are a part of the package",
     "framework/cli/json_output.py": "the null device, and stdout itself",
     "framework/composition/origins.py": "configs of the user's project",
     "framework/composition/sources.py": "configs of the user's project",
