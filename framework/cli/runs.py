@@ -114,8 +114,13 @@ def read_table(root: Path) -> RunTable:
     return table
 
 
-def filtered(table: RunTable, where: str | None) -> list[RunEntry]:
-    """Return the runs that match the expression of --where; without one, all of them."""
+def filtered(table: RunTable, where: str | None, option: str = "--where") -> list[RunEntry]:
+    """Return the runs that match the expression of --where; without one, all of them.
+
+    Args:
+        where: the expression.
+        option: the option that has it, for messages.
+    """
     if where is None:
         return list(table.runs)
     columns: dict[str, Column] = {}
@@ -126,7 +131,7 @@ def filtered(table: RunTable, where: str | None) -> list[RunEntry]:
         columns[name] = table.column(name, place)
         return name
 
-    predicate = parse_filter(where, resolve)
+    predicate = parse_filter(where, resolve, option)
     return table.selected(predicate, columns)
 
 
@@ -437,6 +442,26 @@ def best(arguments: list[str]) -> int:
     compared = f"the best of {run_count(len(ranked))}"
     note(f"{metric} {value.value:.4g} after step {value.step:,}, {compared}")
     return 0
+
+
+def best_runs(table: RunTable) -> list[RunEntry]:
+    """Return the runs with a value of the metric that they rank checkpoints by, the best first.
+
+    Raises:
+        RunError: there are none, or they differ in data or task.
+        SettingError: they rank checkpoints by different metrics, or by one of unknown direction.
+    """
+    metric = monitored_metric(table.runs)
+    direction = table.direction(metric)
+    if direction is None:
+        raise SettingError(f"whether low or high values of {metric} are better is not known")
+    ranked = ranked_runs(table.runs, metric, direction)
+    if not ranked:
+        raise RunError(f"no run in {table.root} has a finite value of {metric}")
+    readable = [run for run, _ in ranked if run.settings.get("data") is not MISSING]
+    best = readable or [run for run, _ in ranked]
+    check_comparable(best, table.root)
+    return best
 
 
 def ranked_runs(
