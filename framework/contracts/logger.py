@@ -1,6 +1,6 @@
 """The contract of a logger, which records scalars, texts, images and more of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ class Logger:
             labels: a text for each point.
             step: the optimizer steps done.
             images: a thumbnail for each point, shape (N, 1 or 3, H, W), values in [0, 1].
+        """
+
+    def charts(self, title: str, charts: Mapping[str, str]) -> None:
+        """Show several scalars in one chart, for all of the run; call it in `on_fit_start`.
+
+        Args:
+            title: of the charts together.
+            charts: the prefix of the tags in each chart, by the name of the chart.
         """
 
     def graph(self, model: nn.Module, inputs: Tensor) -> None:

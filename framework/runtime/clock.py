@@ -41,6 +41,11 @@ def slow_data(shares: Mapping[str, float], seconds: float) -> float | None:
     return share
 
 
+def seconds_of_waiting(clock: "Clock") -> float:
+    """Return the seconds that the training loop of a clock has waited for data."""
+    return clock.seconds.get(WAITING_FOR_DATA, 0.0)
+
+
 class Clock:
     """Counts seconds by activity, such as "waiting for data" or "validation".
 

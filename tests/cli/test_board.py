@@ -168,7 +168,7 @@ def test_runs_are_selected_by_name_pattern_filter_or_rank(root, selections, chos
 def test_a_selection_without_runs_is_an_error(root):
     with pytest.raises(RunError, match="--runs third: none of the 4 runs"):
         selected_runs(root, ["third"])
-    with pytest.raises(SettingError, match="--runs 'loss=1'.*there is no column"):
+    with pytest.raises(SettingError, match=r"--runs 'loss=1'.*there is no column"):
         selected_runs(root, ["loss=1"])
     with pytest.raises(RunError, match="--runs lr=7: none"):
         selected_runs(root, ["best", "lr=7"])

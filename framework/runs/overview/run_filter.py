@@ -196,18 +196,16 @@ def comparison_of(operator: str, text: str, is_text: bool) -> Callable[[Any], bo
         is_text: it is in quotes, and so neither a number nor null.
     """
     number = None if is_text else number_of(text)
-    pattern = None
-    if "*" in text and not is_text:
-        pattern = text.replace("[", "[[]").replace("?", "[?]")
+    pattern = None if is_text else text.replace("[", "[[]").replace("?", "[?]")
 
     def equal(value: Any) -> bool:
         if isinstance(value, list):
             return any(equal(item) for item in value)
-        if pattern is not None:
+        if number is not None and is_number(value):
+            return bool(value == number)
+        if pattern is not None and "*" in pattern:
             return fnmatchcase(plain_text(value), pattern)
-        if is_number(value):
-            return number is not None and bool(value == number)
-        return plain_text(value) == text
+        return not is_number(value) and plain_text(value) == text
 
     def contains(value: Any) -> bool:
         if isinstance(value, list):

@@ -102,6 +102,16 @@ def test_each_chart_shows_training_and_validation(tmp_path):
     }
 
 
+def test_test_values_of_several_steps_are_a_chart(tmp_path):
+    board = log(tmp_path)
+    for step in (10, 20, 30):
+        scalars(board, {"test/loss": 1 / step, "val/loss": 0.5}, step=step)
+    board.close()
+    events = read(tmp_path)
+    assert [event.step for event in events.Scalars("test/loss")] == [10, 20, 30]
+    assert "test" not in events.Tags()["tensors"]
+
+
 def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     board = log(tmp_path)
     scalars(board, {"val/loss": 0.1}, step=40)
@@ -117,9 +127,10 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 1  # one file, no folder for a second run
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
-    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [
-        (40, pytest.approx(0.9))
-    ]
+    assert events.Tags()["scalars"] == ["val/loss"]  # no chart with one point
+    assert events.Tags()["tensors"] == ["custom_scalars__config__", "test"]
+    table = tensors(events, "test")[0].string_val[0].decode()
+    assert table.splitlines()[2:] == ["| accuracy | 0.9 |"]
     content = {
         tag: HParamsPluginData.FromString(c)
         for tag, c in events.PluginTagToContent("hparams").items()
@@ -134,6 +145,7 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
         "optimizer.betas": ("string_value", "[0.9, 0.999]"),
         "optimizer.amsgrad": ("bool_value", False),
         "seed": ("number_value", 3),
+        "test/accuracy": ("number_value", 0.9),
     }
     assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
