@@ -79,7 +79,9 @@ class RaggedSplit(GatheredSplit):
 
     reuses_memory = False
 
-    def __init__(self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16, **facts: Any):
+    def __init__(
+        self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16, **facts: Any
+    ):
         lengths = [len(tokens) for tokens in sequences]
         if 0 in lengths:
             raise DataError(

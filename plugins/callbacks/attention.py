@@ -30,11 +30,13 @@ from .samples import (
     token_texts,
 )
 
-MAP = 132  # pixels of a map
+MAP = 80  # pixels of a map, so that four fit into a card of TensorBoard
 MOST_NAMED = 24  # tokens beside a map
 MOST_HEADS = 8
 MOST_LAYERS = 12
 GAP = 6
+NAME = 12  # pixels of a token's name
+PICTURE = 64  # pixels of the sample
 LINE = 14  # pixels of a line of text
 MARGIN = 64  # pixels for the names of tokens
 
@@ -107,8 +109,7 @@ class AttentionRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunctionSubclass():
-                self.weights.append(attention_weights(*args, **kwargs))
+            self.weights.append(attention_weights(*args, **kwargs))
         return function(*args, **kwargs)
 
 
@@ -136,10 +137,10 @@ def attention_weights(
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
     if attn_mask is not None:
-        mask = attn_mask[0] if attn_mask.ndim == 4 else attn_mask
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        else:
+        mask = attn_mask[0] if attn_mask.ndim == value.ndim else attn_mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+        scores = scores.masked_fill(hidden, -math.inf)
+        if mask.is_floating_point():
             scores = scores + mask
     weights = scores.softmax(-1).nan_to_num(0)
     return weights.reshape(-1, *weights.shape[-2:]).detach().cpu()
@@ -158,23 +159,24 @@ def attention_image(
     """
     layers = layers[:MOST_LAYERS]
     named = names is not None and len(names) <= MOST_NAMED
+    size = max(MAP, NAME * len(names)) if named and names is not None else MAP
     heads = min(MOST_HEADS, max(len(weights) for weights in layers))
-    left = MARGIN if named else 16
-    top = LINE + (MAP // 2 if pictures is not None else 0) + 2 * GAP
-    height = MAP + (MARGIN if named else 0) + GAP + LINE
-    canvas = drawing.Canvas(left + heads * (MAP + GAP), top + len(layers) * height, 10)
+    left = MARGIN if named else GAP
+    top = LINE + (PICTURE if pictures is not None else 0) + 2 * GAP
+    height = size + GAP + LINE
+    canvas = drawing.Canvas(left + heads * (size + GAP), top + len(layers) * height, 10)
     if pictures is not None:
-        canvas.paste(pictures[0], left, GAP, MAP // 2, MAP // 2)
+        canvas.paste(pictures[0], left, GAP, PICTURE, PICTURE)
     canvas.text(left, top - LINE, label, "lm")
     for row, weights in enumerate(layers):
         upper = top + row * height + LINE
         canvas.text(left, upper - 7, f"layer {row + 1}, {len(weights)} heads", "lm")
         for column, weight in enumerate(weights[:heads]):
             shown = weight / weight.max().clamp(min=1e-12)
-            canvas.paste(shown[None], left + column * (MAP + GAP), upper, MAP, MAP)
+            canvas.paste(shown[None], left + column * (size + GAP), upper, size, size)
         if not named or names is None or weights.shape[1] != len(names):
             continue
-        cell = MAP / len(names)
+        cell = size / len(names)
         for number, name in enumerate(names):
             text = drawing.cut_to_width(canvas, name, MARGIN - 6)
             canvas.text(left - 4, upper + (number + 0.5) * cell, text, "rm")

@@ -103,7 +103,7 @@ class Confusion(ClassCounts):
 class PerClass(ClassCounts):
     """Logs precision, recall and F1 of each class of the validation split.
 
-    The tags are per_class/precision/<class>, per_class/recall/<class> and per_class/f1/<class>;
+    The tags are val_per_class/precision/<class>, and the same for recall and f1;
     TensorBoard's Custom Scalars page shows all classes in one chart. The worst class is the first
     in a table. With more than 20 classes there is only the table. The values are those of
     scikit-learn's `precision_recall_fscore_support`; 0 if the denominator is 0. It reads the split
@@ -120,7 +120,7 @@ class PerClass(ClassCounts):
 
     def on_fit_start(self, trainer: Context) -> None:
         super().on_fit_start(trainer)
-        charts = {name: f"per_class/{name}/" for name in QUANTITIES}
+        charts = {name: f"val_per_class/{name}/" for name in QUANTITIES}
         for logger in trainer.loggers:
             logger.charts("classes of the validation split", charts)
 
@@ -130,7 +130,7 @@ class PerClass(ClassCounts):
         if len(names) <= MOST_CHARTED:
             for column, quantity in enumerate(QUANTITIES):
                 for name, row in zip(names, rows, strict=True):
-                    trainer.log({f"per_class/{quantity}/{name}": row[column]})
+                    trainer.log({f"val_per_class/{quantity}/{name}": row[column]})
         table = scores_table(names, rows)
         for logger in trainer.loggers:
             logger.text("per_class", table, trainer.state.step)

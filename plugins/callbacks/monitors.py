@@ -101,7 +101,8 @@ class Histograms(Callback):
     Tags are weights/<parameter>, gradients/<parameter> and activations/<module>. Values that are
     not finite are left out. A sparse gradient counts with its stored values, a complex number with
     both parts. Activations are the outputs of the innermost modules in evaluation mode for some
-    samples of the validation split, or of the training split without one.
+    samples of the validation split, or of the training split without one. The step is that whose
+    update follows; the last values are those of the trained model, unless its step is logged.
 
     Args:
         every: how often to log them; each time copies all parameters from the device.
@@ -117,6 +118,11 @@ class Histograms(Callback):
         self.cadence = Cadence(every)
         self.activations = activations
         self.samples = samples
+        self.logged_step = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.logged_step = 0
 
     def needs_gradients(self, trainer: Context) -> bool:
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
@@ -125,19 +131,24 @@ class Histograms(Callback):
     def on_gradients(self, trainer: Context) -> None:
         if not self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             return
-        self._log_weights(trainer)
+        step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
+        self._log_model(trainer, step)
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
-                log_histogram(trainer, f"gradients/{name}", parameter.grad)
-        if self.activations:
-            self._log_activations(trainer)
+                log_histogram(trainer, f"gradients/{name}", parameter.grad, step)
 
     def on_fit_end(self, trainer: Context) -> None:
-        self._log_weights(trainer)
-        if self.activations:
-            self._log_activations(trainer)
+        if self.logged_step < trainer.state.step:
+            self._log_model(trainer, trainer.state.step)
 
-    def _log_activations(self, trainer: Context) -> None:
+    def _log_model(self, trainer: Context, step: int) -> None:
+        self.logged_step = step
+        for name, parameter in trainer.model.named_parameters():
+            log_histogram(trainer, f"weights/{name}", parameter, step)
+        if self.activations:
+            self._log_activations(trainer, step)
+
+    def _log_activations(self, trainer: Context, step: int) -> None:
         outputs: dict[str, Tensor] = {}
 
         def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -157,20 +168,16 @@ class Histograms(Callback):
             for hook in hooks:
                 hook.remove()
         for name, output in outputs.items():
-            log_histogram(trainer, f"activations/{name}", output)
-
-    def _log_weights(self, trainer: Context) -> None:
-        for name, parameter in trainer.model.named_parameters():
-            log_histogram(trainer, f"weights/{name}", parameter)
+            log_histogram(trainer, f"activations/{name}", output, step)
 
 
-def log_histogram(trainer: Context, tag: str, tensor: Tensor) -> None:
+def log_histogram(trainer: Context, tag: str, tensor: Tensor, step: int) -> None:
     """Pass the finite values of a tensor to the loggers, unless there are none."""
     values = finite_values(tensor)
     if len(values) == 0:
         return
     for logger in trainer.loggers:
-        logger.histogram(tag, values, trainer.state.step)
+        logger.histogram(tag, values, step)
 
 
 def finite_values(tensor: Tensor) -> Tensor:
@@ -219,7 +226,7 @@ class Augmented(Transform):
             captions = [""] * len(images)
             if isinstance(self.targets, Tensor):
                 captions = target_texts(self.targets, class_names(trainer.folder))
-            image = drawing.captioned(images, captions, columns=8, least=64)
+            image = drawing.captioned(images, captions, columns=4, least=64)
             for logger in trainer.loggers:
                 logger.images("augmented", image, state.step)
         self.inputs = None

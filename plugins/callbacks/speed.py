@@ -1,8 +1,9 @@
-"""A callback that logs tokens per second, the wait for data, the memory and the use of the FLOPs."""
+"""A callback that logs the wait for data, the memory and the use of the device."""
 
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -100,7 +101,8 @@ def step_flops(trainer: Context) -> int:
         return 0
     sample = spread_samples(trainer, 1, trainer.train_batches)
     layers, _ = read_layers(trainer.model, sample, trainer.task)
-    return 3 * sum(layer.flops for layer in layers)  # the backward pass costs twice the forward pass
+    forward = sum(layer.flops for layer in layers)
+    return 3 * forward  # the backward pass costs twice as much
 
 
 def measured_peak(trainer: Context) -> float:
@@ -123,5 +125,10 @@ def peak_memory(device: torch.device) -> int:
     """Return the largest number of bytes until now (see `Speed`)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # of Linux, where `getrusage` counts the parent process too
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

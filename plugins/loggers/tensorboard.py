@@ -80,9 +80,7 @@ class TensorBoard(Logger):
 
     def charts(self, title: str, charts: Mapping[str, str]) -> None:
         """Add charts to the Custom Scalars page; the last layout in a file counts."""
-        self._layout[title] = {
-            name: [f"^{re.escape(prefix)}"] for name, prefix in charts.items()
-        }
+        self._layout[title] = {name: [f"^{re.escape(prefix)}"] for name, prefix in charts.items()}
         self._write(0, [layout_value(self._layout)])
 
     def scalars(
@@ -226,8 +224,8 @@ class TensorBoard(Logger):
 
         The HParams page reads the metrics from the scalars of the run, so metrics without a scalar
         are logged now. Values of the test split that have no chart are among the settings: the page
-        sorts and filters by them too. The page merges the columns of all runs, so runs with different parts and
-        settings can be compared.
+        sorts and filters by them too. The page merges the columns of all runs, so runs with
+        different parts and settings can be compared.
         """
         if self._file is None:
             return
@@ -236,13 +234,10 @@ class TensorBoard(Logger):
         new = {tag: value for tag, value in metrics.items() if tag not in self._logged_tags}
         if new and not self._resumed:  # an earlier file may contain them
             self.scalars(self._test_values | new, step=self._step, epoch=0, wall_seconds=0.0)
-        tested = {}
-        for tag, value in new.items():
-            if tag.startswith("test/") and math.isfinite(value):
-                tested[tag] = value
+        tested = {tag: value for tag, value in new.items() if tag.startswith("test/")}
         start = HParamsPluginData()
         start.session_start_info.start_time_secs = self._file.opened
-        for name, value in (flatten_settings(settings) | tested).items():
+        for name, value in (flatten_settings(settings) | finite(tested)).items():
             setattr(start.session_start_info.hparams[name], value_field(value), value)
         end = HParamsPluginData()
         end.session_end_info.status = STATUS_SUCCESS
@@ -296,6 +291,7 @@ class EventFile:
         """Make readers discard the records of earlier files after `step`, for a resumed run."""
         event = self._event(wall_time=time.time(), step=step + 1)
         event.session_log.status = SESSION_START
+        self._append(event)  # TensorBoard takes the first such event for the start of the run
         self._append(event)
 
     def write(
@@ -359,6 +355,11 @@ def tensor_value(
 def scalar_values(values: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the summary values of scalars."""
     return [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite."""
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
 def layout_value(layout: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any]:

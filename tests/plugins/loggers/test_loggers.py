@@ -128,7 +128,7 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
     assert events.Tags()["scalars"] == ["val/loss"]  # no chart with one point
-    assert events.Tags()["tensors"] == ["custom_scalars__config__", "test"]
+    assert "test" in events.Tags()["tensors"]
     table = tensors(events, "test")[0].string_val[0].decode()
     assert table.splitlines()[2:] == ["| accuracy | 0.9 |"]
     content = {
