@@ -93,8 +93,14 @@ class Logger:
             charts: the prefix of the tags in each chart, by the name of the chart.
         """
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
-        """Record the graph of the model, traced with inputs of shape (samples, *in_shape)."""
+    def graph(self, model: nn.Module, inputs: Any) -> None:
+        """Record the graph of the model, traced with some inputs.
+
+        Args:
+            model: the model of the run.
+            inputs: shape (samples, *in_shape). For a model with several arguments, a tuple of the
+                positional arguments, or a dict of the keyword arguments.
+        """
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the settings of the run together with its final metrics."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Logger, PositiveInt, files, loggers
+from framework import Logger, PositiveInt, files, loggers, select_rows
 
 from .tensorboard_graph import trace_graph
 
@@ -206,12 +206,12 @@ class TensorBoard(Logger):
         config = ProjectorConfig(embeddings=list(self._embeddings.values()))
         files.write_file(self._folder, PROJECTOR_FILE, MessageToString(config))
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
+    def graph(self, model: nn.Module, inputs: Any) -> None:
         """Record the graph for the first of `inputs`; if the model fails, record its error."""
         if self._file is None or not self.draw_graph:
             return
         try:
-            graph = trace_graph(model, inputs[:1])
+            graph = trace_graph(model, select_rows(inputs, 0, 1))
         except Exception as error:  # a model may fail in any way, and the run does not need a graph
             message = str(error).strip().split("\n")[0][:300]
             name = type(error).__name__

@@ -254,6 +254,30 @@ def test_the_graph_shows_modules_and_tracing_changes_nothing(tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Sum(nn.Module):
+    def forward(self, ids, mask):
+        return ids.float() * mask
+
+
+@pytest.mark.parametrize(
+    ("as_inputs", "names"),
+    [
+        (lambda ids, mask: {"mask": mask, "ids": ids}, ["input/ids", "input/mask"]),
+        (lambda ids, mask: (ids, mask), ["input/0", "input/1"]),
+    ],
+)
+def test_the_graph_of_a_model_with_several_inputs(tmp_path, as_inputs, names):
+    board = log(tmp_path)
+    board.graph(Sum(), as_inputs(torch.arange(6).reshape(2, 3), torch.ones(2, 3)))
+    board.close()
+    graph = GraphDef.FromString(read(tmp_path)._graph)
+    nodes = {node.name: list(node.input) for node in graph.node}
+    assert nodes["float"] == [names[0]]
+    assert nodes["mul"] == ["float", names[1]]
+    shapes = [d.size for d in graph.node[0].attr["_output_shapes"].list.shape[0].dim]
+    assert shapes == [1, 3]
+
+
 def test_a_model_that_fails_in_tracing_leaves_a_text(tmp_path):
     board = log(tmp_path)
     board.graph(nn.Linear(3, 3), torch.rand(2, 4))
