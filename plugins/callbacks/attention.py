@@ -24,6 +24,7 @@ from framework.contracts.state import Cadence
 from .samples import (
     as_pictures,
     check_has_validation,
+    is_due,
     labels_of,
     model_outputs,
     spread_samples,
@@ -65,8 +66,11 @@ class AttentionMaps(Callback):
         check_has_validation(trainer, "attention")
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if is_due(self.cadence, trainer.state):
             self._show(trainer)
+
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, {self.cadence}"
 
     def _show(self, trainer: Context) -> None:
         batch = spread_samples(trainer, self.count)

@@ -11,15 +11,20 @@ from framework import (
     Every,
     SettingError,
     callbacks,
-    check_read_again,
     class_names,
+    drawing,
     dtensors,
     move_batch,
     with_stand_ins,
 )
 from framework.contracts.state import Cadence
 
-CELL = 16  # pixels
+from .samples import check_has_validation, is_due
+
+CELL = 24  # pixels
+MOST_NAMED = 20  # classes
+NAMES = 48  # pixels of the names of classes
+SIDE = 300  # pixels of a matrix without names
 MOST_CHARTED = 20  # classes; the colors of more lines cannot be told apart
 QUANTITIES = ("precision", "recall", "f1")
 
@@ -47,19 +52,20 @@ class ClassCounts(Callback):
         self.counted_step = -1
 
     def on_fit_start(self, trainer: Context) -> None:
-        if trainer.val_batches is None:
-            raise SettingError(f"callbacks.{self.name}: expected data with a validation split")
-        check_read_again(trainer.val_batches, f"callbacks.{self.name}")
+        check_has_validation(trainer, self.name)
 
     def on_validation_end(self, trainer: Context) -> None:
         state = trainer.state
-        if not self.cadence.due(state, epoch_end=state.batch == 0):
+        if not is_due(self.cadence, state):
             return
         self.counts = self._known_counts(trainer)
         if self.counts is None:
             self.counts = count_pairs(trainer, self.name)
         self.counted_step = state.step
         self.show(trainer, self.counts)
+
+    def cost(self) -> str:
+        return f"reads the validation split once more, {self.cadence}"
 
     def show(self, trainer: Context, counts: Tensor) -> None:
         """Pass the counts to the loggers."""
@@ -78,8 +84,8 @@ class Confusion(ClassCounts):
     """Shows the confusion matrix of the validation split.
 
     Rows are true classes, columns predicted classes. The loggers get it as an image
-    (white: all samples of the class; the diagonal is correct) and as a table of counts. It reads
-    the split a second time.
+    (white: all samples of the class; numbers are per cent; the diagonal is correct) and as a table
+    of counts. It reads the split a second time.
 
     Args:
         every: how often to show it.
@@ -91,12 +97,39 @@ class Confusion(ClassCounts):
         super().__init__(every)
 
     def show(self, trainer: Context, counts: Tensor) -> None:
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        image = shares.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+        names = names_of_classes(trainer, len(counts))
+        image = matrix_image(counts, names)
         table = counts_table(counts, trainer)
         for logger in trainer.loggers:
-            logger.images("confusion", image[None, None], trainer.state.step)
+            logger.images("confusion", image, trainer.state.step)
             logger.text("confusion/counts", table, trainer.state.step)
+
+
+def matrix_image(counts: Tensor, names: Sequence[str]) -> Tensor:
+    """Return the shares of the predicted classes in each true class as an image (1, 3, H, W).
+
+    With at most MOST_NAMED classes their names are written beside it, and the shares in percent.
+    """
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    classes = len(counts)
+    named = classes <= MOST_NAMED
+    cell = CELL if named else max(1, SIDE // classes)
+    margin = NAMES if named else 0
+    side = margin + classes * cell
+    canvas = drawing.Canvas(side, side, 10)
+    canvas.paste(shares[None], margin, margin, classes * cell, classes * cell)
+    if not named:
+        return canvas.tensor()
+    for row, name in enumerate(names):
+        middle = margin + (row + 0.5) * cell
+        canvas.text(margin - 4, middle, drawing.cut_to_width(canvas, name, margin - 6), "rm")
+        canvas.text(middle, margin - 8, drawing.cut_to_width(canvas, name, cell - 2))
+        for column, share in enumerate(shares[row].tolist()):
+            color = drawing.BLACK if share > 0.5 else drawing.WHITE
+            if share >= 0.005:
+                at = margin + (column + 0.5) * cell
+                canvas.text(at, middle, f"{share:.0%}".removesuffix("%"), "mm", color)
+    return canvas.tensor()
 
 
 @callbacks.register("per_class")
@@ -123,6 +156,9 @@ class PerClass(ClassCounts):
         charts = {name: f"val_per_class/{name}/" for name in QUANTITIES}
         for logger in trainer.loggers:
             logger.charts("classes of the validation split", charts)
+
+    def cost(self) -> str:
+        return f"{super().cost()} (together with confusion)"
 
     def show(self, trainer: Context, counts: Tensor) -> None:
         names = names_of_classes(trainer, len(counts))

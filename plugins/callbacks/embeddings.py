@@ -21,6 +21,7 @@ from framework.contracts.state import Cadence
 from .samples import (
     as_pictures,
     check_has_validation,
+    is_due,
     labels_of,
     last_linear,
     model_outputs,
@@ -78,8 +79,11 @@ class Embeddings(Callback):
             raise SettingError("callbacks.embeddings.tokens: the model has no token embedding")
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if is_due(self.cadence, trainer.state):
             self._show(trainer)
+
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, {self.cadence}"
 
     def _show(self, trainer: Context) -> None:
         batch = spread_samples(trainer, self.count)

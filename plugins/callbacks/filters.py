@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from framework import Callback, Context, Every, PositiveInt, SettingError, callbacks, dtensors
 from framework.contracts.state import Cadence
 
-from .monitors import side_by_side
+from .samples import is_due
 
-PIXELS = 32  # smallest side of an enlarged filter
+PIXELS = 32  # mean side of an enlarged filter
+WIDTH = 280  # pixels of the image, about
+LINE = 2  # pixels between filters
 MOST_CHANNELS = 16  # of a filter, side by side
 
 
@@ -40,7 +42,7 @@ class Filters(Callback):
             self._show(trainer)
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if is_due(self.cadence, trainer.state):
             self._show(trainer)
 
     def _show(self, trainer: Context) -> None:
@@ -64,13 +66,24 @@ def filters_image(weight: Tensor) -> Tensor:
     """Return kernels (filters, channels, length) or (filters, channels, H, W) as one image."""
     largest = weight.abs().nan_to_num(0).max().clamp(min=1e-12)
     shades = 0.5 + weight / (2 * largest)
-    columns = 8
+    columns = None
     if weight.ndim == 3:
         shades = shades[:, None]
     elif weight.shape[1] not in (1, 3):
         shades = shades[:, :MOST_CHANNELS]
         columns = shades.shape[1]
         shades = shades.flatten(0, 1)[:, None]
-    factor = math.ceil(PIXELS / max(shades.shape[-2:]))
+    height, width = shades.shape[-2:]
+    factor = math.ceil(PIXELS / math.sqrt(height * width))
     enlarged = shades.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return side_by_side(torch.as_tensor(enlarged), columns)
+    return side_by_side(enlarged, columns or max(1, WIDTH // (width * factor + LINE)))
+
+
+def side_by_side(images: Tensor, max_columns: int) -> Tensor:
+    """Return images (N, C, H, W) as one image, in rows; the space between them is white."""
+    columns = min(len(images), max_columns)
+    missing = -len(images) % columns
+    padded = torch.cat([images, images.new_ones(missing, *images.shape[1:])])
+    framed = nn.functional.pad(padded, (0, LINE, 0, LINE), value=1.0)
+    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
+    return torch.cat(rows, 1)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from framework import (
@@ -128,6 +127,10 @@ class Histograms(Callback):
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
         return in_minutes or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
+    def cost(self) -> str:
+        also = f" and runs the model on {self.samples:,} samples" if self.activations else ""
+        return f"copies all weights and gradients{also}, {self.cadence}"
+
     def on_gradients(self, trainer: Context) -> None:
         if not self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             return
@@ -231,16 +234,3 @@ class Augmented(Transform):
                 logger.images("augmented", image, state.step)
         self.inputs = None
         self.targets = None
-
-
-def side_by_side(images: Tensor, max_columns: int = 8) -> Tensor:
-    """Return images (N, C, H, W) as one image, in rows, with a gray line after each image.
-
-    The rest of the last row is black.
-    """
-    columns = min(len(images), max_columns)
-    missing = -len(images) % columns
-    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    framed = nn.functional.pad(padded, (0, 1, 0, 1), value=0.5)
-    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
-    return torch.cat(rows, 1)

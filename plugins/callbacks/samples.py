@@ -25,6 +25,7 @@ from framework import (
     seeds,
     whole_batches,
 )
+from framework.contracts.state import Cadence, State
 
 
 def check_has_validation(trainer: Context, name: str) -> None:
@@ -40,6 +41,12 @@ def check_has_validation(trainer: Context, name: str) -> None:
     if trainer.val_batches is None:
         raise SettingError(f"callbacks.{name}: expected data with a validation split")
     check_read_again(trainer.val_batches, f"callbacks.{name}")
+
+
+def is_due(cadence: Cadence, state: State) -> bool:
+    """Return whether a cadence is due after a step, or the step is the last one of the run."""
+    due = cadence.due(state, epoch_end=state.batch == 0)
+    return due or (state.total_steps > 0 and state.step == state.total_steps)
 
 
 def spread_samples(trainer: Context, count: int, batches: Batches | None = None) -> Batch:

@@ -52,7 +52,7 @@ OTHER_TASKS = {
     "filters",
     "sounds",
 }
-"""Callbacks that need another task, model or a search; a test below covers those that keep state."""
+"""Callbacks that need another task, model or search; a test below covers those that keep state."""
 
 
 class Record(Logger):
