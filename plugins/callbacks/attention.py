@@ -47,7 +47,7 @@ class AttentionMaps(Callback):
     """Shows the attention weights of all layers and heads for some validation samples.
 
     An image for each sample: a row for each layer, a map for each head. A row of a map is a query,
-    a column a key; white is the largest weight of the map. The weights are computed again from the
+    a column a key; white is the largest weight of its row. The weights are computed again from the
     queries and keys of `scaled_dot_product_attention`, which all attention layers of the framework
     call; layers that compute attention otherwise are not shown.
 
@@ -176,7 +176,7 @@ def attention_image(
         upper = top + row * height + LINE
         canvas.text(left, upper - 7, f"layer {row + 1}, {len(weights)} heads", "lm")
         for column, weight in enumerate(weights[:heads]):
-            shown = weight / weight.max().clamp(min=1e-12)
+            shown = weight / weight.amax(1, keepdim=True).clamp(min=1e-12)
             canvas.paste(shown[None], left + column * (size + GAP), upper, size, size)
         if not named or names is None or weights.shape[1] != len(names):
             continue

@@ -162,8 +162,7 @@ def as_pictures(inputs: Any) -> Tensor | None:
 
 def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
     """Return the text of each token; their numbers if the data has no tokenizer."""
-    batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
-    split = batches.split
+    split = trainer.train_batches.split
     tokenizer = None
     if isinstance(split, WindowSplit | RaggedSplit):
         tokenizer = split.facts.get("tokenizer")

@@ -1,9 +1,6 @@
 """A callback that logs the wait for data, the memory and the use of the device."""
 
-import resource
-import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -15,6 +12,7 @@ from framework import (
     WindowSplit,
     callbacks,
     dtensors,
+    memory,
     read_layers,
     seconds_of_waiting,
 )
@@ -73,7 +71,7 @@ class Speed(Callback):
         waited = seconds_of_waiting(trainer.clock) - self.waited
         values = {
             "speed/data_wait": min(waited / seconds, 1.0),
-            "speed/memory_gib": peak_memory(trainer.device) / 2**30,
+            "speed/memory_gib": memory.peak_bytes(trainer.device) / 2**30,
         }
         if self.tokens:
             values["speed/tokens_per_second"] = rate * self.tokens
@@ -119,16 +117,3 @@ def measured_peak(trainer: Context) -> float:
             torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the largest number of bytes until now (see `Speed`)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # of Linux, where `getrusage` counts the parent process too
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
