@@ -5,11 +5,11 @@ import re
 import signal
 import socket
 import stat
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 
 from framework.errors import FrameworkError, RunError
@@ -58,7 +58,8 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
     from tensorboard import program
 
     server = program.TensorBoard()
-    done = threading.Event()
+    # its `put` may interrupt its `get`; `set` of an Event that interrupts its `wait` may deadlock
+    ending: SimpleQueue[int] = SimpleQueue()
     with ExitStack() as opened:
         shown = root
         if selections:
@@ -80,7 +81,7 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
             raise FrameworkError(f"TensorBoard cannot start: {reason} (see --port)") from error
         # before the address is printed: a program that reads it may end the server at once
         for number in ending_signals():
-            signal.signal(number, lambda *_: done.set())
+            signal.signal(number, lambda number, _: ending.put(number))
         count = f"{runs} of the runs in " if selections else ""
         print_line(f"TensorBoard shows {count}{root} at {address} (Ctrl-C ends it)", flush=True)
         if runs > MOST_SELECTED:
@@ -88,12 +89,12 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
             advice = "or start with --runs best, --runs 'lr=*' or --runs 'SWEEP/*'"
             text = f"select some of the {runs} runs to see curves: {reason}; {advice}"
             print_line(text, flush=True)
-        while not done.wait(SECONDS if selections else None):
-            try:
+        while True:
+            with suppress(Empty):
+                ending.get(timeout=SECONDS if selections else None)
+                return 0
+            with suppress(FrameworkError, OSError):  # such as a run that is being removed
                 link_runs(root, shown, selected_runs(root, selections))
-            except (FrameworkError, OSError):  # such as a run that is being removed
-                continue
-    return 0
 
 
 def selected_runs(root: Path, selections: Sequence[str]) -> list[str]:
@@ -101,7 +102,8 @@ def selected_runs(root: Path, selections: Sequence[str]) -> list[str]:
 
     A selection is one of:
 
-    - "best": the best runs by the metric that they rank checkpoints by, at most BEST.
+    - "best": of the runs that the others select, or of all runs, the BEST best ones by the metric
+      that they rank checkpoints by.
     - a name or pattern, such as "default/first", "default/sweep3" (all runs in it), "sweep3/*"
       or "lr=*". A pattern is compared with the path, with its last parts, and with the settings
       in the name of a trial: "lr=0.1*" selects 003_lr-0.1_seed-2.
@@ -115,23 +117,24 @@ def selected_runs(root: Path, selections: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for text in selections:
         if text == "best":
-            names = [run.name for run in best_runs(table)[:BEST]]
-        else:
-            names = [run.name for run in table.runs if is_named(run.name, text)]
+            continue
+        names = [run.name for run in table.runs if is_named(run.name, text)]
         if not names and any(operator in text for operator in "=<>~"):
             names = [run.name for run in filtered(table, text, "--runs")]
         if not names:
             raise RunError(f"--runs {text}: none of the {len(table.runs):,} runs in {root} matches")
         found |= dict.fromkeys(names)
-    return list(found)
+    if "best" not in selections:
+        return list(found)
+    among = [run for run in table.runs if not found or run.name in found]
+    return [run.name for run in best_runs(table, among, "--runs")[:BEST]]
 
 
 def is_named(name: str, pattern: str) -> bool:
     """Return whether a pattern matches a run or a folder that it is in (see `selected_runs`)."""
     parts = name.split("/")
     if not GLOB.search(pattern):
-        asked = pattern.strip("/").split("/")
-        return parts[: len(asked)] == asked or parts[-len(asked) :] == asked
+        return f"/{pattern.strip('/')}/" in f"/{name}/"
     tails = ["/".join(parts[start:]) for start in range(len(parts))]
     settings = [field.replace("-", "=", 1) for field in parts[-1].split("_")]
     return any(fnmatchcase(text, pattern) for text in [*tails, *settings])

@@ -132,7 +132,7 @@ class Profiler(Clock):
 
     Args:
         device: the device of the model.
-        folder: the folder of the trace, which Perfetto (https://ui.perfetto.dev) shows; None for no trace.
+        folder: the folder of the trace, which https://ui.perfetto.dev shows; None for no trace.
 
     Attributes:
         recorded: seconds of the parts of a step, once they are recorded.

@@ -156,12 +156,13 @@ def root(tmp_path):
         (["optimizer=sg* and val/loss<0.25"], ["001"]),
         (["val/loss<0.25", "first"], ["001", "first"]),
         (["best"], ["001", "002", "000", "first"]),
+        (["best", "sweep3"], ["001", "002", "000"]),
     ],
 )
 def test_runs_are_selected_by_name_pattern_filter_or_rank(root, selections, chosen):
     names = [name.split("/")[-1].partition("_")[0] for name in selected_runs(root, selections)]
     assert sorted(names) == sorted(chosen)
-    if selections == ["best"]:
+    if "best" in selections:
         assert names == chosen
 
 
@@ -172,6 +173,13 @@ def test_a_selection_without_runs_is_an_error(root):
         selected_runs(root, ["loss=1"])
     with pytest.raises(RunError, match="--runs lr=7: none"):
         selected_runs(root, ["best", "lr=7"])
+
+
+def test_the_best_of_runs_that_cannot_be_compared_is_an_error(root):
+    write_run(root / "other/second", [0.1], data="blobs")
+    with pytest.raises(RunError, match=r"differ in data or task.*choose some with --runs 'data="):
+        selected_runs(root, ["best"])
+    assert selected_runs(root, ["best", "data=blobs"]) == ["other/second"]
 
 
 def test_links_follow_the_selected_runs(root, tmp_path):
