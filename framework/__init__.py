@@ -98,11 +98,12 @@ if TYPE_CHECKING:
     from .training.trainer import Trainer
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
-    from .data.accumulation import count_steps as count_steps
+    from .data.accumulation import Batches as Batches, count_steps as count_steps
     from .data.batch_slice import whole_batches as whole_batches, with_stand_ins as with_stand_ins
     from .data.dataset import (
         check_read_again as check_read_again,
         class_names as class_names,
+        data_fact as data_fact,
         is_in_memory as is_in_memory,
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
@@ -127,10 +128,12 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     )
     from .runtime.batch import (
         count_rows as count_rows,
+        join_rows as join_rows,
+        map_rows as map_rows,
         move_batch as move_batch,
         select_rows as select_rows,
     )
-    from .runtime.clock import slow_data as slow_data
+    from .runtime.clock import seconds_of_waiting as seconds_of_waiting, slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
     from .runtime.pairwise import pairwise_sum as pairwise_sum
@@ -139,7 +142,10 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runtime.torch_internals.tensor_version import version_of as version_of
     from .runtime.torch_internals.views import without_view as without_view
     from .system import files as files
-    from .training.layer_table import model_undisturbed as model_undisturbed
+    from .training.layer_table import (
+        model_undisturbed as model_undisturbed,
+        read_layers as read_layers,
+    )
     from .training.optimizer_state import (
         restore_optimizer as restore_optimizer,
         state_after_a_step as state_after_a_step,
@@ -271,6 +277,7 @@ _NAMES = {
     "WindowSplit": "data.dataset",
     "load": "experiment.trained.trained_model",
     # Not public: for the built-in plugins only.
+    "Batches": "data.accumulation",
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
@@ -281,15 +288,20 @@ _NAMES = {
     "class_names": "data.dataset",
     "count_rows": "runtime.batch",
     "count_steps": "data.accumulation",
+    "data_fact": "data.dataset",
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
+    "join_rows": "runtime.batch",
     "make_pruner": "tuning.search.study",
+    "map_rows": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "move_batch": "runtime.batch",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.trained.load",
     "pairwise_sum": "runtime.pairwise",
+    "read_layers": "training.layer_table",
     "restore_optimizer": "training.optimizer_state",
+    "seconds_of_waiting": "runtime.clock",
     "select_rows": "runtime.batch",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",

@@ -246,7 +246,14 @@ trial; the sweep continues."""
 BOARD = """\
 examples:
   framework board
-  framework board --root runs/default --port 6007"""
+  framework board --root runs/default --port 6007
+  framework board --runs best            the ten best ones
+  framework board --runs best --runs data=digits
+  framework board --runs 'sweep3/*' --runs default/first
+  framework board --runs 'lr=0.01*'      trials of sweeps, by their names
+  framework board --runs 'optimizer=ada* and val/accuracy>0.9'
+TensorBoard selects no run at first if there are more than 40. Filters are
+those of `framework runs --where`. Runs that begin later appear if they match."""
 
 SCHEMA = """\
 examples:

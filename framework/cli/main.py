@@ -740,10 +740,12 @@ def board(arguments: list[str]) -> int:
     parser.add_argument("--root", type=expanded, default=Path("runs"), metavar="DIR", help=root)
     port = "port (default: 6006); 0 takes a free one"
     parser.add_argument("--port", type=int, default=6006, help=port)
+    which = "best, names such as 'sweep3/*', or a filter; may be repeated"
+    parser.add_repeated("--runs", metavar="WHICH", help=which)
     args = parser.parse_args(arguments)
     from .board import serve_board
 
-    return serve_board(args.root, args.port)
+    return serve_board(args.root, args.port, args.runs)
 
 
 def watch(arguments: list[str]) -> None:

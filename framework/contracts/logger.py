@@ -1,6 +1,6 @@
 """The contract of a logger, which records scalars, texts, images and more of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,22 @@ class Logger:
             images: a thumbnail for each point, shape (N, 1 or 3, H, W), values in [0, 1].
         """
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
-        """Record the graph of the model, traced with inputs of shape (samples, *in_shape)."""
+    def charts(self, title: str, charts: Mapping[str, str]) -> None:
+        """Show several scalars in one chart, for all of the run; call it in `on_fit_start`.
+
+        Args:
+            title: of the charts together.
+            charts: the prefix of the tags in each chart, by the name of the chart.
+        """
+
+    def graph(self, model: nn.Module, inputs: Any) -> None:
+        """Record the graph of the model, traced with some inputs.
+
+        Args:
+            model: the model of the run.
+            inputs: shape (samples, *in_shape). For a model with several arguments, a tuple of the
+                positional arguments, or a dict of the keyword arguments.
+        """
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the settings of the run together with its final metrics."""

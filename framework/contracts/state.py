@@ -141,6 +141,13 @@ class Cadence:
         self.number, self.unit = parse_cadence(every)
         self._last = SHARED_TIME.now()
 
+    def __str__(self) -> str:
+        """Return it as words, such as "every 10 steps" or "every epoch"."""
+        if self.number == 1:
+            return f"every {self.unit}"
+        plural = "s" if self.unit in ("step", "epoch") else ""
+        return f"every {self.number:g} {self.unit}{plural}"
+
     def restart(self) -> None:
         """Restart the clock of a cadence in minutes."""
         self._last = SHARED_TIME.now()

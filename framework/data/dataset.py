@@ -768,6 +768,16 @@ def check_read_again(batches: Loader | ForeignLoader, reader: str) -> None:
         )
 
 
+def data_fact(run: Path | None, name: str) -> Any:
+    """Return a fact of the data of a run, such as "sample_rate"; None if it is missing."""
+    if run is None:
+        return None
+    try:
+        return read_json(run, "facts.json")["data"].get(name)
+    except (OSError, RunError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def class_names(run: Path | None) -> list[str]:
     """Return the names of the classes in a run folder; empty if they are missing or damaged."""
     if run is None:

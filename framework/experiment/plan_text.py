@@ -104,6 +104,10 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
         heading = ""
     if plan.transforms:
         lines.append(("transforms", ", ".join(plan.transforms)))
+    heading = "callbacks"
+    for text in plan.callbacks:
+        lines.append((heading, text))
+        heading = ""
     if plan.loader:
         lines.append(("loader", plan.loader))
     if plan.threads:

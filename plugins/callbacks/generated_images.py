@@ -48,6 +48,9 @@ class Pictures(Callback):
             name = type(trainer.task).__name__
             raise SettingError(f"callbacks.pictures: task {name} generates no images")
 
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, {self.cadence}"
+
     def on_validation_end(self, trainer: Context) -> None:
         self._log_if_due(trainer)
 
@@ -106,6 +109,9 @@ class SampleDistance(Callback):
         if not isinstance(trainer.model, GenerativeModel):
             name = type(trainer.model).__name__
             raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
+
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, in each validation"
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:

@@ -105,7 +105,12 @@ class TextData(Data):
             split = None
             if inputs:
                 targets = torch.tensor(self.labels[part])[order]
-                split = RaggedSplit([inputs[row] for row in order], targets, bucket=bucket)
+                split = RaggedSplit(
+                    [inputs[row] for row in order],
+                    targets,
+                    bucket=bucket,
+                    tokenizer=self.tokenizer,
+                )
             setattr(self, part, split)
 
     def facts(self) -> dict[str, Any]:

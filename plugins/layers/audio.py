@@ -346,6 +346,9 @@ class Spectrograms(Callback):
         self.samples = samples
         self.cadence = Cadence(every)
 
+    def cost(self) -> str:
+        return f"runs the model on {self.samples:,} samples, {self.cadence}"
+
     def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)

@@ -1,5 +1,8 @@
 """The TensorBoard logger: one event file in the run folder, written without TensorFlow.
 
+Values of the test split are not charts with one point: the Text page has a table of them, and the
+HParams page a column for each. If they are measured at several steps, they are charts.
+
 TensorBoard is imported when a run opens. Each record is one unbuffered write: a run that ends by
 SIGKILL keeps everything that it logged, and no thread competes with training.
 """
@@ -12,14 +15,14 @@ import socket
 import struct
 import time
 import wave
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from framework import Logger, PositiveInt, files, loggers
+from framework import Logger, PositiveInt, files, loggers, select_rows
 
 from .tensorboard_graph import trace_graph
 from .text import warn_of_no_folder
@@ -49,6 +52,9 @@ class TensorBoard(Logger):
         self._logged_tags: set[str] = set()
         self._folder = Path()
         self._embeddings: dict[str, dict[str, Any]] = {}
+        self._layout: dict[str, dict[str, list[str]]] = {}
+        self._test_step = 0
+        self._test_values: dict[str, float] = {}
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file; readers then discard the records of earlier files after `step`."""
@@ -63,17 +69,52 @@ class TensorBoard(Logger):
         self._logged_tags = set()
         if self._resumed:
             self._file.discard_after(step)
-        self._file.write(values=[layout_value(metrics)])
+        self._test_values = {}
+        pairs = {}
+        for name in dict.fromkeys(["loss", *metrics]):
+            pairs[name] = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
+        self._layout = {"training and validation": pairs}
+        self._write(0, [layout_value(self._layout)])
+
+    def charts(self, title: str, charts: Mapping[str, str]) -> None:
+        """Add charts to the Custom Scalars page; the last layout in a file counts."""
+        self._layout[title] = {name: [f"^{re.escape(prefix)}"] for name, prefix in charts.items()}
+        self._write(0, [layout_value(self._layout)])
 
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
         """Record values at a step in one event (a seventh of the cost of one event each)."""
         self._step = step
-        self._logged_tags.update(values)
-        self._write(
-            step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
-        )
+        charted = {tag: value for tag, value in values.items() if not tag.startswith("test/")}
+        if len(charted) < len(values):
+            charted |= self._tested_again(values, step)
+        self._logged_tags.update(charted)
+        self._write(step, scalar_values(charted))
+
+    def _tested_again(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+        """Return the values of the test split that belong into charts; keep those of one step."""
+        tested = {tag: value for tag, value in values.items() if tag.startswith("test/")}
+        if tested.keys() & self._logged_tags:
+            return tested
+        if self._test_values and self._test_step != step:
+            self._logged_tags.update(self._test_values)
+            self._write(self._test_step, scalar_values(self._test_values))
+            self._test_values = {}
+            return tested
+        self._test_values |= tested
+        self._test_step = step
+        return {}
+
+    def _write_test_table(self) -> None:
+        """Record the values of the test split that have no chart as a text."""
+        if not self._test_values:
+            return
+        lines = ["| test | value |", "|---|--:|"]
+        for tag, value in self._test_values.items():
+            lines.append(f"| {tag.removeprefix('test/')} | {value:.6g} |")
+        self.text("test", "\n".join(lines), self._test_step)
+        self._test_values = {}
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Record a text, shown as markdown."""
@@ -163,12 +204,12 @@ class TensorBoard(Logger):
         config = ProjectorConfig(embeddings=list(self._embeddings.values()))
         files.write_file(self._folder, PROJECTOR_FILE, MessageToString(config))
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
+    def graph(self, model: nn.Module, inputs: Any) -> None:
         """Record the graph for the first of `inputs`; if the model fails, record its error."""
         if self._file is None or not self.draw_graph:
             return
         try:
-            graph = trace_graph(model, inputs[:1])
+            graph = trace_graph(model, select_rows(inputs, 0, 1))
         except Exception as error:  # a model may fail in any way, and the run does not need a graph
             message = str(error).strip().split("\n")[0][:300]
             name = type(error).__name__
@@ -180,8 +221,9 @@ class TensorBoard(Logger):
         """Record the settings and the success of this run in the same file: no second run appears.
 
         The HParams page reads the metrics from the scalars of the run, so metrics without a scalar
-        are logged now. The page merges the columns of all runs, so runs with different parts and
-        settings can be compared.
+        are logged now. Values of the test split that have no chart are among the settings: the page
+        sorts and filters by them too. The page merges the columns of all runs, so runs with
+        different parts and settings can be compared.
         """
         if self._file is None:
             return
@@ -189,10 +231,11 @@ class TensorBoard(Logger):
 
         new = {tag: value for tag, value in metrics.items() if tag not in self._logged_tags}
         if new and not self._resumed:  # an earlier file may contain them
-            self.scalars(new, step=self._step, epoch=0, wall_seconds=0.0)
+            self.scalars(self._test_values | new, step=self._step, epoch=0, wall_seconds=0.0)
+        tested = {tag: value for tag, value in new.items() if tag.startswith("test/")}
         start = HParamsPluginData()
         start.session_start_info.start_time_secs = self._file.opened
-        for name, value in flatten_settings(settings).items():
+        for name, value in (flatten_settings(settings) | finite(tested)).items():
             setattr(start.session_start_info.hparams[name], value_field(value), value)
         end = HParamsPluginData()
         end.session_end_info.status = STATUS_SUCCESS
@@ -204,6 +247,7 @@ class TensorBoard(Logger):
     def close(self) -> None:
         """Close the file; further calls record nothing."""
         if self._file is not None:
+            self._write_test_table()
             self._file.close()
         self._file = None
 
@@ -245,6 +289,7 @@ class EventFile:
         """Make readers discard the records of earlier files after `step`, for a resumed run."""
         event = self._event(wall_time=time.time(), step=step + 1)
         event.session_log.status = SESSION_START
+        self._append(event)  # TensorBoard takes the first such event for the start of the run
         self._append(event)
 
     def write(
@@ -305,16 +350,29 @@ def tensor_value(
     }
 
 
-def layout_value(metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the layout of the Custom Scalars page: training and validation in one chart."""
+def scalar_values(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the summary values of scalars."""
+    return [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite."""
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def layout_value(layout: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any]:
+    """Return the layout of the Custom Scalars page.
+
+    Args:
+        layout: regular expressions of the tags, by the title of the page's part and of the chart.
+    """
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    charts = []
-    for name in dict.fromkeys(["loss", *metrics]):
-        tags = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
-        charts.append({"title": name, "multiline": {"tag": tags}})
-    layout = Layout(category=[{"title": "training and validation", "chart": charts}])
-    content = [layout.SerializeToString()]
+    categories = []
+    for title, charts in layout.items():
+        named = [{"title": name, "multiline": {"tag": tags}} for name, tags in charts.items()]
+        categories.append({"title": title, "chart": named})
+    content = [Layout(category=categories).SerializeToString()]
     return tensor_value(
         "custom_scalars__config__", "custom_scalars", "DT_STRING", [], string_val=content
     )

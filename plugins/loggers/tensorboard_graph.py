@@ -1,7 +1,7 @@
 """The graph of a model for TensorBoard, recorded in one forward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from framework import model_undisturbed
 from framework.contracts.alignment import tensors_in
 
 
-def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
+def trace_graph(model: nn.Module, inputs: Any) -> bytes:
     """Return the graph of a model as a serialized GraphDef.
 
     One forward pass in eval mode records it and leaves the model unchanged.
+
+    Args:
+        inputs: the only argument of the model, a tuple of its positional arguments, or a dict of
+            its keyword arguments.
     """
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
@@ -26,7 +30,7 @@ def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
         hooks += recorder.add_hooks(name, module)
     try:
         with model_undisturbed(model), torch.no_grad(), recorder:
-            outputs = model(inputs)
+            outputs = call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -35,10 +39,17 @@ def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
     return GraphDef(node=recorder.nodes, versions={"producer": 22}).SerializeToString()
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Return the outputs of a model for inputs as of `trace_graph`."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
 class GraphRecorder(TorchFunctionMode):
     """Records each call of a torch function as a node, named after the calling module."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor):
+    def __init__(self, model: nn.Module, inputs: Any):
         super().__init__()
         named_tensors = [*model.named_parameters(), *model.named_buffers()]
         self.weight_names = {tensor: name for name, tensor in named_tensors}
@@ -47,7 +58,13 @@ class GraphRecorder(TorchFunctionMode):
         self.scope_of: dict[str, str] = {}
         self.producers: dict[Tensor, str] = {}  # the node that returns a tensor
         self.calls: Counter[str] = Counter()
-        self.add_node("input", "input", [], [inputs])
+        named = {"input": inputs}
+        if isinstance(inputs, Mapping):
+            named = {f"input/{name}": value for name, value in inputs.items()}
+        elif isinstance(inputs, tuple):
+            named = {f"input/{number}": value for number, value in enumerate(inputs)}
+        for name, value in named.items():
+            self.add_node(name, "input", [], tensors_in(value))
 
     def add_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         """Make the forward pass of a module use its scope, such as "features/0 (Conv2d)/"."""

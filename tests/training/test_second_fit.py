@@ -21,6 +21,7 @@ CLASSES = torch.arange(12) % 3
 SPLIT = TensorSplit(IMAGES, CLASSES)
 VALUES = TensorSplit(IMAGES.flatten(1)[:, :3], IMAGES.flatten(1)[:, 3:4])
 TIMES = ("train/samples_per_second", "train/seconds_per_epoch")
+TIMES += ("speed/data_wait", "speed/memory_gib", "speed/mfu")
 LOSS = nn.CrossEntropyLoss()
 
 SETTINGS = {
@@ -49,8 +50,11 @@ OTHER_TASKS = {
     "text_samples",
     "spectrograms",
     "prune",
+    "attention",
+    "filters",
+    "sounds",
 }
-"""Callbacks that need another task or a search; a test below covers those that keep state."""
+"""Callbacks that need another task, model or search; a test below covers those that keep state."""
 
 
 class Record(Logger):

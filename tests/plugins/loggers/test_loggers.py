@@ -102,6 +102,16 @@ def test_each_chart_shows_training_and_validation(tmp_path):
     }
 
 
+def test_test_values_of_several_steps_are_a_chart(tmp_path):
+    board = log(tmp_path)
+    for step in (10, 20, 30):
+        scalars(board, {"test/loss": 1 / step, "val/loss": 0.5}, step=step)
+    board.close()
+    events = read(tmp_path)
+    assert [event.step for event in events.Scalars("test/loss")] == [10, 20, 30]
+    assert "test" not in events.Tags()["tensors"]
+
+
 def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     board = log(tmp_path)
     scalars(board, {"val/loss": 0.1}, step=40)
@@ -117,9 +127,10 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 1  # one file, no folder for a second run
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
-    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [
-        (40, pytest.approx(0.9))
-    ]
+    assert events.Tags()["scalars"] == ["val/loss"]  # no chart with one point
+    assert "test" in events.Tags()["tensors"]
+    table = tensors(events, "test")[0].string_val[0].decode()
+    assert table.splitlines()[2:] == ["| accuracy | 0.9 |"]
     content = {
         tag: HParamsPluginData.FromString(c)
         for tag, c in events.PluginTagToContent("hparams").items()
@@ -134,6 +145,7 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
         "optimizer.betas": ("string_value", "[0.9, 0.999]"),
         "optimizer.amsgrad": ("bool_value", False),
         "seed": ("number_value", 3),
+        "test/accuracy": ("number_value", 0.9),
     }
     assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
@@ -240,6 +252,30 @@ def test_the_graph_shows_modules_and_tracing_changes_nothing(tmp_path):
     assert model.training
     assert not model.body[1].training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Sum(nn.Module):
+    def forward(self, ids, mask):
+        return ids.float() * mask
+
+
+@pytest.mark.parametrize(
+    ("as_inputs", "names"),
+    [
+        (lambda ids, mask: {"mask": mask, "ids": ids}, ["input/ids", "input/mask"]),
+        (lambda ids, mask: (ids, mask), ["input/0", "input/1"]),
+    ],
+)
+def test_the_graph_of_a_model_with_several_inputs(tmp_path, as_inputs, names):
+    board = log(tmp_path)
+    board.graph(Sum(), as_inputs(torch.arange(6).reshape(2, 3), torch.ones(2, 3)))
+    board.close()
+    graph = GraphDef.FromString(read(tmp_path)._graph)
+    nodes = {node.name: list(node.input) for node in graph.node}
+    assert nodes["float"] == [names[0]]
+    assert nodes["mul"] == ["float", names[1]]
+    shapes = [d.size for d in graph.node[0].attr["_output_shapes"].list.shape[0].dim]
+    assert shapes == [1, 3]
 
 
 def test_a_model_that_fails_in_tracing_leaves_a_text(tmp_path):

@@ -26,7 +26,8 @@ CALLBACKS = {
     "swa": [("swa", {"start": 1})],
     "freeze": [("freeze", {"patterns": ["0.*"], "epochs": 1})],
     "histograms": [("histograms", {})],
-    "confusion": [("confusion", {}), ("worst", {"count": 3}), ("curves", {})],
+    "confusion": [("confusion", {}), ("per_class", {}), ("worst", {"count": 3}), ("curves", {})],
+    "embeddings": [("embeddings", {}), ("histograms", {"activations": True})],
 }
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "lion", "muon", "nadam")
 OPTIMIZERS = (*OPTIMIZERS, "radam", "rmsprop", "sgd")
