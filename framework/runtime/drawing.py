@@ -278,7 +278,9 @@ def heat_map(
         canvas.text(left - 6, top + (row + 0.5) * cell, label, "rm")
     between = math.ceil(44 * len(columns) / width)
     for column in range(0, len(columns), between):
-        canvas.text(left + (column + 0.5) * width / len(columns), top + height + 12, columns[column])
+        canvas.text(
+            left + (column + 0.5) * width / len(columns), top + height + 12, columns[column]
+        )
     scale = torch.linspace(1, 0, 32).reshape(32, 1)
     bar = left + width + 12
     canvas.paste(colors_of(scale), bar, top, 12, max(height, 40))

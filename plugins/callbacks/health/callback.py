@@ -3,9 +3,8 @@
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -162,10 +161,11 @@ class Health(Callback):
         """Return whether a forward pass is possible (collective if the pass is)."""
         has_rows = len(trainer.batches) > 0
         strategy = trainer.strategy
-        if strategy.world_size > 1:
-            if strategy.forward_is_collective or dtensors.has_dtensors(trainer.model):
-                return all(strategy.gather(has_rows))
-        return has_rows
+        if strategy.world_size == 1:
+            return has_rows
+        if not strategy.forward_is_collective and not dtensors.has_dtensors(trainer.model):
+            return has_rows
+        return all(strategy.gather(has_rows))
 
     def _measure_activations(self, trainer: Context, recorder: Recorder) -> None:
         assert self.pending is not None
@@ -246,7 +246,9 @@ class Health(Callback):
             for place, norm in norms.items():
                 scalars[name, *place] = norm
         device = trainer.device
-        columns = [tensor.detach().to(device, torch.float32).reshape(()) for tensor in scalars.values()]
+        columns = [
+            tensor.detach().to(device, torch.float32).reshape(()) for tensor in scalars.values()
+        ]
         values = dict(zip(scalars, torch.stack(columns).tolist(), strict=True))
         self.watch.first_loss = values.get(("first_loss",), self.watch.first_loss)
 
@@ -393,6 +395,6 @@ def named_scalars(seen: Observation) -> dict[str, float]:
     values = {}
     for quantity, numbers in seen.numbers.items():
         for layer, number in zip(seen.layers, numbers, strict=True):
-            if number == number:  # not nan
+            if not isnan(number):
                 values[f"health/{quantity}/{layer.name}"] = number
     return values
