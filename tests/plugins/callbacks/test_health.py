@@ -12,6 +12,7 @@ from framework.errors.terminal import printable
 from framework_plugins.callbacks.health.callback import is_due_by_default
 from framework_plugins.callbacks.health.layers import find_layers
 from framework_plugins.callbacks.health.responses import response_of
+from stacked import alone, together, trial
 
 
 class Shown(Record):
@@ -335,3 +336,33 @@ def test_saturation_depends_on_the_derivative():
 def test_settings_of_an_activation_count():
     wide = fw.activations.build("elu", alpha=3.0)
     assert response_of(wide).largest == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["one order", "two orders"])
+def test_stacked_trials_are_observed_as_single_ones(seeds):
+    def recipe(seed, lr):
+        callbacks = [health(every="5steps", samples=8)]
+        return trial(seed, lr, model=stackable(seed), callbacks=callbacks, max_epochs=5)
+
+    settings = list(zip(seeds, (0.3, 1.0), strict=True))
+    trainers, failures = together(*(recipe(*each) for each in settings))
+    assert failures == [None, None]
+    for trainer, each in zip(trainers, settings, strict=True):
+        expected = alone(recipe(*each))
+        for step in (5, 15):
+            numbers = stacked_numbers(trainer, step)
+            assert len(numbers) == 11
+            assert numbers == pytest.approx(stacked_numbers(expected, step), rel=1e-4)
+
+
+def stackable(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+
+
+def stacked_numbers(trainer, step):
+    found = {}
+    for at, _, values in trainer.recorder.lines:
+        if at == step:
+            found |= {tag: number for tag, number in values.items() if tag.startswith("health")}
+    return found

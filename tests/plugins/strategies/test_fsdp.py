@@ -27,6 +27,7 @@ CALLBACKS = {
     "freeze": [("freeze", {"patterns": ["0.*"], "epochs": 1})],
     "histograms": [("histograms", {})],
     "confusion": [("confusion", {})],
+    "health": [("health", {"every": "2steps"})],
 }
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "lion", "muon", "nadam")
 OPTIMIZERS = (*OPTIMIZERS, "radam", "rmsprop", "sgd")
