@@ -109,7 +109,9 @@ def test_a_network_built_to_fail_gives_a_warning_with_a_remedy(name, tmp_path):
 def test_the_remedy_removes_the_warning(name, remedy, tmp_path):
     case = CASES[name]
     setting = remedy.partition("=")[0]
-    kept = [each for each in case["bad"] if each.partition("=")[0].removeprefix("model.") != setting]
+    kept = [
+        each for each in case["bad"] if each.partition("=")[0].removeprefix("model.") != setting
+    ]
     texts = warnings_of(tmp_path, *kept, remedy)
     kind = case["warning"].rpartition(": ")[2].partition(r"\d")[0][:20]
     assert not [text for text in texts if re.search(case["warning"], text)], (kind, texts)

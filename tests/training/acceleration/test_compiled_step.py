@@ -197,7 +197,12 @@ def test_health_observes_a_compiled_step_as_an_eager_one(uncompiled):
         observed.append(callback.history)
         if mode == "step":
             names = [call.__name__ for call in uncompiled]
-            assert [step for step, name in enumerate(names, 1) if name == "_gradients"] == [1, 4, 8, 12]
+            assert [step for step, name in enumerate(names, 1) if name == "_gradients"] == [
+                1,
+                4,
+                8,
+                12,
+            ]
     assert observed[0].isfinite().any(0).any(1).all()
     torch.testing.assert_close(*observed, equal_nan=True)
 
