@@ -32,8 +32,8 @@ from .layers import QUANTITIES, Recorder, Weights, find_layers, joined, ratio, s
 from .pages import heat_maps, layer_table
 from .problems import PATIENCE, Observation, Watch, restored_watch
 
-FIRST = 16  # step of the first observation
-PERIOD = 256  # steps between later ones
+FIRST_STEPS = (16, 32, 64, 256)  # of the first observations
+PERIOD = 1024  # steps between later ones
 COLUMNS = 64  # of an image; older observations are thinned out
 SHARE = 0.01  # of the time of the run that drawing takes
 FIRST_DRAWING = 0.1  # seconds that the first drawing takes, with the import of Pillow
@@ -78,8 +78,8 @@ class Health(Callback):
     `forward`, such as F.relu, is no module: then the activations are those before it.
 
     Args:
-        every: how often to observe. null: after 16, 32, 64, 128 and 256 steps, then every 256
-            steps; for many trials that train as one: after 16, 64, 256, 1024, ... steps.
+        every: how often to observe. null: after 16, 32, 64 and 256 steps, then every 1,024 steps;
+            for many trials that train as one: after 16, 64, 256, 1024, 4096, ... steps.
         samples: the number of samples for the activations, at most a batch.
         scalars: also log each number as a scalar, health/<quantity>/<layer>.
     """
@@ -335,12 +335,10 @@ class Health(Callback):
 
 def is_due_by_default(step: int, trials: int) -> bool:
     """Return whether a step is observed if no cadence is set."""
-    if step < FIRST:
-        return False
-    is_power = step & (step - 1) == 0
-    if trials >= MANY_TRIALS:
-        return is_power and step.bit_length() % 2 == 1
-    return step % PERIOD == 0 or (is_power and step < PERIOD)
+    if trials < MANY_TRIALS:
+        return step % PERIOD == 0 or step in FIRST_STEPS
+    is_power_of_4 = step & (step - 1) == 0 and step.bit_length() % 2 == 1
+    return is_power_of_4 and step >= FIRST_STEPS[0]
 
 
 def first_samples(batch: Batch, count: int) -> Batch:

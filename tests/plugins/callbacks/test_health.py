@@ -127,8 +127,8 @@ def test_a_step_of_several_batches_is_measured_as_one():
 
 
 def test_the_default_steps_become_rarer():
-    due = [step for step in range(1, 1100) if is_due_by_default(step, 1)]
-    assert due == [16, 32, 64, 128, 256, 512, 768, 1024]
+    due = [step for step in range(1, 3000) if is_due_by_default(step, 1)]
+    assert due == [16, 32, 64, 256, 1024, 2048]
     stacked = [step for step in range(1, 5000) if is_due_by_default(step, 8)]
     assert stacked == [16, 64, 256, 1024, 4096]
 
