@@ -28,9 +28,9 @@ CASES = {
         "remedies": ["activation=relu", "norm=batch", "initializer=xavier_uniform"],
     },
     "dead": {
-        "bad": ["optimizer=sgd", "optimizer.lr=2.0", "scheduler=null"],
-        "warning": r"layer 2 of 3, blocks\.1\.linear \(relu\): \d+ % of its units dead",
-        "remedies": ["optimizer.lr=0.1", "norm=batch"],
+        "bad": ["optimizer=adam", "optimizer.lr=0.3", "scheduler=null"],
+        "warning": r"layer 1 of 3, blocks\.0\.linear \(relu\), also 2: \d+ % of its units dead",
+        "remedies": ["optimizer.lr=0.001", "activation=leaky_relu", "norm=batch"],
     },
     "activations": {
         "bad": ["model.depth=6", "initializer={name: normal, std: 1.0}"],
