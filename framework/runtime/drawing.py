@@ -41,6 +41,15 @@ HEAT: Sequence[Color] = (
 )
 """Colors from low to high, evenly spaced points of "viridis" (van der Walt and Smith 2015)."""
 
+HEAT: Sequence[Color] = (
+    (68, 1, 84),
+    (59, 82, 139),
+    (33, 145, 140),
+    (94, 201, 98),
+    (253, 231, 37),
+)
+"""Colors from small to large numbers: viridis, which is as clear in gray."""
+
 
 class Canvas:
     """A white image of `width` times `height` pixels."""
@@ -207,6 +216,64 @@ class Chart:
         box = (2 * left, 2 * top, 2 * (left + width), 2 * (top + height))
         pixels = self.canvas.image.crop(box).convert("L").histogram()
         return sum(count * (255 - shade) for shade, count in enumerate(pixels) if shade < GRAY[0])
+
+
+def heat_map(
+    title: str, values: Tensor, rows: Sequence[str], columns: Sequence[str], log: bool = False
+) -> Tensor:
+    """Return an image of a table of numbers as colors: dark for small and yellow for large ones.
+
+    Args:
+        title: above the table.
+        values: shape (rows, columns); those that are not finite are gray.
+        rows: a label for each row.
+        columns: a label for each column.
+        log: whether equal differences of colors are equal factors. Numbers of 0 or less are gray.
+
+    Returns:
+        One image (1, 3, height, width).
+    """
+    numbers = values.double().cpu()
+    if log:
+        numbers = numbers.log10()
+    known = numbers[numbers.isfinite()]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    cell = max(4, 20 - len(rows) // 10)
+    left = 190
+    top = 30
+    height = len(rows) * cell
+    width = max(360, 12 * len(columns))
+    canvas = Canvas(left + width + 90, top + height + 34)
+    canvas.text((left + width) / 2, 14, cut_to_width(canvas, title, left + width))
+    shares = (numbers - low) / max(high - low, 1e-12)
+    canvas.paste(colors_of(shares), left, top, width, height)
+    shown = math.ceil(14 / cell)
+    for row in range(0, len(rows), shown):
+        label = cut_to_width(canvas, rows[row], left - 10)
+        canvas.text(left - 6, top + (row + 0.5) * cell, label, "rm")
+    between = math.ceil(44 * len(columns) / width)
+    for column in range(0, len(columns), between):
+        canvas.text(
+            left + (column + 0.5) * width / len(columns), top + height + 12, columns[column]
+        )
+    scale = torch.linspace(1, 0, 32).reshape(32, 1)
+    bar = left + width + 12
+    canvas.paste(colors_of(scale), bar, top, 12, max(height, 40))
+    for share, value in ((0.0, high), (1.0, low)):
+        label = f"{10**value:.2g}" if log else f"{value:.3g}"
+        canvas.text(bar + 16, top + 6 + share * (max(height, 40) - 12), label, "lm")
+    return canvas.tensor()
+
+
+def colors_of(shares: Tensor) -> Tensor:
+    """Return the colors (3, rows, columns) of numbers in [0, 1]; gray where they are not finite."""
+    place = shares.nan_to_num(0, 0, 0).clamp(0, 1) * (len(HEAT) - 1)
+    index = place.long().clamp(max=len(HEAT) - 2)
+    fraction = (place - index)[None].float()
+    table = torch.tensor(HEAT).T / 255
+    colors = torch.lerp(table[:, index], table[:, index + 1], fraction)
+    gray = torch.tensor(GRAY).reshape(3, 1, 1) / 255
+    return torch.where(shares.isfinite(), colors, gray)
 
 
 def captioned(images: Tensor, captions: Sequence[str], columns: int = 4, least: int = 96) -> Tensor:

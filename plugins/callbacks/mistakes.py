@@ -26,6 +26,9 @@ class Worst(Callback):
     def on_fit_start(self, trainer: Context) -> None:
         evaluation.check_worst(trainer)
 
+    def cost(self) -> str:
+        return f"reads the validation split once more, {self.cadence}"
+
     def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             evaluation.record_worst(trainer, self.count)
@@ -50,6 +53,9 @@ class Curves(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         evaluation.check_curves(trainer)
+
+    def cost(self) -> str:
+        return f"reads the validation split once more, {self.cadence}"
 
     def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):

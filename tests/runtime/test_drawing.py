@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from framework.runtime import drawing
 from framework.runtime.drawing import BLACK, COLORS, Axis, Canvas, Chart, captioned, cut_to_width
 
 
@@ -75,3 +76,22 @@ def test_a_text_is_dark():
     canvas = Canvas(60, 20)
     canvas.text(30, 10, "text", color=BLACK)
     assert canvas.tensor().min() < 0.5
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_heat_map_shows_numbers_as_colors(log):
+    values = torch.tensor([[1.0, 100.0, torch.nan], [10.0, 1.0, 1.0]])
+    image = drawing.heat_map("numbers", values, ["one", "two"], ["1", "2", "3"], log)
+    assert image.shape[:2] == (1, 3)
+    cells = image[0, :, 30:70, 190:550].reshape(3, 2, 20, 3, 120)[:, :, 10, :, 60]
+    colors = (cells * 255).round().int()
+    assert tuple(colors[:, 0, 0].tolist()) == drawing.HEAT[0]
+    assert tuple(colors[:, 0, 1].tolist()) == drawing.HEAT[-1]
+    assert tuple(colors[:, 0, 2].tolist()) == drawing.GRAY
+    middle = tuple(colors[:, 1, 0].tolist())
+    assert (middle == drawing.HEAT[2]) == log, "10 is halfway between 1 and 100 in logarithms"
+
+
+def test_a_heat_map_without_a_known_number_is_gray():
+    image = drawing.heat_map("numbers", torch.full((1, 2), torch.nan), ["one"], ["1", "2"])
+    assert (image[0, :, 40, 300] * 255).round().int().tolist() == list(drawing.GRAY)

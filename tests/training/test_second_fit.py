@@ -33,6 +33,7 @@ SETTINGS = {
     "non_finite": {"policy": "skip"},
     "linear_probe": {"layer": "1"},
     "noise_scale": {"every": "1steps", "parts": 2},
+    "health": {"every": "2steps", "scalars": True},
     "histograms": {"every": "1steps"},
     "augmented": {"every": "2steps"},
     "ema": {"decay": 0.5},

@@ -440,7 +440,7 @@ def callbacks_that_read_batches(folder):
     images = TensorSplit(torch.rand(33, 1, 4, 4), torch.arange(33) % 3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     names = ["confusion", "timer", "learning_rate", "histograms", "augmented", "early_stop"]
-    names += ["per_class", "embeddings", "speed"]
+    names += ["per_class", "embeddings", "speed", "health"]
     parts = [fw.callbacks.build(name) for name in names]
     parts.append(fw.callbacks.build("histograms", activations=True))
     parts.append(fw.callbacks.build("linear_probe", layer="0"))
