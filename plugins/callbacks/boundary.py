@@ -106,6 +106,9 @@ class Boundary(Callback):
         if trainer.resumed_from is None:
             self._draw(trainer)
 
+    def cost(self) -> str:
+        return f"runs the model on a grid of the plane, {self.cadence}"
+
     def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self._draw(trainer)
