@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.color import Color
 from rich.console import Console
-from rich.style import Style
 from rich.text import Text
 
 from framework.errors import FrameworkError
@@ -22,7 +20,6 @@ from .parsers import CHECKPOINT, JSON, RUN, Parser, opened_run
 WIDTH, HEIGHT = 64, 44  # of a map in the terminal, in half characters of the height
 PATH_MARK = "o"
 CENTER_MARK = "X"
-BRIGHT = 0.6  # share of the scale, from which a mark is black
 
 
 def landscape(arguments: list[str]) -> None:
@@ -133,32 +130,22 @@ def kind_text(found: Any) -> str:
 
 def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
     """Return a map: two values in a character with colors, one without."""
-    from framework.runtime.drawing import heat_color
-    from framework.runtime.plot import resampled, shade
+    import torch
+
+    from framework.runtime.drawing import colors_of, pixels_of
+    from framework.runtime.plot import half_blocks, resampled, shade
 
     lines = HEIGHT if has_colors else HEIGHT // 2
     rows = resampled(found.losses, WIDTH, lines)[::-1]  # the highest y first
     shares = [[scale.position(value) for value in row] for row in rows]
     marks = path_marks(found, lines)
-    text = Text()
-    if not has_colors:
-        for y, row in enumerate(shares):
-            text.append("".join(marks.get((x, y), shade(each)) for x, each in enumerate(row)))
-            text.append("\n" if y < lines - 1 else "")
-        return text
-    for y in range(0, lines, 2):
-        for x in range(WIDTH):
-            upper = Color.from_rgb(*heat_color(shares[y][x]))
-            lower = Color.from_rgb(*heat_color(shares[y + 1][x]))
-            mark = marks.get((x, y)) or marks.get((x, y + 1))
-            if mark is None:
-                text.append("▀", Style(color=upper, bgcolor=lower))
-                continue
-            is_bright = shares[y][x] > BRIGHT
-            style = Style(color="black" if is_bright else "white", bgcolor=upper, bold=True)
-            text.append(mark, style)
-        text.append("\n" if y < lines - 2 else "")
-    return text
+    if has_colors:
+        return Text("\n").join(half_blocks(pixels_of(colors_of(torch.tensor(shares))), marks))
+    drawn = [
+        "".join(marks.get((x, y), shade(each)) for x, each in enumerate(row))
+        for y, row in enumerate(shares)
+    ]
+    return Text("\n".join(drawn))
 
 
 def path_marks(found: Any, lines: int) -> dict[tuple[int, int], str]:

@@ -41,15 +41,6 @@ HEAT: Sequence[Color] = (
 )
 """Colors from low to high, evenly spaced points of "viridis" (van der Walt and Smith 2015)."""
 
-HEAT: Sequence[Color] = (
-    (68, 1, 84),
-    (59, 82, 139),
-    (33, 145, 140),
-    (94, 201, 98),
-    (253, 231, 37),
-)
-"""Colors from small to large numbers: viridis, which is as clear in gray."""
-
 
 class Canvas:
     """A white image of `width` times `height` pixels."""
@@ -276,6 +267,12 @@ def colors_of(shares: Tensor) -> Tensor:
     return torch.where(shares.isfinite(), colors, gray)
 
 
+def pixels_of(colors: Tensor) -> list[list[Color]]:
+    """Return the rows of an image (3, rows, columns) in [0, 1] as colors from 0 to 255."""
+    rows: list[list[Color]] = (colors * 255).round().int().permute(1, 2, 0).tolist()
+    return [[(red, green, blue) for red, green, blue in row] for row in rows]
+
+
 def captioned(images: Tensor, captions: Sequence[str], columns: int = 4, least: int = 96) -> Tensor:
     """Return images (N, 1 or 3, H, W) in [0, 1] in rows, each above its caption.
 
@@ -321,18 +318,6 @@ def side_by_side(images: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded, dim=3)
 
 
-def heat_color(share: float) -> Color:
-    """Return the color of a value: 0 is the lowest, 1 the highest; gray for NaN."""
-    if not math.isfinite(share):
-        return GRAY
-    place = min(1.0, max(0.0, share)) * (len(HEAT) - 1)
-    index = min(int(place), len(HEAT) - 2)
-    part = place - index
-    low, high = HEAT[index], HEAT[index + 1]
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
-    return red, green, blue
-
-
 def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:
     """Return a map of values in bands of colors with a dark line between two bands.
 
@@ -351,8 +336,7 @@ def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> T
         shares[None, None], (size, size), mode="bilinear", align_corners=True
     ).flip(2)[0, 0]
     band = (fine.nan_to_num(0, 1, 0).clamp(0, 1) * bands).long().clamp(max=bands - 1)
-    colors = torch.tensor([heat_color((index + 0.5) / bands) for index in range(bands)]) / 255
-    picture = colors[band].permute(2, 0, 1)
+    picture = colors_of((band + 0.5) / bands)
     edge = torch.zeros_like(band, dtype=torch.bool)
     edge[:, 1:] |= band[:, 1:] != band[:, :-1]
     edge[1:] |= band[1:] != band[:-1]
@@ -366,8 +350,8 @@ def color_bar(title: str, scale: Axis, bands: int = 16, height: int = 320) -> Te
     canvas = Canvas(84, height)
     top, bottom = Chart.TOP, height - Chart.BOTTOM
     step = (bottom - top) / bands
-    for index in range(bands):
-        color = heat_color((index + 0.5) / bands)
+    colors = pixels_of(colors_of((torch.arange(bands)[None] + 0.5) / bands))[0]
+    for index, color in enumerate(colors):
         canvas.box(6, bottom - (index + 1) * step, 22, bottom - index * step, color)
     canvas.text(4, 14, title, "lm")
     for index in range(0, bands + 1, 2):

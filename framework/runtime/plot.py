@@ -5,8 +5,9 @@ This module does not import torch: `framework watch` uses it.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 
 from rich.color import Color
 from rich.style import Style
@@ -335,17 +336,27 @@ def resampled(rows: Sequence[Sequence[float]], columns: int, lines: int) -> list
     return found
 
 
-def half_blocks(pixels: Sequence[Sequence[tuple[int, int, int]]]) -> list[Text]:
+def half_blocks(
+    pixels: Sequence[Sequence[tuple[int, int, int]]],
+    marks: Mapping[tuple[int, int], str] = MappingProxyType({}),
+) -> list[Text]:
     """Return an image as lines of half blocks, each with two pixels, one above the other.
 
     Args:
         pixels: rows of (red, green, blue) from 0 to 255; an even number of rows.
+        marks: characters by (column, row) of the pixel that they replace.
     """
     found = []
-    for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
+    for number, (upper, lower) in enumerate(zip(pixels[::2], pixels[1::2], strict=True)):
         line = Text()
-        for above, below in zip(upper, lower, strict=True):
-            line.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+        for column, (above, below) in enumerate(zip(upper, lower, strict=True)):
+            color = Color.from_rgb(*above)
+            mark = marks.get((column, 2 * number)) or marks.get((column, 2 * number + 1))
+            if mark is None:
+                line.append("▀", Style(color=color, bgcolor=Color.from_rgb(*below)))
+                continue
+            contrast = "black" if sum(above) > 3 * 128 else "white"
+            line.append(mark, Style(color=contrast, bgcolor=color, bold=True))
         found.append(line)
     return found
 

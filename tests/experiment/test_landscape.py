@@ -11,7 +11,7 @@ from framework.experiment.evaluation.landscape import Surface, grid, measure_lan
 from framework.experiment.evaluation.landscape_files import color_scale, draw_landscapes
 from framework.experiment.evaluation.plane import main_plane, movable_weights, random_plane
 from framework.experiment.trained.load import open_run
-from framework.runtime.drawing import heat_color
+from framework.runtime.drawing import colors_of, pixels_of
 from framework.runtime.plot import SHADES
 from runs import run_training
 
@@ -245,7 +245,8 @@ def test_a_map_with_colors_has_two_values_in_a_character(linear):
     assert len(lines) == 22
     assert {len(line) for line in lines} == {64}
     corner = text.spans[0].style
-    assert corner.color.triplet == heat_color(scale.position(found.losses[-1][0]))
+    share = torch.tensor([[scale.position(found.losses[-1][0])]])
+    assert corner.color.triplet == pixels_of(colors_of(share))[0][0]
     assert "X" in text.plain
     assert "o" in text.plain
     plain = heat_map(found, scale, has_colors=False).plain

@@ -154,7 +154,7 @@ class Health(Callback):
                 self.failed = True
                 warnings.warn(
                     f"health: the activations are not measured: {user_code.describe(error)}",
-                    stacklevel=2,
+                    stacklevel=1,
                 )
 
     def _all_have_rows(self, trainer: Context) -> bool:
@@ -219,7 +219,7 @@ class Health(Callback):
         self.seen = seen
         messages = self.watch.messages(seen)
         for message in messages:
-            warnings.warn(f"health: {message}", stacklevel=2)
+            warnings.warn(f"health: {message}", stacklevel=1)
         self.messages += messages
         self._remember(seen)
         if self.scalars:
