@@ -14,8 +14,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from framework.contracts.history import Curve
 from framework.errors.terminal import printable, shortened, title
-from framework.runs.overview.live import Curve, LiveRun
+from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runtime.plot import braille, evenly_spaced
 
@@ -176,7 +177,7 @@ class View:
         several = curves_of(run)
         single = [metric for metric in metrics_of([run]) if metric not in several]
         if single:
-            values = [f"{title(m)} {number(run.metrics.curves[m].last)}" for m in single]
+            values = [f"{title(m)} {number(run.metrics.curves[m].last.value)}" for m in single]
             yield Text("  ".join(values))
         color = COLORS.get(run.state, "") if run.reason else "yellow"
         for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
@@ -220,7 +221,7 @@ def cells(run: LiveRun, metrics: Sequence[str]) -> list[str]:
     row = [run.state, step, eta, speed, saved]
     for metric in metrics:
         curve = run.metrics.curves.get(metric)
-        row.append("" if curve is None or not curve.points else number(curve.last))
+        row.append("" if curve is None else number(curve.last.value))
     return row
 
 
@@ -236,8 +237,10 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     """
     columns = max(4, width - LABEL_WIDTH - 1)
     rows = max(1, height - 3)
-    heading = Text(title(metric), style="bold").append(f" {number(curve.last)}", style="not bold")
-    values = evenly_spaced(curve.points, 2 * columns, 0, last_step)
+    heading = Text(title(metric), style="bold").append(
+        f" {number(curve.last.value)}", style="not bold"
+    )
+    values = evenly_spaced(curve, 2 * columns, 0, last_step)
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)
     high = max(finite, default=1.0)

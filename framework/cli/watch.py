@@ -54,7 +54,9 @@ def run_line(run: LiveRun) -> str:
         parts.append(f"saved {age_text(run.checkpoint[1])} ago")
     results = [metric for metric in metrics_of([run]) if metric.startswith(RESULTS)]
     curves = run.metrics.curves
-    parts += [f"{title(metric)} {number(curves[metric].last)}" for metric in results[:MOST_VALUES]]
+    parts += [
+        f"{title(metric)} {number(curves[metric].last.value)}" for metric in results[:MOST_VALUES]
+    ]
     remarks = [run.process_text(), run.reason, *run.warnings()]
     parts += [shortened(text, MOST_WARNING) for text in remarks]
     return GAP.join(printable(part) for part in parts if part)
@@ -66,10 +68,10 @@ def run_as_dict(run: LiveRun) -> dict[str, Any]:
     metrics = {}
     for metric in metrics_of([run]):
         curve = run.metrics.curves[metric]
-        lowest, lowest_step = curve.lowest or (None, None)
-        highest, highest_step = curve.highest or (None, None)
+        lowest_step, lowest = curve.min or (None, None)
+        highest_step, highest = curve.max or (None, None)
         metrics[metric] = {
-            "last": curve.last,
+            "last": curve.last.value,
             "lowest": lowest,
             "lowest_step": lowest_step,
             "highest": highest,

@@ -408,9 +408,9 @@ def metric_direction(
 
 
 def metrics_row(content: Mapping[str, Any]) -> Row | None:
-    """Return the row of a line of metrics.jsonl; None if it has no step."""
+    """Return the row of a line of metrics.jsonl; None if it has no step below 2**63."""
     step = content.get("step")
-    if type(step) is not int:
+    if type(step) is not int or abs(step) >= 2**63:
         return None
     epoch = content.get("epoch")
     values = {}
