@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from framework.errors.terminal import title
 from framework.runs.overview.live import LiveRun
 
 MEASURES = (
@@ -61,6 +62,11 @@ def clock(seconds: float) -> str:
 def number(value: float) -> str:
     """Return a number with four digits."""
     return f"{value:.4g}"
+
+
+def last_text(run: LiveRun, metric: str) -> str:
+    """Return a metric and its last value."""
+    return f"{title(metric)} {number(run.metrics.curves[metric].last.value)}"
 
 
 def metrics_of(runs: Sequence[LiveRun]) -> list[str]:

@@ -27,6 +27,7 @@ from .live_text import (
     clock,
     curves_of,
     eta_text,
+    last_text,
     metrics_of,
     number,
     progress_text,
@@ -177,8 +178,7 @@ class View:
         several = curves_of(run)
         single = [metric for metric in metrics_of([run]) if metric not in several]
         if single:
-            values = [f"{title(m)} {number(run.metrics.curves[m].last.value)}" for m in single]
-            yield Text("  ".join(values))
+            yield Text("  ".join(last_text(run, metric) for metric in single))
         color = COLORS.get(run.state, "") if run.reason else "yellow"
         for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
             yield Text.assemble(("! ", f"bold {color}"), (printable(warning), color))
@@ -237,9 +237,8 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     """
     columns = max(4, width - LABEL_WIDTH - 1)
     rows = max(1, height - 3)
-    heading = Text(title(metric), style="bold").append(
-        f" {number(curve.last.value)}", style="not bold"
-    )
+    heading = Text(title(metric), style="bold")
+    heading.append(f" {number(curve.last.value)}", style="not bold")
     values = evenly_spaced(curve, 2 * columns, 0, last_step)
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)

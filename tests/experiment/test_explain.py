@@ -39,6 +39,18 @@ def failed_run(name, *overrides):
     return RunFiles(f"runs/default/{name}")
 
 
+def insert_callback(patched, callback):
+    """Train with a callback before those of the experiment."""
+    make_trainer = Experiment.trainer
+
+    def changed(*args):
+        trainer = make_trainer(*args)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    patched.setattr(Experiment, "trainer", changed)
+
+
 # settings
 
 
@@ -183,6 +195,50 @@ def test_the_sample_with_a_fault_is_named(overrides, tmp_path, forget_plugins):
     assert finding.inputs == finding.layer_samples == [838]
 
 
+NAMED = """
+import math
+import framework as fw
+from framework_plugins.datasets.builtin import Blobs
+from torch import nn
+
+
+@fw.datasets.register("named")
+class Named(Blobs):
+    'Blobs by name, with a NaN in sample 838.'
+
+    def __init__(self):
+        super().__init__()
+        for name in ("train", "val", "test"):
+            points, labels = getattr(self, name).tensors
+            setattr(self, name, fw.TensorSplit(points=points, labels=labels))
+        self.train[838]["points"].fill_(math.nan)
+
+
+@fw.models.register("named")
+class Model(nn.Module):
+    'A linear layer, called by a keyword.'
+
+    def __init__(self, in_shape: fw.Shape, out_shape: fw.Shape):
+        super().__init__()
+        self.linear = nn.Linear(*in_shape, *out_shape)
+
+    def forward(self, points):
+        return self.linear(input=points)
+"""
+
+
+@pytest.mark.parametrize("overrides", [(), SHARDS], ids=["plain", "shards"])
+def test_the_sample_is_named_in_batches_with_names(overrides, tmp_path, forget_plugins):
+    (tmp_path / "part.py").write_text(NAMED)
+    fw.discover(["part.py"])
+    named = ("data=named", "model=named", "task.inputs=points", "task.target=labels")
+    run = failed_run("bad", *named, "loader.batch_size=100", OFTEN, *overrides)
+    finding = replay(run, tmp_path / "step").finding
+    assert finding.inputs == finding.layer_samples == [838]
+    assert (finding.layer, finding.layer_inputs_finite) == ("linear", False)
+    assert math.isnan(load_step(tmp_path / "step/step.pt").forward().loss.item())
+
+
 def test_a_run_that_rewinds_is_repeated(tmp_path):
     """The steps before the last one were skipped: its weights are those of the checkpoint."""
     policy = ("callbacks.non_finite.policy=rewind", "callbacks.non_finite.most_skips=2")
@@ -213,15 +269,8 @@ def test_the_record_of_an_earlier_failure_does_not_count(command, monkeypatch):
     run = failed_run("bad", *HUGE, OFTEN, "callbacks.checkpoint.keep=9")
     first = json.loads((run.path / RECORD).read_text())["first"]
     assert first > 5
-    make_trainer = Experiment.trainer
-
-    def failing(*args):
-        trainer = make_trainer(*args)
-        trainer.callbacks.insert(0, Fault())
-        return trainer
-
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", failing)
+        insert_callback(patched, Fault())
         line = "resume runs/default/bad/checkpoints/step-00000002 optimizer.lr=0.1 --inexact"
         assert command(line)[0] == 1
     assert (run.path / RECORD).exists()
@@ -259,15 +308,8 @@ class Poison(fw.Callback):
 
 
 def test_a_failure_without_a_cause_in_the_run_is_not_repeated(monkeypatch):
-    make_trainer = Experiment.trainer
-
-    def poisoned(*args):
-        trainer = make_trainer(*args)
-        trainer.callbacks.insert(0, Poison())
-        return trainer
-
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", poisoned)
+        insert_callback(patched, Poison())
         run = failed_run("poisoned", OFTEN)
     result = replay(run)
     assert result.finding is None
