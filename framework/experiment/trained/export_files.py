@@ -9,6 +9,7 @@ import torch
 from framework.contracts.exporter import ExportedModel, Exporter
 from framework.data.preparation import Axis, Preparation
 from framework.errors import FrameworkError
+from framework.runs import checkpoint
 
 from .load import Trained
 from .pipeline import Pipeline
@@ -58,8 +59,6 @@ def describe(
 
 def checkpoint_step(path: Path) -> int | None:
     """Return the step of a checkpoint, or None if its name does not tell."""
-    from framework.runs import checkpoint
-
     with suppress(FrameworkError, OSError, ValueError, AttributeError):
         return checkpoint.step_in(checkpoint.target_of(path))
     return None

@@ -16,16 +16,9 @@ from typing import Any, BinaryIO
 
 from framework.contracts.history import Curve
 from framework.errors import RunError
-from framework.runs.run_files import (
-    ACTIVE,
-    METRICS,
-    MOST_SERIES,
-    STATUS_FILE,
-    RunFiles,
-    State,
-    metrics_row,
-    number_in,
-)
+from framework.runs.file_names import METRICS, STATUS_FILE
+from framework.runs.run_files import MOST_SERIES, RunFiles, metrics_row, number_in
+from framework.runs.run_state import ACTIVE, State
 from framework.system.files import open_file, parse_row
 
 MOST_POINTS = 2_000  # of a curve
@@ -142,7 +135,7 @@ class LiveRun:
         path: the folder of the run.
         label: a name for the screen.
         status: the content of status.json.
-        state: see `State` in run_files.py.
+        state: see `State` in run_state.py.
         metrics: the curves.
         problem: why a file cannot be read; "" otherwise.
     """
