@@ -6,6 +6,7 @@ import re
 import select
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from framework.contracts.history import Curve
 from framework.errors.terminal import printable, shortened, title
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
+from framework.runs.run_state import State
 from framework.runtime.plot import braille, evenly_spaced
 
 from .live_text import (
@@ -35,7 +37,7 @@ from .live_text import (
 )
 
 REFRESH_SECONDS = 1.0
-COLORS = {
+COLORS: dict[State, str] = {
     "running": "green",
     "testing": "green",
     "paused": "yellow",
@@ -110,12 +112,10 @@ class View:
 
     def header(self, width: int) -> Text:
         """Return the numbers of runs by state, and the time."""
-        counts: dict[str, int] = {}
-        for run in self.watched.runs:
-            counts[run.state] = counts.get(run.state, 0) + 1
+        counts = Counter(run.state for run in self.watched.runs)
         text = Text("framework watch  ", style="bold")
         for state in COLORS:
-            if state in counts:
+            if counts[state]:
                 text.append(f"{counts[state]} {state}  ", style=COLORS[state])
         now = time.strftime("%H:%M:%S")
         text.append(" " * max(0, width - len(text.plain) - len(now)))
@@ -157,7 +157,7 @@ class View:
                 if index in left_out:
                     continue
                 if index == 0:
-                    line.append(f"  {text:<{size}}", style=COLORS.get(run.state, ""))
+                    line.append(f"  {text:<{size}}", style=COLORS[run.state])
                 else:
                     line.append(f"  {text:>{size}}")
             yield line
@@ -165,7 +165,7 @@ class View:
     def details(self, run: LiveRun) -> Iterator[Text]:
         """Yield lines on the selected run, the warnings at the end."""
         line = Text(run.label, style="bold")
-        line.append(f"  {run.state}", style=COLORS.get(run.state, ""))
+        line.append(f"  {run.state}", style=COLORS[run.state])
         line.append(f"  step {progress_text(run)}", style="not bold")
         for text in (speed_text(run), eta_text(run)):
             if text:
@@ -179,7 +179,7 @@ class View:
         single = [metric for metric in metrics_of([run]) if metric not in several]
         if single:
             yield Text("  ".join(last_text(run, metric) for metric in single))
-        color = COLORS.get(run.state, "") if run.reason else "yellow"
+        color = COLORS[run.state] if run.reason else "yellow"
         for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
             yield Text.assemble(("! ", f"bold {color}"), (printable(warning), color))
 

@@ -21,7 +21,6 @@ from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.system.files import (
     MOST_ROWS_BYTES,
-    open_file,
     read_json,
     read_rows,
     read_yaml,
@@ -228,9 +227,7 @@ class RunFiles:
         """
         skipped = Counter() if skipped is None else skipped
         try:
-            with open_file(self.path, METRICS, most=self.most_metrics):
-                pass
-            for content in read_rows(self.path, METRICS, skipped):
+            for content in read_rows(self.path, METRICS, skipped, self.most_metrics):
                 row = metrics_row(content)
                 if row is not None:
                     yield row
