@@ -4,7 +4,7 @@ This module does not import torch: `framework watch` uses it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))
 """The bits of a braille character, which has 2 columns of 4 dots, by column from the bottom up."""
@@ -51,7 +51,7 @@ def braille(
 
 
 def evenly_spaced(
-    points: Sequence[tuple[float, float]], count: int, first: float, last: float
+    points: Iterable[tuple[float, float]], count: int, first: float, last: float
 ) -> list[float]:
     """Return the means of points in intervals of equal width, for `braille`.
 
