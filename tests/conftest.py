@@ -1,3 +1,4 @@
+import gc
 import logging
 import shlex
 import signal
@@ -56,6 +57,12 @@ def pytest_itemcollected(item):
     suite = suite_of(item.path)
     if suite is not None:
         item.add_marker(suite)
+
+
+def pytest_collection_finish():
+    """Leave the modules and the collected tests out of garbage collections; each takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
