@@ -2,8 +2,6 @@
 
 import gc
 
-import torch._dynamo  # by optimizers
-
 import framework
 
 framework.discover()
