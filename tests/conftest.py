@@ -3,6 +3,7 @@ import logging
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,8 +15,10 @@ import framework_plugins
 from framework.cli.main import main
 from framework.registry.discovery import files_in
 from framework.registry.registry import Registry
+from framework.runtime.torch_internals.compiler import CompiledFunction
+from framework.training.acceleration import compiled_step
 from shipped import shipped
-from suites import suite_of
+from suites import place_of, suite_of
 
 torch.set_num_threads(1)  # some tests fork, and a process with OpenMP threads must not fork
 
@@ -51,6 +54,14 @@ def stop_ignoring_signals():
 USER_PLUGINS = leave_out_user_plugins()
 stop_ignoring_signals()
 fw.discover()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist; it would sort by number of tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: place_of(item.path))
 
 
 def pytest_itemcollected(item):
@@ -114,6 +125,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """Trace compiled functions without generating code, which takes 10 s each."""
+    eager = partial(CompiledFunction, backend="eager")
+    monkeypatch.setattr(compiled_step, "CompiledFunction", eager)
 
 
 @pytest.fixture
