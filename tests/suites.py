@@ -8,6 +8,7 @@ One table assigns the files, so that a suite can be read in one place and a new 
 immediately: the longest entry that is a prefix of the path gives the suite.
 """
 
+from functools import cache
 from pathlib import Path
 
 SUITES = ("unit", "training", "system")
@@ -103,6 +104,7 @@ LONGEST = (  # these run first, so that no process waits at the end for one of a
 )
 
 
+@cache
 def suite_of(file: Path) -> str | None:
     """Return the suite of a test file; None without an entry, or outside this folder."""
     if not file.is_relative_to(TESTS):
@@ -114,6 +116,7 @@ def suite_of(file: Path) -> str | None:
     return None
 
 
+@cache
 def place_of(file: Path) -> int:
     """Return the place of a test file in `LONGEST`; the other files come after these."""
     path = str(file.relative_to(TESTS)) if file.is_relative_to(TESTS) else ""
