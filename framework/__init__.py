@@ -115,6 +115,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         snapshot as snapshot,
     )
     from .runs.background_writer import Writer as Writer
+    from .runs.file_names import NON_FINITE as NON_FINITE
     from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
         distributed_checkpoint as distributed_checkpoint,
@@ -280,6 +281,7 @@ _NAMES = {
     "Batches": "data.accumulation",
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
+    "NON_FINITE": "runs.file_names",
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "ShardedWriter": "runs.sharded_writer",
     "Writer": "runs.background_writer",

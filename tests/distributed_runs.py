@@ -5,8 +5,11 @@ import socket
 import subprocess
 import sys
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from torch import multiprocessing
 
@@ -45,14 +48,15 @@ def run_in_processes(function, count, folder, *args):
         AssertionError: it failed in a process; with the traceback.
     """
     port = free_port()
-    context = multiprocessing.get_context("spawn")
-    target = context.Process
-    processes = [
-        target(target=run_one, args=(rank, count, port, folder, function, args))
-        for rank in range(count)
-    ]
-    for process in processes:
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    processes = []
+    for rank in range(count):
+        variables = os.environ | environment(rank, count, port)
+        arguments = (variables, rank, folder, function, args)
+        process = context.Process(target=run_one, args=arguments)
         process.start()
+        processes.append(process)
     for process in processes:
         process.join()
     errors = [file.read_text() for file in sorted(Path(folder).glob("error*"))]
@@ -61,11 +65,24 @@ def run_in_processes(function, count, folder, *args):
     return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(count)]
 
 
-def run_one(rank, count, port, folder, function, args):
+def start_server():
+    """Start the server of this process, unless it runs; the functions run in its forks.
+
+    The server has imported the framework, which would take each of the processes 3 s.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.set_forkserver_preload(["preloaded"])
+        forkserver.ensure_running()
+
+
+def run_one(variables, rank, folder, function, args):
     """Run the function in one process, and save its result or its error."""
-    os.environ.update(environment(rank, count, port))
+    os.environ.clear()
+    os.environ.update(variables)
+    np.random.seed()  # all forks have the state of the server
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that is not spawned
+    multiprocessing.set_start_method("fork", force=True)  # as without a server
     try:
         result = function(*args)
         torch.save(result, Path(folder) / f"result{rank}")

@@ -8,6 +8,7 @@ One table assigns the files, so that a suite can be read in one place and a new 
 immediately: the longest entry that is a prefix of the path gives the suite.
 """
 
+from functools import cache
 from pathlib import Path
 
 SUITES = ("unit", "training", "system")
@@ -73,8 +74,37 @@ SUITE_OF = {
     "tuning/vectorized/test_equivalence_check.py": "training",
     "tuning/search/test_space.py": "unit",
 }
+LONGEST = (  # these run first, so that no process waits at the end for one of another
+    "project/test_readme.py",
+    "tuning/sweep/test_launchers.py",
+    "project/test_bench.py",
+    "cli/test_json.py",
+    "plugins/strategies/test_sharded_checkpoint.py",
+    "plugins/strategies/test_ddp_experiments.py",
+    "tuning/vectorized/test_vectorized_processes.py",
+    "tuning/sweep/test_sweep_processes.py",
+    "experiment/test_launch.py",
+    "experiment/test_resume.py",
+    "experiment/test_check.py",
+    "experiment/test_find.py",
+    "experiment/test_export.py",
+    "experiment/test_experiments.py",
+    "experiment/test_hugging_face.py",
+    "plugins/strategies/test_fsdp.py",
+    "plugins/strategies/test_ddp.py",
+    "training/test_shards.py",
+    "system/test_signals.py",
+    "system/test_streams.py",
+    "project/test_campaign.py",
+    "project/test_mutants.py",
+    "project/test_template.py",
+    "runtime/torch_internals/test_lazy_compiler.py",
+    "tuning/search/test_search_pruning.py",
+    "composition/test_catalogue.py",
+)
 
 
+@cache
 def suite_of(file: Path) -> str | None:
     """Return the suite of a test file; None without an entry, or outside this folder."""
     if not file.is_relative_to(TESTS):
@@ -84,3 +114,10 @@ def suite_of(file: Path) -> str | None:
         if str(entry) in SUITE_OF:
             return SUITE_OF[str(entry)]
     return None
+
+
+@cache
+def place_of(file: Path) -> int:
+    """Return the place of a test file in `LONGEST`; the other files come after these."""
+    path = str(file.relative_to(TESTS)) if file.is_relative_to(TESTS) else ""
+    return LONGEST.index(path) if path in LONGEST else len(LONGEST)

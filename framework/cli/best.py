@@ -1,7 +1,8 @@
 """`framework best`: print the folder of the best run."""
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from framework.errors import RunError, SettingError
@@ -117,6 +118,12 @@ def run_count(count: int) -> str:
     return "1 run" if count == 1 else f"{count:,} runs"
 
 
+def counts_text(counts: Mapping[str, int], most: int | None = None) -> str:
+    """Return the first numbers of runs as text: "val/loss (2 runs), val/accuracy (1 run)"."""
+    first = list(counts.items())[:most]
+    return ", ".join(f"{label} ({run_count(count)})" for label, count in first)
+
+
 def first_with_checkpoint(
     root: Path, ranked: Sequence[tuple[RunEntry, Value]]
 ) -> tuple[RunEntry, Value]:
@@ -141,16 +148,16 @@ def monitored_metric(runs: Sequence[RunEntry], advice: str = "choose one with --
     Raises:
         SettingError: they differ, or no run has one.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for run in runs:
         if run.monitor is not None and run.monitor in run.series:
-            counts[run.monitor] = counts.get(run.monitor, 0) + 1
+            counts[run.monitor] += 1
     if not counts:
         raise SettingError(
             f"no run has values of the metric that it ranks its checkpoints by: {advice}"
         )
     if len(counts) > 1:
-        texts = ", ".join(f"{metric} ({run_count(count)})" for metric, count in counts.items())
+        texts = counts_text(counts)
         raise SettingError(f"the runs monitor different metrics: {texts}; {advice}")
     return next(iter(counts))
 
@@ -163,18 +170,15 @@ def check_comparable(runs: Sequence[RunEntry], root: Path, option: str = "--wher
         root: their folder.
         option: that chooses runs, for the message.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for run in runs:
-        values = [(key, run.settings.get(key)) for key in ("data", "task")]
-        words = [
-            f"{key}={'?' if value is MISSING else setting_text(value)}" for key, value in values
-        ]
-        label = " and ".join(words)
-        counts[label] = counts.get(label, 0) + 1
+        words = []
+        for key in ("data", "task"):
+            value = run.settings.get(key)
+            words.append(f"{key}={'?' if value is MISSING else setting_text(value)}")
+        counts[" and ".join(words)] += 1
     if len(counts) > 1:
-        texts = ", ".join(
-            f"{label} ({run_count(count)})" for label, count in list(counts.items())[:3]
-        )
+        texts = counts_text(counts, 3)
         example = next(iter(counts))
         raise RunError(
             f"the runs in {root} differ in data or task, so that their metrics cannot be compared: "

@@ -11,13 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from framework.contracts.history import Curve
 from framework.errors import FrameworkError, RunError, did_you_mean, short
 from framework.errors.paths import in_package
 from framework.errors.terminal import note, printable, title
 from framework.runs.folder import in_default_root
 from framework.runs.overview.diff import (
     UNKNOWN,
-    Curve,
     Diff,
     MetricValue,
     Row,
@@ -259,7 +259,7 @@ def time_value(name: str, value: Any) -> Any:
 def curve_panels(found: Diff, metric: str, width: int) -> Iterator[RenderableType]:
     """Yield the curves of a metric side by side, with common axes."""
     curves = [curves_of(run, [metric])[metric] for run in found.runs]
-    points = [point for curve in curves for point in curve.points if math.isfinite(point[1])]
+    points = [point for curve in curves for point in curve if math.isfinite(point.value)]
     if len({step for step, _ in points}) < 2:  # the table of metrics has this value
         return
     low = min(value for _, value in points)
@@ -286,7 +286,7 @@ def panel_row(
     low, high, last = limits
     drawn = []
     for curve in curves:
-        values = evenly_spaced(curve.points, 2 * columns, 0, last)
+        values = evenly_spaced(curve, 2 * columns, 0, last)
         drawn.append(braille(values, columns, CURVE_ROWS, low, high))
     heads = [f"{title(name)[:columns]:<{columns}}" for name in names]
     head = Text(f"{'':>9} {'  '.join(heads)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from framework.errors.terminal import title
 from framework.runs.overview.live import LiveRun
 
 MEASURES = (
@@ -63,10 +64,14 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def last_text(run: LiveRun, metric: str) -> str:
+    """Return a metric and its last value."""
+    return f"{title(metric)} {number(run.metrics.curves[metric].last.value)}"
+
+
 def metrics_of(runs: Sequence[LiveRun]) -> list[str]:
     """Return the metrics of runs: losses, those of validation, others, measures of time."""
     found = dict.fromkeys(metric for run in runs for metric in run.metrics.curves)
-    found = {metric: None for metric in found if any_points(runs, metric)}
 
     def rank(metric: str) -> tuple[bool, bool, bool]:
         split, _, name = metric.partition("/")
@@ -78,9 +83,4 @@ def metrics_of(runs: Sequence[LiveRun]) -> list[str]:
 def curves_of(run: LiveRun) -> list[str]:
     """Return the metrics of a run with values at several steps."""
     curves = run.metrics.curves
-    return [metric for metric in metrics_of([run]) if len(curves[metric].points) > 1]
-
-
-def any_points(runs: Sequence[LiveRun], metric: str) -> bool:
-    """Return whether a run has a value of a metric."""
-    return any(metric in run.metrics.curves and run.metrics.curves[metric].points for run in runs)
+    return [metric for metric in metrics_of([run]) if len(curves[metric]) > 1]

@@ -6,6 +6,7 @@ import re
 import select
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -14,9 +15,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from framework.contracts.history import Curve
 from framework.errors.terminal import printable, shortened, title
-from framework.runs.overview.live import Curve, LiveRun
+from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
+from framework.runs.run_state import State
 from framework.runtime.plot import braille, ends, evenly_spaced, side_by_side, with_labels
 
 from .live_text import (
@@ -26,6 +29,7 @@ from .live_text import (
     clock,
     curves_of,
     eta_text,
+    last_text,
     metrics_of,
     number,
     progress_text,
@@ -33,7 +37,7 @@ from .live_text import (
 )
 
 REFRESH_SECONDS = 1.0
-COLORS = {
+COLORS: dict[State, str] = {
     "running": "green",
     "testing": "green",
     "paused": "yellow",
@@ -108,12 +112,10 @@ class View:
 
     def header(self, width: int) -> Text:
         """Return the numbers of runs by state, and the time."""
-        counts: dict[str, int] = {}
-        for run in self.watched.runs:
-            counts[run.state] = counts.get(run.state, 0) + 1
+        counts = Counter(run.state for run in self.watched.runs)
         text = Text("framework watch  ", style="bold")
         for state in COLORS:
-            if state in counts:
+            if counts[state]:
                 text.append(f"{counts[state]} {state}  ", style=COLORS[state])
         now = time.strftime("%H:%M:%S")
         text.append(" " * max(0, width - len(text.plain) - len(now)))
@@ -155,7 +157,7 @@ class View:
                 if index in left_out:
                     continue
                 if index == 0:
-                    line.append(f"  {text:<{size}}", style=COLORS.get(run.state, ""))
+                    line.append(f"  {text:<{size}}", style=COLORS[run.state])
                 else:
                     line.append(f"  {text:>{size}}")
             yield line
@@ -163,7 +165,7 @@ class View:
     def details(self, run: LiveRun) -> Iterator[Text]:
         """Yield lines on the selected run, the warnings at the end."""
         line = Text(run.label, style="bold")
-        line.append(f"  {run.state}", style=COLORS.get(run.state, ""))
+        line.append(f"  {run.state}", style=COLORS[run.state])
         line.append(f"  step {progress_text(run)}", style="not bold")
         for text in (speed_text(run), eta_text(run)):
             if text:
@@ -176,9 +178,8 @@ class View:
         several = curves_of(run)
         single = [metric for metric in metrics_of([run]) if metric not in several]
         if single:
-            values = [f"{title(m)} {number(run.metrics.curves[m].last)}" for m in single]
-            yield Text("  ".join(values))
-        color = COLORS.get(run.state, "") if run.reason else "yellow"
+            yield Text("  ".join(last_text(run, metric) for metric in single))
+        color = COLORS[run.state] if run.reason else "yellow"
         for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
             yield Text.assemble(("! ", f"bold {color}"), (printable(warning), color))
 
@@ -215,7 +216,7 @@ def cells(run: LiveRun, metrics: Sequence[str]) -> list[str]:
     row = [run.state, step, eta, speed, saved]
     for metric in metrics:
         curve = run.metrics.curves.get(metric)
-        row.append("" if curve is None or not curve.points else number(curve.last))
+        row.append("" if curve is None else number(curve.last.value))
     return row
 
 
@@ -231,8 +232,9 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     """
     columns = max(4, width - LABEL_WIDTH - 1)
     rows = max(1, height - 3)
-    heading = Text(title(metric), style="bold").append(f" {number(curve.last)}", style="not bold")
-    values = evenly_spaced(curve.points, 2 * columns, 0, last_step)
+    heading = Text(title(metric), style="bold")
+    heading.append(f" {number(curve.last.value)}", style="not bold")
+    values = evenly_spaced(curve, 2 * columns, 0, last_step)
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)
     high = max(finite, default=1.0)

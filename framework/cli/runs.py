@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -332,14 +333,11 @@ def row_json(table: RunTable, row: RunRow) -> dict[str, Any]:
     content = run_json(table, row.run)
     if row.sweep is None:
         return content
-    states: dict[str, int] = {}
-    for state in sweep_states(row, table.state):
-        states[state] = states.get(state, 0) + 1
     return {
         "kind": "sweep",
         "name": row.sweep.name,
         "path": str(table.root / row.sweep.name),
-        "states": states,
+        "states": Counter(sweep_states(row, table.state)),
         "swept": row.sweep.swept,
         "objectives": row.sweep.objectives,
         "seconds": table.seconds(row),

@@ -4,14 +4,14 @@ import math
 from typing import Any
 
 from framework.errors.paths import expanded
-from framework.errors.terminal import print_line, printable, shortened, title
+from framework.errors.terminal import print_line, printable, shortened
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runtime.console import console
 
 from . import help_texts
 from .json_output import print_json
-from .live_text import age_text, eta_text, metrics_of, number, progress_text, speed_text
+from .live_text import age_text, eta_text, last_text, metrics_of, progress_text, speed_text
 from .live_view import View
 from .parsers import JSON, Parser
 from .run_actions import ROOT_OPTION
@@ -53,8 +53,7 @@ def run_line(run: LiveRun) -> str:
     if run.checkpoint is not None:
         parts.append(f"saved {age_text(run.checkpoint[1])} ago")
     results = [metric for metric in metrics_of([run]) if metric.startswith(RESULTS)]
-    curves = run.metrics.curves
-    parts += [f"{title(metric)} {number(curves[metric].last)}" for metric in results[:MOST_VALUES]]
+    parts += [last_text(run, metric) for metric in results[:MOST_VALUES]]
     remarks = [run.process_text(), run.reason, *run.warnings()]
     parts += [shortened(text, MOST_WARNING) for text in remarks]
     return GAP.join(printable(part) for part in parts if part)
@@ -66,10 +65,10 @@ def run_as_dict(run: LiveRun) -> dict[str, Any]:
     metrics = {}
     for metric in metrics_of([run]):
         curve = run.metrics.curves[metric]
-        lowest, lowest_step = curve.lowest or (None, None)
-        highest, highest_step = curve.highest or (None, None)
+        lowest_step, lowest = curve.min or (None, None)
+        highest_step, highest = curve.max or (None, None)
         metrics[metric] = {
-            "last": curve.last,
+            "last": curve.last.value,
             "lowest": lowest,
             "lowest_step": lowest_step,
             "highest": highest,

@@ -90,7 +90,7 @@ class Composer:
         experiment = config.hydra.runtime.choices.get("experiment")
         with current_config(config):
             rest = without_hydra(config)
-            tree = to_tree(rest, self.composing.sources)
+            tree = to_tree(rest, self.composing.sources_of_job(overrides))
         plain = not any(references(OmegaConf.to_container(rest)))
         return Base(tree, experiment, plain)
 

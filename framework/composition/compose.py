@@ -7,7 +7,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,10 @@ class Composing:
     def sources(self) -> Sources:
         return Sources(self.overrides.typed, self.files, refused=self.overrides.refused)
 
+    def sources_of_job(self, overrides: Iterable[str]) -> Sources:
+        """Return the sources of a job in a sweep; its overrides may come from a config file."""
+        return replace(self.sources, chosen=[override_key(text) for text in overrides])
+
     def job(self, config: Any) -> Job:
         """Check the config of a job in a sweep, while it is Hydra's current config.
 
@@ -130,7 +134,7 @@ class Composing:
             ConfigError: with all problems.
         """
         hydra = HydraConfig.get()
-        tree = to_tree(config, self.sources)
+        tree = to_tree(config, self.sources_of_job(hydra.overrides.task))
         experiment = hydra.runtime.choices.get("experiment")
         return self.checked(tree, experiment, list(hydra.overrides.task), hydra.job.num)
 

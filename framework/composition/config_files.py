@@ -167,7 +167,7 @@ def check_lists(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
 def check_keys(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys that would import code or change Hydra itself."""
     hydra_paths: dict[tuple[str, ...], None] = {}
-    for path in leaf_paths(content):
+    for path in leaf_keys(content):
         if IMPORTS & set(path):
             place = f"{shorter(file)}:{line_of(file, path)}"
             key = ".".join(path)
@@ -215,7 +215,7 @@ def without_name(parts: Iterable[Any]) -> list[Any]:
     return found
 
 
-def leaf_paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def leaf_keys(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield the path of every leaf of a tree; an empty mapping or list is a leaf."""
     items: list[tuple[Any, Any]] = []
     if isinstance(tree, Mapping):
@@ -223,7 +223,7 @@ def leaf_paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
     elif isinstance(tree, list):
         items = list(enumerate(tree))
     for key, value in items:
-        yield from leaf_paths(value, (*path, str(key)))
+        yield from leaf_keys(value, (*path, str(key)))
     if path and not items:
         yield path
 

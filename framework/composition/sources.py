@@ -28,12 +28,14 @@ class Sources:
         files: the config files, in the order in which they were read.
         fallback: the place of a path that is in none of them.
         refused: the paths of parts that were chosen by an unknown name.
+        chosen: further paths whose values were chosen for this job: those of a sweep or search.
     """
 
     typed: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[File] = ()
     fallback: str = ""
     refused: Sequence[str] = ()
+    chosen: Sequence[str] = ()
 
     def __call__(self, path: str) -> str:
         """Return "command line", "conf/experiment/spam.yaml:7", or the fallback for a default."""
@@ -71,7 +73,7 @@ class Sources:
             By config key, the names to remove from `tree[key]`.
         """
         contents = [read_config_file(file) for file, package in self.files if not package]
-        typed = {tuple(path.split(".")[:2]) for path in self.typed}
+        chosen = {tuple(path.split(".")[:2]) for path in (*self.typed, *self.chosen)}
         unused: dict[str, set[str]] = {}
         for key, registry in Registry.by_key().items():
             composed = tree.get(key)
@@ -82,7 +84,7 @@ class Sources:
                 names = parts_not_chosen(composed, written, registry)
             else:
                 names = settings_of_others(composed, written)
-            unused[key] = {name for name in names if (key, name) not in typed}
+            unused[key] = {name for name in names if (key, name) not in chosen}
         return unused
 
 

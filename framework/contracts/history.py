@@ -3,14 +3,15 @@
 import math
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framework.errors import FrameworkError, did_you_mean
 
-from .direction import Direction
+if TYPE_CHECKING:  # it imports torch, which the lists of runs do not need
+    from .direction import Direction
 
 MOST_POINTS = 100_000
-"""Points of a curve in memory. When there are more, every second one of them is dropped."""
+"""Points of a curve in memory."""
 MOST_TAGS = 10_000
 
 
@@ -24,12 +25,18 @@ class Point(NamedTuple):
 class Curve:
     """The logged values of one tag, in the order of the steps.
 
-    Attributes:
+    Of many values, every second, fourth, ... one is a point of the curve, and the last one.
+
+    Args:
         direction: "min" or "max", whichever values are better; None if that is not known.
+        most_points: the largest number of points, at least 2.
     """
 
-    def __init__(self, direction: Direction | None = None):
+    def __init__(self, direction: "Direction | None" = None, most_points: int = MOST_POINTS):
         self.direction = direction
+        self._most_points = most_points
+        self._stride = 1  # of the values that are points
+        self._count = 0  # of the values
         self._steps = array("q")
         self._values = array("d")
         self._lowest = (math.inf, 0)  # the value and its step
@@ -83,11 +90,16 @@ class Curve:
         if steps and steps[-1] == step:
             self._values[-1] = value
         else:
-            if len(steps) == MOST_POINTS:
+            if (self._count - 1) % self._stride:  # it was a point as the last one only
+                steps.pop()
+                self._values.pop()
+            if len(steps) == self._most_points:
                 del steps[1::2]
                 del self._values[1::2]
+                self._stride *= 2
             steps.append(step)
             self._values.append(value)
+            self._count += 1
         if -math.inf < value < self._lowest[0]:
             self._lowest = (value, step)
         if self._highest[0] < value < math.inf:
@@ -102,11 +114,11 @@ def as_point(value: float, step: int) -> Point | None:
 class History(Mapping[str, Curve]):
     """The curves of a run by tag, such as `history["val/loss"].values`.
 
-    A curve has at most `MOST_POINTS` points: a longer one is thinned out. `last`, `min`, `max` and
-    `best` of a curve are exact nevertheless.
+    A curve has at most `MOST_POINTS` points: a longer one is thinned out evenly. `last`, `min`,
+    `max` and `best` of a curve are exact nevertheless.
     """
 
-    def __init__(self, directions: Mapping[str, Direction] | None = None):
+    def __init__(self, directions: "Mapping[str, Direction] | None" = None):
         """Begin without values.
 
         Args:
@@ -155,7 +167,8 @@ class History(Mapping[str, Curve]):
                 if len(self._curves) >= MOST_TAGS:
                     continue
                 metric = tag.partition("/")[2] or tag
-                curve = self._curves[tag] = Curve(self._directions.get(metric))
+                curve = Curve(self._directions.get(metric), MOST_POINTS)
+                self._curves[tag] = curve
             curve.add(step, value)
 
     def to_pandas(self) -> Any:

@@ -39,6 +39,21 @@ class RawInput(NamedTuple):
     shape: tuple[int | Axis, ...]
     text: str
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether an axis besides that of the batch may differ from call to call."""
+        return any(isinstance(size, Axis) for size in self.shape)
+
+    @property
+    def smallest_shape(self) -> tuple[int, ...]:
+        """The shape with the smallest size of each axis."""
+        return tuple(size.smallest if isinstance(size, Axis) else size for size in self.shape)
+
+    @property
+    def largest_shape(self) -> tuple[int, ...]:
+        """The shape with the largest size of each axis."""
+        return tuple(size.largest if isinstance(size, Axis) else size for size in self.shape)
+
 
 RESULT = """\
 for name, values in zip(about["outputs"], outputs):

@@ -15,7 +15,8 @@ from framework.system.files import failure_reason, make_folder, unwritable
 from framework.system.locks import lock_holder
 
 from .folder import RunFolder, resolve_run, run_advice
-from .run_files import ACTIVE, RunFiles, is_run, is_sweep, trials_in
+from .run_files import RunFiles, is_run, is_sweep, trials_in
+from .run_state import ACTIVE
 
 BIN = ".bin"
 MOST_LISTED = 1_000_000  # entries of a bin that are looked through

@@ -9,63 +9,41 @@ import json
 import math
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from framework.errors import FrameworkError, RunError, SettingError, short
+from framework.errors import RunError, SettingError, short
 from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.system.files import (
     MOST_ROWS_BYTES,
-    open_file,
     read_json,
     read_rows,
     read_yaml,
     write_file,
 )
-from framework.system.locks import MOST_HOLDER_BYTES, has_ended, lock, locks_disabled
 
+from .file_names import CONFIG, FACTS, LABELS, METRICS, OVERRIDES, PROVENANCE, STATUS_FILE
 from .folder import resolve_run, run_advice
+from .run_state import MOST_STATUS, State, state_of
 from .sweep_files import REQUEST
 
-CONFIG = "config.yaml"
-OVERRIDES = "overrides.yaml"
-PROVENANCE = "provenance.json"
-FACTS = "facts.json"
-STATUS_FILE = "status.json"
-METRICS = "metrics.jsonl"
-LABELS = "labels.json"
 DESCRIPTION = (CONFIG, STATUS_FILE, PROVENANCE, METRICS)
 """Files by which a folder is recognized as that of a run, also if some of them are missing."""
 
 SECTIONS_WITH_NAME = ("run", "sweep")
 """Sections with a setting `name`, which is not the name of a part."""
 
-MOST_STATUS = 2**20  # bytes of a status.json that is read
 MOST_LABELS = 2**20  # bytes of a labels.json that is read
 MOST_SERIES = 2_000  # metrics of a run; one with a metric for each layer has hundreds
 MOST_TAGS = 100
 MOST_NOTE = 10_000  # characters
-FRESH_SECONDS = 600.0  # since the last write of a run on another machine that counts as running
 TAG = re.compile(r"[\w][\w.:/+-]{0,63}")
 TRIAL_NAME = re.compile(r"(\d{3,})(_.*)?")
-
-State = Literal["running", "paused", "testing", "stale", "failed", "stopped", "done", "unknown"]
-"""The state of a run.
-
-running: a process writes to the folder. paused: it waits between two steps, as `framework tell` has
-requested. testing: the training has ended, and the test may follow. stale: its process has ended
-without a result, such as by SIGKILL. failed: an error has ended it. stopped: a signal, or a
-callback in a run whose test was interrupted, has ended it. done: complete. unknown: status.json is
-missing or damaged.
-"""
-ACTIVE: tuple[State, ...] = ("running", "paused", "testing")
-"""The states of a run whose process is alive."""
 
 
 class Row(NamedTuple):
@@ -249,9 +227,7 @@ class RunFiles:
         """
         skipped = Counter() if skipped is None else skipped
         try:
-            with open_file(self.path, METRICS, most=self.most_metrics):
-                pass
-            for content in read_rows(self.path, METRICS, skipped):
+            for content in read_rows(self.path, METRICS, skipped, self.most_metrics):
                 row = metrics_row(content)
                 if row is not None:
                     yield row
@@ -408,9 +384,9 @@ def metric_direction(
 
 
 def metrics_row(content: Mapping[str, Any]) -> Row | None:
-    """Return the row of a line of metrics.jsonl; None if it has no step."""
+    """Return the row of a line of metrics.jsonl; None if it has no step below 2**63."""
     step = content.get("step")
-    if type(step) is not int:
+    if type(step) is not int or abs(step) >= 2**63:
         return None
     epoch = content.get("epoch")
     values = {}
@@ -452,89 +428,6 @@ def number_in(content: Mapping[str, Any], key: str) -> float | None:
         return None
     number = float_of(value)
     return number if math.isfinite(number) else None
-
-
-def state_of(run: Path, status: Any) -> State:
-    """Return the state of a run.
-
-    Args:
-        run: its folder.
-        status: the status in its status.json: running, paused, testing, stopped, failed or done.
-    """
-    if status == "done":
-        return "done"
-    if status == "failed":
-        return "failed"
-    if status == "stopped":
-        return "testing" if is_written(run) else "stopped"  # the test may follow
-    for active in ACTIVE:
-        if status == active:
-            return active if is_written(run) else "stale"
-    return "unknown"
-
-
-def is_written(run: Path) -> bool:
-    """Return whether a process writes to a run folder now.
-
-    The process of this machine holds the lock. A process of another machine has written within the
-    last `FRESH_SECONDS`: its lock may be invisible here.
-    """
-    try:
-        file = open_file(run, ".lock", "r")
-    except (OSError, RunError):
-        return False
-    with file:
-        holder = file.read(MOST_HOLDER_BYTES).decode("utf-8", errors="replace").strip()
-        if not holder.startswith("process ") or not is_own_machine(holder):
-            return bool(holder) and is_fresh(run)
-        if locks_disabled():
-            return not has_ended(holder)
-        try:
-            # A process that starts to write retries for a while if the last holder has ended.
-            return not lock(file, run / ".lock", wait=False)
-        except (OSError, FrameworkError):  # no locks on this file system
-            return not has_ended(holder)
-
-
-def is_own_machine(holder: str) -> bool:
-    """Return whether a process, as a lock file names it, is of this machine."""
-    return holder.partition(" on ")[2] == os.uname().nodename
-
-
-def is_fresh(run: Path) -> bool:
-    """Return whether the status or the metrics of a run were written a short time ago."""
-    for file in (STATUS_FILE, METRICS):
-        try:
-            written = os.lstat(run / file).st_mtime
-        except OSError:
-            continue
-        if abs(time.time() - written) < FRESH_SECONDS:
-            return True
-    return False
-
-
-def status_of(run: Path) -> str | None:
-    """Return the status of a run, such as "done"; None if it is unknown."""
-    status = read_status(run).get("status")
-    return status if isinstance(status, str) else None
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """Return the content of status.json; empty if the file is missing or damaged.
-
-    The fingerprint of the config is left out if the config is newer than status.json.
-    """
-    try:
-        with open_file(run, STATUS_FILE, most=MOST_STATUS) as file:
-            updated = os.fstat(file.fileno()).st_mtime_ns
-            status = json.loads(file.read(MOST_STATUS))
-    except (OSError, RunError, ValueError, RecursionError):
-        return {}
-    if not isinstance(status, dict):
-        return {}
-    if "config" in status and updated < os.lstat(run / CONFIG).st_mtime_ns:
-        del status["config"]
-    return status
 
 
 def parse_labels(content: Any, problems: list[str]) -> Labels:

@@ -24,7 +24,8 @@ from framework.runtime.clock import PAUSED, Clock, Profiler
 from framework.system.files import open_file, unwritable, write_file
 
 from . import checkpoint
-from .run_files import STATUS_FILE, read_status
+from .file_names import STATUS_FILE
+from .run_state import read_status
 from .run_time import RunTime, read_time
 
 SIZE = 3072  # bytes of the file, at least

@@ -63,7 +63,7 @@ def braille(
 
 
 def evenly_spaced(
-    points: Sequence[tuple[float, float]], count: int, first: float, last: float
+    points: Iterable[tuple[float, float]], count: int, first: float, last: float
 ) -> list[float]:
     """Return the means of points in intervals of equal width, for `braille`.
 

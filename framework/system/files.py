@@ -465,7 +465,10 @@ def too_large(path: Path, nodes: int) -> RunError:
 
 
 def read_rows(
-    folder: Path, name: str, skipped: Counter[str] | None = None
+    folder: Path,
+    name: str,
+    skipped: Counter[str] | None = None,
+    most: int = MOST_ROWS_BYTES,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with a JSON object per line.
 
@@ -475,11 +478,12 @@ def read_rows(
         folder: the folder of the file.
         name: of the file.
         skipped: receives the numbers of lines that are "incomplete" and "damaged".
+        most: the bytes of the file, at most.
 
     Raises:
         RunError, OSError: as `open_file` does.
     """
-    with open_file(folder, name, most=MOST_ROWS_BYTES) as file:
+    with open_file(folder, name, most=most) as file:
         while line := file.readline(MOST_LINE_BYTES):
             row = parse_row(line) if line.endswith(b"\n") else None
             if row is not None:

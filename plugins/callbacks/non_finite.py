@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from framework import (
+    NON_FINITE,
     Callback,
     Context,
     FrameworkError,
@@ -27,7 +28,6 @@ from framework.contracts.callback import keyed
 
 from .gradients import gradients_of
 
-RECORD = "non_finite.json"
 ADVICE = "A lower learning rate, warm-up or clip_gradients may help."
 
 
@@ -220,7 +220,7 @@ def record(trainer: Context, first: int, last: int) -> None:
         return
     content = json.dumps({"first": first, "last": last})
     with suppress(RunError):  # the error of the step is more important
-        files.write_file(trainer.folder, RECORD, content + "\n")
+        files.write_file(trainer.folder, NON_FINITE, content + "\n")
 
 
 def parameter_with_bad_gradient(trainer: Context) -> str | None:

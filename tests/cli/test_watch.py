@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from framework.cli.live_view import View, chart
+from framework.contracts.history import Curve
 from framework.errors import RunError
-from framework.runs.overview.live import Curve
 from framework.runs.overview.watched import Watched, current_runs
 from framework.runtime.console import PrintableConsole
 

@@ -139,6 +139,8 @@ print(seconds, memory)
         first, second = result.stdout.split()
         seconds.append(float(first))
         memory.append(float(second))
+        if min(seconds) < 0.1 and min(memory) < 10:
+            break  # otherwise once more, since another program may be running
     assert min(seconds) < 0.1
     assert min(memory) < 10
 

@@ -12,10 +12,11 @@ import framework as fw
 from framework.errors import FrameworkError, RunError
 from framework.experiment.experiment import Experiment
 from framework.experiment.recorded.explain import explain_setting, explain_setting_of_run
-from framework.experiment.recorded.replay import RECORD, replay
+from framework.experiment.recorded.replay import replay
 from framework.experiment.recorded.saved_step import load_step
 from framework.runs import checkpoint
 from framework.runs.checkpoint import folder_name
+from framework.runs.file_names import NON_FINITE
 from framework.runs.overview.speed import explain_speed
 from framework.runs.run_files import RunFiles
 from framework.runs.run_time import read_time
@@ -37,6 +38,18 @@ def failed_run(name, *overrides):
         run_training(*SMALL, *overrides, f"run.name={name}")
     assert failure.value.exit_status == 3
     return RunFiles(f"runs/default/{name}")
+
+
+def insert_callback(patched, callback):
+    """Train with a callback before those of the experiment."""
+    make_trainer = Experiment.trainer
+
+    def changed(*args):
+        trainer = make_trainer(*args)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    patched.setattr(Experiment, "trainer", changed)
 
 
 # settings
@@ -119,7 +132,7 @@ def test_the_time_of_a_resumed_run_is_that_of_both_sessions(monkeypatch):
 )
 def test_the_step_is_found_and_repeated(overrides, tmp_path, capsys):
     run = failed_run("bad", *HUGE, *overrides)
-    recorded = json.loads((run.path / RECORD).read_text())
+    recorded = json.loads((run.path / NON_FINITE).read_text())
     result = replay(run, tmp_path / "step")
     finding = result.finding
     assert finding is not None
@@ -183,11 +196,55 @@ def test_the_sample_with_a_fault_is_named(overrides, tmp_path, forget_plugins):
     assert finding.inputs == finding.layer_samples == [838]
 
 
+NAMED = """
+import math
+import framework as fw
+from framework_plugins.datasets.builtin import Blobs
+from torch import nn
+
+
+@fw.datasets.register("named")
+class Named(Blobs):
+    'Blobs by name, with a NaN in sample 838.'
+
+    def __init__(self):
+        super().__init__()
+        for name in ("train", "val", "test"):
+            points, labels = getattr(self, name).tensors
+            setattr(self, name, fw.TensorSplit(points=points, labels=labels))
+        self.train[838]["points"].fill_(math.nan)
+
+
+@fw.models.register("named")
+class Model(nn.Module):
+    'A linear layer, called by a keyword.'
+
+    def __init__(self, in_shape: fw.Shape, out_shape: fw.Shape):
+        super().__init__()
+        self.linear = nn.Linear(*in_shape, *out_shape)
+
+    def forward(self, points):
+        return self.linear(input=points)
+"""
+
+
+@pytest.mark.parametrize("overrides", [(), SHARDS], ids=["plain", "shards"])
+def test_the_sample_is_named_in_batches_with_names(overrides, tmp_path, forget_plugins):
+    (tmp_path / "part.py").write_text(NAMED)
+    fw.discover(["part.py"])
+    named = ("data=named", "model=named", "task.inputs=points", "task.target=labels")
+    run = failed_run("bad", *named, "loader.batch_size=100", OFTEN, *overrides)
+    finding = replay(run, tmp_path / "step").finding
+    assert finding.inputs == finding.layer_samples == [838]
+    assert (finding.layer, finding.layer_inputs_finite) == ("linear", False)
+    assert math.isnan(load_step(tmp_path / "step/step.pt").forward().loss.item())
+
+
 def test_a_run_that_rewinds_is_repeated(tmp_path):
     """The steps before the last one were skipped: its weights are those of the checkpoint."""
     policy = ("callbacks.non_finite.policy=rewind", "callbacks.non_finite.most_skips=2")
     run = failed_run("bad", *HUGE, "callbacks.checkpoint.every=5steps", *policy)
-    last = json.loads((run.path / RECORD).read_text())["last"]
+    last = json.loads((run.path / NON_FINITE).read_text())["last"]
     result = replay(run, tmp_path / "step")
     assert result.finding.step == last
     assert result.start < last - 2
@@ -203,7 +260,7 @@ def test_a_trial_of_a_sweep_is_repeated(launcher, command):
     status, out, err = command("explain nan default/s/001_lr-30 --json")
     assert status == 0, err
     finding = json.loads(out)["finding"]
-    recorded = json.loads(Path("runs/default/s/001_lr-30", RECORD).read_text())
+    recorded = json.loads(Path("runs/default/s/001_lr-30", NON_FINITE).read_text())
     assert finding["step"] == recorded["first"]
     assert finding["layer"] is not None
 
@@ -211,20 +268,13 @@ def test_a_trial_of_a_sweep_is_repeated(launcher, command):
 def test_the_record_of_an_earlier_failure_does_not_count(command, monkeypatch):
     """The run goes on from an earlier checkpoint, and fails elsewhere."""
     run = failed_run("bad", *HUGE, OFTEN, "callbacks.checkpoint.keep=9")
-    first = json.loads((run.path / RECORD).read_text())["first"]
+    first = json.loads((run.path / NON_FINITE).read_text())["first"]
     assert first > 5
-    make_trainer = Experiment.trainer
-
-    def failing(*args):
-        trainer = make_trainer(*args)
-        trainer.callbacks.insert(0, Fault())
-        return trainer
-
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", failing)
+        insert_callback(patched, Fault())
         line = "resume runs/default/bad/checkpoints/step-00000002 optimizer.lr=0.1 --inexact"
         assert command(line)[0] == 1
-    assert (run.path / RECORD).exists()
+    assert (run.path / NON_FINITE).exists()
     result = replay(RunFiles(run.path))
     assert (result.start, result.last, result.finding) == (4, 5, None)
     assert command("resume runs/default/bad")[0] == 0
@@ -243,10 +293,10 @@ class Fault(fw.Callback):
 def test_the_step_is_searched_where_it_is_not_recorded_exactly():
     """With a fused optimizer on an accelerator, several steps are checked at once."""
     run = failed_run("range", *HUGE, OFTEN)
-    exact = json.loads((run.path / RECORD).read_text())["first"]
-    (run.path / RECORD).write_text(json.dumps({"first": 1, "last": exact + 3}))
+    exact = json.loads((run.path / NON_FINITE).read_text())["first"]
+    (run.path / NON_FINITE).write_text(json.dumps({"first": 1, "last": exact + 3}))
     assert replay(run).finding.step == exact
-    (run.path / RECORD).unlink()  # an older version
+    (run.path / NON_FINITE).unlink()  # an older version
     assert replay(RunFiles(run.path)).finding.step == exact
 
 
@@ -259,15 +309,8 @@ class Poison(fw.Callback):
 
 
 def test_a_failure_without_a_cause_in_the_run_is_not_repeated(monkeypatch):
-    make_trainer = Experiment.trainer
-
-    def poisoned(*args):
-        trainer = make_trainer(*args)
-        trainer.callbacks.insert(0, Poison())
-        return trainer
-
     with monkeypatch.context() as patched:
-        patched.setattr(Experiment, "trainer", poisoned)
+        insert_callback(patched, Poison())
         run = failed_run("poisoned", OFTEN)
     result = replay(run)
     assert result.finding is None
@@ -286,12 +329,12 @@ def test_runs_that_cannot_be_repeated(tmp_path):
         '{"first": "1", "last": 1}',
         '{"first": 1}',
     ):
-        (folder / RECORD).write_text(content)
-        with pytest.raises(RunError, match=RECORD):
+        (folder / NON_FINITE).write_text(content)
+        with pytest.raises(RunError, match=NON_FINITE):
             replay(RunFiles(folder))
-    (folder / RECORD).unlink()
-    (folder / RECORD).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunError, match=RECORD):
+    (folder / NON_FINITE).unlink()
+    (folder / NON_FINITE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=NON_FINITE):
         replay(RunFiles(folder))
 
 

@@ -12,7 +12,7 @@ from framework.errors import CheckpointError, RunError
 from framework.experiment.experiment import train
 from framework.experiment.weights import find_checkpoint
 from framework.runs.checkpoint import link_to, listed
-from framework.runs.run_files import status_of
+from framework.runs.run_state import status_of
 from runs import composed, cut_off_at, logged
 
 SMALL = [

@@ -17,7 +17,7 @@ from framework.experiment.experiment import train
 from framework.experiment.resumption.config_changes import compare_configs, fingerprint
 from framework.experiment.weights import initialize_from
 from framework.runs.checkpoint import listed, load
-from framework.runs.run_files import status_of
+from framework.runs.run_state import status_of
 from runs import composed, cut_off_at, logged
 
 PLUGINS = []

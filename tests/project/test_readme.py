@@ -30,12 +30,13 @@ PAGES = [
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n+)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = "defaults: [framework, _self_]\ntrainer: {max_epochs: 1}\n"
 FORKS = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
 import sklearn.datasets, tensorboard.plugins.hparams.plugin_data_pb2, torch, torch._dynamo
 import framework.composition.compose, framework.cli.output
 from framework.cli import main
 
 framework.discover()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shipped import shipped
-from suites import SUITE_OF, SUITES, TESTS, suite_of
+from suites import LONGEST, SUITE_OF, SUITES, TESTS, place_of, suite_of
 
 
 def test_every_file_has_a_suite():
@@ -15,6 +15,14 @@ def test_every_file_has_a_suite():
 def test_every_entry_names_an_existing_file_or_folder_and_a_suite():
     assert set(SUITE_OF.values()) == set(SUITES)
     assert [entry for entry in SUITE_OF if not (TESTS / entry).exists()] == []
+
+
+def test_the_longest_files_exist_and_run_first(request):
+    places = [place_of(item.path) for item in request.session.items]
+    assert places == sorted(places)
+    assert [file for file in LONGEST if not (TESTS / file).exists()] == []
+    assert place_of(TESTS / LONGEST[1]) == 1
+    assert place_of(Path("/elsewhere/test_sweep.py")) == len(LONGEST)
 
 
 def test_the_longest_matching_entry_gives_the_suite():

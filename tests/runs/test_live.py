@@ -26,7 +26,7 @@ def append(run, text):
 
 
 def points(metrics):
-    return metrics.curves["train/loss"].points
+    return list(metrics.curves["train/loss"])
 
 
 def test_only_new_complete_lines_are_read(tmp_path):
@@ -39,8 +39,8 @@ def test_only_new_complete_lines_are_read(tmp_path):
     append(tmp_path, loss(2, 2.0)[20:] + "broken\n[]\n" + loss(3, None))
     metrics.refresh()
     assert points(metrics)[:2] == [(1, 3.0), (2, 2.0)]
-    assert math.isnan(metrics.curves["train/loss"].last)
-    assert metrics.curves["train/loss"].lowest == (2.0, 2)
+    assert math.isnan(metrics.curves["train/loss"].last.value)
+    assert metrics.curves["train/loss"].min == (2, 2.0)
 
 
 def test_a_resumed_run_replaces_its_later_lines(tmp_path):
@@ -81,16 +81,22 @@ def test_a_long_file_is_read_in_parts(tmp_path, monkeypatch):
     append(tmp_path, loss(20_001, 0.5))
     metrics.refresh()
     assert len(parsed) == 1
-    assert metrics.curves["train/loss"].last == 0.5
+    assert metrics.curves["train/loss"].last.value == 0.5
 
 
-def test_a_curve_keeps_a_limited_number_of_points():
-    curve = live.Curve()
-    for step in range(100_000):
-        curve.add(step, -float(step))
-    assert len(curve.points) <= live.MOST_POINTS
-    assert curve.points[0] == (0, 0.0)
-    assert curve.lowest == (-99_999.0, 99_999)
+def test_a_curve_keeps_a_limited_number_of_evenly_spaced_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "MOST_POINTS", 8)
+    metrics = LiveMetrics(tmp_path)
+    append(tmp_path, "".join(loss(step, float(step)) for step in range(100)))
+    metrics.refresh()
+    assert [step for step, _ in points(metrics)] == [0, 16, 32, 48, 64, 80, 96, 99]
+
+
+def test_a_step_that_no_run_reaches_is_skipped(tmp_path):
+    metrics = LiveMetrics(tmp_path)
+    append(tmp_path, loss(10**30, 1.0) + loss(2, 2.0))
+    metrics.refresh()
+    assert points(metrics) == [(2, 2.0)]
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import time
 
 import pytest
 
 from framework.errors import RunError
-from framework.runs.run_files import FRESH_SECONDS, Labels, RunFiles, flattened, run_files
-from framework.system.locks import WriterLock
-from run_folders import ended_process, lock_file, write_run, write_sweep
+from framework.runs.run_files import Labels, RunFiles, flattened, run_files
+from run_folders import write_run, write_sweep
 
 
 def test_a_complete_run(tmp_path):
@@ -43,46 +41,6 @@ def test_settings_have_dotted_keys():
         "callbacks.ema.decay": 0.9,
         "callbacks.x": {},
     }
-
-
-@pytest.mark.parametrize("status", ["running", "paused", "testing"])
-def test_a_run_has_the_state_of_its_status_while_its_process_holds_the_lock(status, tmp_path):
-    run = write_run(tmp_path / "a", status=status)
-    lock = WriterLock(run)
-    assert RunFiles(run).state == status
-    lock.close()
-    assert RunFiles(run).state == "stale"
-
-
-def test_a_killed_run_is_stale_and_a_stopped_one_stopped(tmp_path):
-    run = write_run(tmp_path / "a", status="running")
-    lock_file(run, ended_process())
-    assert RunFiles(run).state == "stale"
-    run = write_run(tmp_path / "b", status="stopped")
-    assert RunFiles(run).state == "stopped"
-    lock = WriterLock(run)
-    assert RunFiles(run).state == "testing"
-    lock.close()
-    assert RunFiles(write_run(tmp_path / "c", status="failed")).state == "failed"
-
-
-def test_a_run_of_another_machine_is_running_only_if_its_status_is_fresh(tmp_path):
-    run = write_run(tmp_path / "a", status="running")
-    lock_file(run, os.getpid(), "another-machine")
-    assert RunFiles(run).state == "running"
-    old = time.time() - FRESH_SECONDS - 60
-    for file in ("status.json", "metrics.jsonl"):
-        os.utime(run / file, (old, old))
-    assert RunFiles(run).state == "stale"
-
-
-def test_without_locks_the_process_in_the_file_decides(tmp_path, monkeypatch):
-    monkeypatch.setenv("FRAMEWORK_LOCKS", "off")
-    run = write_run(tmp_path / "a", status="running")
-    lock_file(run, os.getpid())
-    assert RunFiles(run).state == "running"
-    lock_file(run, ended_process())
-    assert RunFiles(run).state == "stale"
 
 
 def test_a_torn_last_line_and_lines_without_a_step_are_skipped(tmp_path):

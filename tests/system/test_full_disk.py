@@ -31,7 +31,7 @@ from framework.experiment.result import last_values
 from framework.experiment.trained.prediction_columns import Form
 from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.checkpoint import writing
-from framework.runs.run_files import status_of
+from framework.runs.run_state import status_of
 from framework.runs.status_file import Status
 from framework.runs.sweep_files import Trial
 from framework.runtime.clock import write_trace

@@ -19,7 +19,7 @@ from framework.contracts.context import Context
 from framework.contracts.task import Step, Task
 from framework.data.batch_slice import BatchSlice
 from framework.runtime import seeds
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, count_rows, map_tensors, tensors_of
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Finder(Callback):
             Call(
                 run=run,
                 model=model,
-                batch=tuple(tensor.clone() for tensor in batch),
+                batch=map_tensors(Tensor.clone, batch),
                 random=seeds.capture(),
                 buffers={name: each.clone() for name, each in self.model.named_buffers()},
                 phase=phase,
@@ -217,13 +217,13 @@ def examine(
         repeat_state(trainer.model, calls[0])
     tensors = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
     finding.weights = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    rows = sum(len(call.batch[0]) for call in calls)
+    rows = sum(count_rows(call.batch) for call in calls)
     offset = 0
     if samples is None or len(samples) != rows:
         finding.samples = None
         samples = range(rows)
     for call in calls:
-        size = len(call.batch[0])
+        size = count_rows(call.batch)
         own_samples = samples[offset : offset + size]
         offset += size
         finding.inputs += [own_samples[row] for row in rows_not_finite(call.batch)]
@@ -274,15 +274,18 @@ class Watch:
         self.layer: tuple[str, nn.Module, bool, Tensor] | None = None
         self.gradient_layer: str | None = None
         for name, module in model.named_modules():
-            handle = module.register_forward_hook(partial(self._after, name or "model"))
+            hook = partial(self._after, name or "model")
+            handle = module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
 
-    def _after(self, name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        for tensor in tensors_in(outputs):
+    def _after(
+        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        for tensor in floats_in(outputs):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._at_gradient, name))
             if self.layer is None and not is_finite(tensor.detach()):
-                finite = all(is_finite(each.detach()) for each in tensors_in(inputs))
+                finite = all(is_finite(each.detach()) for each in floats_in((args, kwargs)))
                 self.layer = (name, module, finite, tensor.detach())
 
     def _at_gradient(self, name: str, gradient: Tensor) -> None:
@@ -302,24 +305,16 @@ class Watch:
             finding.layer_samples = [samples[row] for row in rows]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+def floats_in(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in nested tuples, lists, mappings and dataclasses."""
+    return [tensor for tensor in tensors_of(value) if tensor.is_floating_point()]
 
 
 def rows_not_finite(batch: Batch) -> list[int]:
     """Return the rows of a batch with values that are not finite."""
     rows: set[int] = set()
-    for tensor in batch:
-        if tensor.is_floating_point():
+    for tensor in floats_in(batch):
+        if tensor.ndim:
             wrong = ~tensor.isfinite().reshape(len(tensor), -1)
             rows.update(wrong.any(1).nonzero().flatten().tolist())
     return sorted(rows)

@@ -26,6 +26,7 @@ from framework.experiment.steering import OptimizerSettings, Steering
 from framework.experiment.trained.load import read_spec_of
 from framework.experiment.weights import initialize_from
 from framework.runs import checkpoint
+from framework.runs.file_names import NON_FINITE
 from framework.runs.requests import EVENTS
 from framework.runs.run_files import RunFiles
 from framework.runtime.threads import intra_op_threads
@@ -35,8 +36,6 @@ from framework.training.trainer import Trainer
 from .finder import Finder, Finding, Found
 from .saved_step import write_step
 
-RECORD = "non_finite.json"
-"""The file in which the callback `non_finite` describes the step that it has found."""
 MOST_RECORD = 2**20  # bytes
 EXACT = {"compile": "off", "cuda_graph": "off", "profile": False, "devices": None}
 
@@ -130,16 +129,18 @@ def read_record(run: RunFiles) -> Record | None:
         raise RunError(
             f"{run.path} has not been stopped by a step that is not finite: it is {run.state}"
         )
+    file = run.path / NON_FINITE
     try:
-        content = read_json(run.path, RECORD, MOST_RECORD)
+        content = read_json(run.path, NON_FINITE, MOST_RECORD)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RunError(f"{run.path / RECORD} cannot be read: {error.strerror}") from error
-    steps = [content.get(key) if isinstance(content, dict) else None for key in ("first", "last")]
-    first, last = steps
+        raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    recorded = content if isinstance(content, dict) else {}
+    first = recorded.get("first")
+    last = recorded.get("last")
     if type(first) is not int or type(last) is not int or not 1 <= first <= last:
-        raise RunError(f"{run.path / RECORD}: expected first and last step, got {short(content)}")
+        raise RunError(f"{file}: expected first and last step, got {short(content)}")
     is_of_this_failure = first - 1 <= steps_of(run) <= last
     return Record(first, last) if is_of_this_failure else None
 

@@ -2,12 +2,13 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from framework.composition.spec import Spec, read_spec
 from framework.contracts.task import Step, Task
@@ -17,7 +18,7 @@ from framework.registry.discovery import discover, is_loaded
 from framework.runs.folder import plugins_of
 from framework.runs.run_files import RunFiles
 from framework.runtime import seeds
-from framework.runtime.batch import Batch
+from framework.runtime.batch import Batch, map_tensors
 from framework.system.files import make_folder, open_file, write_file
 
 from .finder import Call, Finder
@@ -60,7 +61,7 @@ def write_step(folder: Path, run: RunFiles, spec: Spec, finder: Finder, call: Ca
         "facts": {key: run.facts.get(key) for key in ("in_shape", "out_shape", "columns")},
         "model": {name: each.cpu() for name, each in finder.model.state_dict().items()},
         "buffers": {name: each.cpu() for name, each in call.buffers.items()},
-        "batch": [tensor.cpu() for tensor in call.batch],
+        "batch": map_tensors(Tensor.cpu, plain_batch(call.batch)),
         "random": call.random,
         "phase": call.phase,
         "step": finder.finding.step,
@@ -77,6 +78,11 @@ def write_step(folder: Path, run: RunFiles, spec: Spec, finder: Finder, call: Ca
     write_file(folder, STEP_FILE, buffer.getvalue())
     write_file(folder, SCRIPT_FILE, script)
     return [folder / SCRIPT_FILE, folder / STEP_FILE]
+
+
+def plain_batch(batch: Batch) -> Batch:
+    """Return a batch whose class can be unpickled by `load_step`: a mapping as a dict."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 @dataclass
@@ -129,8 +135,7 @@ def load_step(file: Path) -> SavedStep:
             for name, value in content["buffers"].items():
                 buffers[name].copy_(value)
         task: Task = spec.parts["task"]()
-        batch = tuple(content["batch"])
-        return SavedStep(model.train(), task, batch, content["phase"], content["random"])
+        return SavedStep(model.train(), task, content["batch"], content["phase"], content["random"])
     except FrameworkError:
         raise
     except Exception as error:  # torch.load raises errors of many classes

@@ -13,7 +13,7 @@ from framework.errors.paths import expanded
 from framework.errors.terminal import note
 from framework.runs import checkpoint
 from framework.runs.folder import dump, read_config, resolve_run, run_of_checkpoint
-from framework.runs.run_files import read_status
+from framework.runs.run_state import read_status
 from framework.system.files import parse_yaml, read_bytes
 
 from .config_changes import fingerprint

@@ -16,7 +16,7 @@ from framework.experiment.run_facts import unknown_content
 from framework.experiment.weights import is_useful, shapes
 from framework.runs import checkpoint
 from framework.runs.folder import RunFolder, read_config
-from framework.runs.run_files import read_status, status_of
+from framework.runs.run_state import read_status, status_of
 from framework.training.optimizer_state import (
     check_state,
     group_settings,

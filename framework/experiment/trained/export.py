@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from framework.contracts.exporter import ExportedModel, Exporter
 from framework.contracts.task import GeneratorTask
-from framework.data.preparation import Axis
 from framework.errors import BuildError, RunError, short
 from framework.errors.user_code import user_errors
 from framework.registry.kinds import exporters
@@ -158,14 +157,14 @@ def write(exporter: Exporter, model: ExportedModel, folder: Path) -> ExportedMod
     Returns:
         The model, with the raw inputs as they were exported.
     """
-    axes = any(isinstance(size, Axis) for each in model.raw.values() for size in each.shape)
-    if axes and any(isinstance(module, nn.RNNBase) for module in model.module.modules()):
+    is_dynamic = any(each.is_dynamic for each in model.raw.values())
+    if is_dynamic and any(isinstance(module, nn.RNNBase) for module in model.module.modules()):
         model = with_fixed_axes(model)  # torch.export would unroll the steps, for minutes, and fail
-        axes = False
+        is_dynamic = False
     try:
         exporter.write(model, folder)
     except BuildError:
-        if not axes:
+        if not is_dynamic:
             raise
         for path in folder.iterdir():
             path.unlink()
@@ -178,8 +177,7 @@ def with_fixed_axes(model: ExportedModel) -> ExportedModel:
     """Return the model for raw inputs of the largest size in each axis but that of the batch."""
     raw = {}
     for name, each in model.raw.items():
-        sizes = tuple(size.largest if isinstance(size, Axis) else size for size in each.shape)
-        raw[name] = each._replace(shape=sizes)
+        raw[name] = each._replace(shape=each.largest_shape)
     return replace(model, raw=raw, samples=fitted_to(raw, model.samples))
 
 

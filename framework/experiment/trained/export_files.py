@@ -9,6 +9,7 @@ import torch
 from framework.contracts.exporter import ExportedModel, Exporter
 from framework.data.preparation import Axis, Preparation
 from framework.errors import FrameworkError
+from framework.runs import checkpoint
 
 from .load import Trained
 from .pipeline import Pipeline
@@ -23,22 +24,20 @@ def describe(
     """Return the metadata of an export, as JSON types."""
     inputs = {}
     for name, each in model.raw.items():
-        sizes: list[Any] = ["batch"]
-        smallest: list[int] = []
-        for size in each.shape:
-            sizes.append(f"{size.smallest} to {size.largest}" if isinstance(size, Axis) else size)
-            smallest.append(size.smallest if isinstance(size, Axis) else size)
-        dtype = str(each.dtype).removeprefix("torch.")
-        about = {"dtype": dtype, "shape": sizes, "smallest": smallest, "text": each.text}
-        inputs[name] = about
+        inputs[name] = {
+            "dtype": str(each.dtype).removeprefix("torch."),
+            "shape": ["batch", *map(size_as_json, each.shape)],
+            "smallest": list(each.smallest_shape),
+            "text": each.text,
+        }
+    is_dynamic = any(each.is_dynamic for each in model.raw.values())
     with torch.no_grad():
         values = pipeline.named_outputs(pipeline.preparation(*model.samples))
     outputs = {}
     for name, value in values.items():
         dtype = str(value.dtype).removeprefix("torch.")
         shape = ["batch", *value.shape[1:]]
-        axes = [each.shape for each in model.raw.values()]
-        if any(isinstance(size, Axis) for shape_of in axes for size in shape_of) and value.ndim > 2:
+        if is_dynamic and value.ndim > 2:
             shape[1] = "length"
         outputs[name] = {"dtype": dtype, "shape": shape}
     parts = trained.spec.parts
@@ -56,10 +55,13 @@ def describe(
     }
 
 
+def size_as_json(size: int | Axis) -> int | str:
+    """Return the size of an axis, or the range of its sizes as text."""
+    return f"{size.smallest} to {size.largest}" if isinstance(size, Axis) else size
+
+
 def checkpoint_step(path: Path) -> int | None:
     """Return the step of a checkpoint, or None if its name does not tell."""
-    from framework.runs import checkpoint
-
     with suppress(FrameworkError, OSError, ValueError, AttributeError):
         return checkpoint.step_in(checkpoint.target_of(path))
     return None

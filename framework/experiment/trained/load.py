@@ -172,7 +172,7 @@ class Trained:
                 "now; the data has changed, or the run is of an older version: train it again"
             )
 
-    def read_inputs(self, file: Path) -> Tensor:
+    def read_inputs(self, file: Path) -> Batch:
         """Read a file of inputs with the data set of the run.
 
         Raises:
@@ -183,7 +183,7 @@ class Trained:
         with facts_that_fit(self.run), user_errors(f"reading {file}", DataError):
             inputs = self.spec.parts["data"].entry.part.read_inputs(file, self.facts["data"])
         self.check_inputs(inputs, file)
-        return inputs  # type: ignore[no-any-return]
+        return inputs
 
     def check_inputs(self, inputs: Any, file: Path) -> None:
         """Raise DataError unless the inputs are rows for the model, or a dict of them."""

@@ -121,13 +121,12 @@ def build_pipeline(trained: Trained, rows: Split) -> Pipeline:
     if isinstance(task, GeneratorTask):
         generator, shape = task.generator(model)
         return GeneratorPipeline(Noise(shape), generator, task).eval()
-    fields: list[Field] = []
-    if task.fields.named:
-        fields = list(task.fields.select_inputs(take(rows, [0])))
+    sample = take(rows, [0])
+    fields = list(task.fields.select_inputs(sample)) if task.fields.named else []
     preparation = described_preparation(trained)
     if preparation is None:
         name = str(fields[0]) if fields else "inputs"
-        preparation = UnchangedInputs(raw_inputs(model_inputs(task, take(rows, [0])), name))
+        preparation = UnchangedInputs(raw_inputs(model_inputs(task, sample), name))
     return Pipeline(preparation, model, task, trained.scale, fields).eval()
 
 

@@ -18,6 +18,7 @@ from framework.errors.paths import expanded
 from framework.experiment.build import build_data, build_metrics
 from framework.runs.folder import read_config
 from framework.runs.run_files import RunFiles
+from framework.runtime.batch import join_rows
 
 from .load import Trained, open_run
 
@@ -88,8 +89,8 @@ class TrainedModel:
             DataError: the data set cannot read these inputs, or they do not fit the model.
         """
         with files_of(inputs, self._trained.facts["data"]) as files:
-            tensors = [self._trained.read_inputs(file) for file in files]
-        return dict(self._trained.predict(torch.cat(tensors)))
+            batches = [self._trained.read_inputs(file) for file in files]
+        return dict(self._trained.predict(join_rows(batches)))
 
     def evaluate(self, data: str | Source = "test") -> dict[str, float]:
         """Return the loss and the metrics of the run on some data.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.contracts.exporter import ExportedModel, Run
-from framework.data.preparation import Axis, RawInput
+from framework.data.preparation import RawInput
 from framework.errors import RunError
 from framework.runtime.batch import count_rows
 
@@ -83,8 +83,7 @@ def fitted_to(raw: Mapping[str, RawInput], tensors: Sequence[Tensor]) -> tuple[T
     fitted = []
     for each, tensor in zip(raw.values(), tensors, strict=True):
         padding: list[int] = []
-        for size, found in zip(each.shape, tensor.shape[1:], strict=True):
-            smallest = size.smallest if isinstance(size, Axis) else size
+        for smallest, found in zip(each.smallest_shape, tensor.shape[1:], strict=True):
             padding = [0, max(0, smallest - found), *padding]
         fitted.append(nn.functional.pad(tensor, padding) if any(padding) else tensor)
     return tuple(fitted)

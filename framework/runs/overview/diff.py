@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from framework.contracts.history import Curve
 from framework.errors import RunError, short
 from framework.runs.requests import EventReader, row_text
 from framework.runs.run_files import RunFiles, Value
@@ -26,7 +27,7 @@ LISTS = {
 OF_THE_FOLDER = ("run", "run.")
 DEFAULT = "default"
 UNKNOWN = "not recorded"
-MOST_POINTS = 4096  # of a curve; of more, every second one is left out
+MOST_POINTS = 4096  # of a curve
 MOST_EVENTS = 100
 CHANGED_FILE = re.compile(r"^diff --git a/.* b/(.*)$", re.MULTILINE)
 
@@ -59,24 +60,6 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return the row in plain values."""
         return {"name": self.name, "values": [plain(value) for value in self.values]}
-
-
-@dataclass
-class Curve:
-    """The values of a metric in one run, as (step, value)."""
-
-    points: list[tuple[float, float]] = field(default_factory=list)
-    stride: int = 1
-    seen: int = 0
-
-    def add(self, step: int, value: float) -> None:
-        """Add a value; with many, only every second, fourth, ... one is kept."""
-        if self.seen % self.stride == 0:
-            self.points.append((step, value))
-        self.seen += 1
-        if len(self.points) > MOST_POINTS:
-            self.points = self.points[::2]
-            self.stride *= 2
 
 
 @dataclass
@@ -391,7 +374,7 @@ def events_of(run: RunFiles) -> Iterator[str]:
 
 def curves_of(run: RunFiles, metrics: Iterable[str]) -> dict[str, Curve]:
     """Return the curves of some metrics of a run."""
-    curves = {metric: Curve() for metric in metrics}
+    curves = {metric: Curve(most_points=MOST_POINTS) for metric in metrics}
     for row in run.rows():
         for metric in curves.keys() & row.values.keys():
             curves[metric].add(row.step, row.values[metric])

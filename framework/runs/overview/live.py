@@ -11,24 +11,17 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from framework.contracts.history import Curve
 from framework.errors import RunError
-from framework.runs.run_files import (
-    ACTIVE,
-    METRICS,
-    MOST_SERIES,
-    STATUS_FILE,
-    RunFiles,
-    State,
-    metrics_row,
-    number_in,
-)
+from framework.runs.file_names import METRICS, STATUS_FILE
+from framework.runs.run_files import MOST_SERIES, RunFiles, metrics_row, number_in
+from framework.runs.run_state import ACTIVE, State
 from framework.system.files import open_file, parse_row
 
-MOST_POINTS = 2_000  # of a curve; with more, every second one is left out
+MOST_POINTS = 2_000  # of a curve
 MOST_READ = 4 * 2**20  # bytes that one refresh reads
 PARTS = 192  # of a longer file, which are read in place of all of it
 PART_BYTES = 2**14
@@ -36,41 +29,11 @@ TAIL_BYTES = 2**20
 QUIET_SECONDS = 120.0  # without news, after which a running run gets a warning
 
 
-@dataclass
-class Curve:
-    """The values of a metric, thinned out.
-
-    Attributes:
-        points: (step, value) by step; a value may be NaN.
-        last: the last value.
-        lowest: the lowest finite value and its step; None without one.
-        highest: the highest one.
-    """
-
-    points: list[tuple[float, float]] = field(default_factory=list)
-    last: float = math.nan
-    lowest: tuple[float, int] | None = None
-    highest: tuple[float, int] | None = None
-
-    def add(self, step: int, value: float) -> None:
-        """Add the next value."""
-        self.points.append((step, value))
-        self.last = value
-        if len(self.points) > MOST_POINTS:
-            self.points = self.points[::2]
-        if not math.isfinite(value):
-            return
-        if self.lowest is None or value < self.lowest[0]:
-            self.lowest = (value, step)
-        if self.highest is None or value > self.highest[0]:
-            self.highest = (value, step)
-
-
 class LiveMetrics:
     """The curves of a run, read as they grow.
 
     Attributes:
-        curves: by metric, in the order in which they appear.
+        curves: by metric, in the order in which they appear; each has a value.
         step: the last step that was read.
         exists: whether there is a metrics.jsonl.
         sampled: whether the file was so long that only parts of it were read.
@@ -147,16 +110,22 @@ class LiveMetrics:
                 self._drop_after(row.step)
             self.step = row.step
             for metric, value in row.values.items():
-                if metric in self.curves or len(self.curves) < MOST_SERIES:
-                    self.curves.setdefault(metric, Curve()).add(row.step, value)
+                self._add_value(metric, row.step, value)
+
+    def _add_value(self, metric: str, step: int, value: float) -> None:
+        if metric not in self.curves:
+            if len(self.curves) >= MOST_SERIES:
+                return
+            self.curves[metric] = Curve(most_points=MOST_POINTS)
+        self.curves[metric].add(step, value)
 
     def _drop_after(self, step: int) -> None:
-        for metric, curve in self.curves.items():
-            kept = Curve()
-            for point_step, value in curve.points:
-                if point_step < step:
-                    kept.add(int(point_step), value)
-            self.curves[metric] = kept
+        curves = self.curves
+        self.curves = {}
+        for metric, curve in curves.items():
+            for point in curve:
+                if point.step < step:
+                    self._add_value(metric, *point)
 
 
 class LiveRun:
@@ -166,7 +135,7 @@ class LiveRun:
         path: the folder of the run.
         label: a name for the screen.
         status: the content of status.json.
-        state: see `State` in run_files.py.
+        state: see `State` in run_state.py.
         metrics: the curves.
         problem: why a file cannot be read; "" otherwise.
     """
@@ -262,12 +231,12 @@ class LiveRun:
         text = f"{self.processes} processes"
         curves = self.metrics.curves
         slowest = curves.get("train/slowest_process")
-        if slowest is not None and math.isfinite(slowest.last):
-            text += f", the slowest is rank {slowest.last:.0f}"
+        if slowest is not None and math.isfinite(slowest.last.value):
+            text += f", the slowest is rank {slowest.last.value:.0f}"
         for name in ("communication", "waiting"):
             curve = curves.get(f"train/{name}")
-            if curve is not None and math.isfinite(curve.last):
-                text += f", {curve.last:.0%} {name}"
+            if curve is not None and math.isfinite(curve.last.value):
+                text += f", {curve.last.value:.0%} {name}"
         return text
 
     def warnings(self) -> Iterator[str]:
@@ -282,7 +251,7 @@ class LiveRun:
         if not self.metrics.exists:
             yield "there is no metrics.jsonl: loggers=[json_lines,...] writes it"
         for metric, curve in self.metrics.curves.items():
-            if curve.points and not math.isfinite(curve.last):
+            if not math.isfinite(curve.last.value):
                 yield f"{metric} is not finite"
         noted = self.status.get("warnings")
         for text in noted if isinstance(noted, list) else ():

@@ -219,14 +219,11 @@ def comparison_of(operator: str, text: str, is_text: bool) -> Callable[[Any], bo
             return holds(operator, value, number)
         return isinstance(value, str) and holds(operator, value, text)
 
-    def no_value(value: Any) -> bool:
-        return value is None
-
-    tests = {"=": equal, "==": equal, "~": contains}
     if operator == "!=":
-        return lambda value: no_value(value) or not equal(value)
+        return lambda value: value is None or not equal(value)
+    tests = {"=": equal, "==": equal, "~": contains}
     test = tests.get(operator, ordered)
-    return lambda value: not no_value(value) and test(value)
+    return lambda value: value is not None and test(value)
 
 
 def holds(operator: str, value: Any, other: Any) -> bool:

@@ -18,19 +18,9 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from framework.errors import RunError
-from framework.runs.run_files import (
-    LABELS,
-    METRICS,
-    STATUS_FILE,
-    RunFiles,
-    Series,
-    State,
-    Value,
-    is_run,
-    metric_direction,
-    number_in,
-    state_of,
-)
+from framework.runs.file_names import LABELS, METRICS, STATUS_FILE
+from framework.runs.run_files import RunFiles, Series, Value, is_run, metric_direction, number_in
+from framework.runs.run_state import State, state_of
 from framework.runs.run_time import read_time
 from framework.runs.sweep_files import REQUEST, ROWS, read_request, trial_of_row
 from framework.system.files import open_file, read_rows, write_file
@@ -380,23 +370,23 @@ def read_entry(root: Path, found: Found, bases: dict[str, dict[str, Any]]) -> Ru
     total_steps = status.get("total_steps")
     time = read_time(status)
     return RunEntry(
-        found.name,
-        found.stamp,
-        status.get("status"),
-        files.reason,
-        step if type(step) is int else None,
-        total_steps if type(total_steps) is int else None,
-        started_of(files),
-        number_in(status, "updated"),
-        files.seconds,
-        files.processes,
-        1 if time is None else time.stacked,
-        Settings.difference(files.settings, base),
-        files.directions,
-        {metric: series_row(series) for metric, series in files.series.items()},
-        labels.tags,
-        labels.note,
-        files.problems,
+        name=found.name,
+        stamp=found.stamp,
+        status=status.get("status"),
+        reason=files.reason,
+        step=step if type(step) is int else None,
+        total_steps=total_steps if type(total_steps) is int else None,
+        started=started_of(files),
+        updated=number_in(status, "updated"),
+        seconds=files.seconds,
+        processes=files.processes,
+        stacked=1 if time is None else time.stacked,
+        settings=Settings.difference(files.settings, base),
+        directions=files.directions,
+        series={metric: series_row(series) for metric, series in files.series.items()},
+        tags=labels.tags,
+        note=labels.note,
+        problems=files.problems,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from framework.errors import Facts, SettingError, nearest, suggestion
 from framework.runs.run_files import Value, setting_named
 
-from .run_index import MISSING, RunEntry, RunList, SweepEntry
+from .run_index import MISSING, RunEntry, RunList, SweepEntry, experiment_of
 
 Statistic = Literal["best", "last", "min", "max", "step"]
 FIELDS = (
@@ -92,7 +92,7 @@ class RunTable:
         """The settings of all runs, by dotted key."""
         if self._settings is None:
             found: dict[str, None] = {}
-            bases = {run.name.partition("/")[0]: run.settings.base for run in self.runs}
+            bases = {experiment_of(run.name): run.settings.base for run in self.runs}
             for base in bases.values():
                 found |= dict.fromkeys(base)
             for run in self.runs:
@@ -212,7 +212,7 @@ class RunTable:
         if name == "state":
             return self.state(run)
         if name == "experiment":
-            return run.name.partition("/")[0]
+            return experiment_of(run.name)
         if name == "sweep":
             return run.sweep if self.listing.sweep_of(run) is not None else None
         if name in ("started", "updated"):

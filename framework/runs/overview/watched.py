@@ -9,16 +9,10 @@ from pathlib import Path
 from framework.errors import RunError
 from framework.errors.paths import shorter
 from framework.errors.terminal import printable
+from framework.runs.file_names import STATUS_FILE
 from framework.runs.folder import in_default_root, resolve_run
-from framework.runs.run_files import (
-    ACTIVE,
-    STATUS_FILE,
-    RunFiles,
-    folders_in,
-    is_sweep,
-    run_files,
-    trials_in,
-)
+from framework.runs.run_files import RunFiles, folders_in, is_sweep, run_files, trials_in
+from framework.runs.run_state import ACTIVE
 
 from .live import LiveRun
 
@@ -36,7 +30,6 @@ class Watched:
 
     Attributes:
         runs: those of the paths, and the trials of the sweeps.
-        is_sweep: whether all of them are trials of sweeps.
 
     Raises:
         RunError: a path is neither a run nor a sweep, or there is no run in the root.
@@ -55,10 +48,6 @@ class Watched:
         if not self.runs:
             where = ", ".join(map(str, paths)) if paths else str(root)
             raise RunError(f"there is no run in {where}")
-
-    @property
-    def is_sweep(self) -> bool:
-        return all(is_sweep(run.path.parent) for run in self.runs)
 
     def refresh(self, budget: float = BUDGET_SECONDS) -> None:
         """Read what is new; with many runs, some of them in the next call.

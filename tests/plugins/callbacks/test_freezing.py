@@ -115,7 +115,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(step):
 
 @needs_compiler
 @pytest.mark.parametrize("setting", ["model", "step"])
-def test_a_compiled_model_or_step_freezes_too(setting):
+def test_a_compiled_model_or_step_freezes_too(setting, eager_backend):
     def plain():  # a bias before a batch norm has only rounding as gradient, which AdamW enlarges
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

@@ -112,7 +112,7 @@ def sam_in_a_loop(rho, steps):
         pytest.param({"compile": "step"}, marks=needs_compiler),
     ],
 )
-def test_sam_computes_the_gradient_in_the_direction_of_the_steepest_loss(settings):
+def test_sam_computes_the_gradient_in_the_direction_of_the_steepest_loss(settings, eager_backend):
     optimizer = partial(adamw, momentum=0.9)
     trained = fit(build("sam", rho=0.3), optimizer=optimizer, **settings).model
     assert_close_weights(trained, sam_in_a_loop(0.3, 12), rtol=1e-3, atol=1e-4)

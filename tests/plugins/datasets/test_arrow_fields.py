@@ -185,6 +185,8 @@ def test_a_run_resumes_bit_for_bit(command, path, forget_plugins, one_thread, mo
         assert torch.equal(tensor, weights[1][name]), name
     status, out, err = command(f"predict runs/masked/part --input {path} --output -")
     assert len(out.splitlines()) == 1 + ROWS, err
+    classes = fw.load(part).predict([path, path])["class"]
+    assert classes == [line.split(",")[1] for line in out.splitlines()[1:]] * 2
     status, out, err = command(f"eval runs/masked/part --data {path}")
     assert "data/accuracy" in out, err
     status, _, err = command("export runs/masked/part --to safetensors")

@@ -1,7 +1,5 @@
 """A compiled step, from the batch to the new weights, equals the eager step."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -9,8 +7,6 @@ from torch import nn
 import framework as fw
 from framework import Callback, Trainer
 from framework.errors import FrameworkError
-from framework.runtime.torch_internals.compiler import CompiledFunction
-from framework.training.acceleration import compiled_step
 from framework.training.acceleration.compiled_step import Compiled
 
 fw.discover()
@@ -253,15 +249,7 @@ def test_a_step_that_is_compiled_again_gives_a_warning():
         fit(compile="step", model=Growing(5, 3).double(), max_steps=6)
 
 
-@pytest.fixture
-def backend(monkeypatch):
-    """Let the compiler trace functions, and run the traced operations eagerly."""
-    monkeypatch.setattr(
-        compiled_step, "CompiledFunction", partial(CompiledFunction, backend="eager")
-    )
-
-
-def test_the_limit_of_compilations_is_for_each_run(backend):
+def test_the_limit_of_compilations_is_for_each_run(eager_backend):
     import torch._dynamo
 
     with torch._dynamo.config.patch(recompile_limit=3):  # torch's own is 8
@@ -270,7 +258,7 @@ def test_the_limit_of_compilations_is_for_each_run(backend):
 
 
 @pytest.mark.parametrize("mode", ["step", "model"])
-def test_a_fit_keeps_the_compiled_functions_of_the_user(mode, backend):
+def test_a_fit_keeps_the_compiled_functions_of_the_user(mode, eager_backend):
     import torch._dynamo
 
     compiled = []

@@ -6,6 +6,7 @@ import pytest
 
 from framework.cli import main
 from framework.errors import FrameworkError
+from framework.runs.folder import read_config
 from framework.tuning.search.study import cached_storage
 from framework.tuning.sweep.folder import SweepFolder
 
@@ -153,3 +154,29 @@ def test_an_invalid_search_is_reported_before_a_folder_is_created(overrides, mes
         search(*overrides)
     assert message in str(error.value)
     assert not list(tmp_path.glob("runs/*/*/*"))
+
+
+@pytest.mark.parametrize("sweeper", ["optuna", "basic"])
+def test_a_setting_is_varied_for_other_parts_than_that_of_the_experiment(sweeper, tmp_path):
+    """The ranges are in the experiment file, which gives the setting to the part that it names."""
+    experiments = tmp_path / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    space = "0.25, 0.5" if sweeper == "basic" else "interval(0.25, 0.5)"
+    (experiments / "varied.yaml").write_text(f"""
+defaults:
+  - override /hydra/sweeper: {sweeper}
+optimizer: {{name: adamw, lr: 0.01}}
+hydra:
+  sweeper:
+    params:
+      optimizer: sgd, rmsprop
+      optimizer.lr: {space}
+""")
+    trials = ["hydra.sweeper.trials=4"] if sweeper == "optuna" else []
+    main.run(["train", "-m", "experiment=varied", "sweep.name=a", *QUICK, *trials])
+    found = SweepFolder(tmp_path / "runs/varied/a").trials()
+    assert [row.state for row in found] == ["done"] * 4
+    for row in found:
+        config = read_config(tmp_path / "runs/varied/a" / row.folder)
+        assert config["optimizer"]["name"] == row.settings["optimizer"]
+        assert config["optimizer"]["lr"] == row.settings["optimizer.lr"]

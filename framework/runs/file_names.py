@@ -1,0 +1,11 @@
+"""The names of the files in the folder of a run."""
+
+CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
+PROVENANCE = "provenance.json"
+FACTS = "facts.json"
+STATUS_FILE = "status.json"
+METRICS = "metrics.jsonl"
+LABELS = "labels.json"
+NON_FINITE = "non_finite.json"
+"""The steps of which one is not finite: of the callback `non_finite`, for `explain nan`."""
