@@ -22,7 +22,8 @@ from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
 from framework.registry.kinds import loggers
 from framework.runs import checkpoint
-from framework.runs.run_files import RunFiles, is_written
+from framework.runs.run_files import RunFiles
+from framework.runs.run_state import is_written
 from framework.runtime.drawing import captioned
 from framework.system.files import make_folder, write_file
 
