@@ -75,6 +75,8 @@ def runs(arguments: list[str]) -> int:
     elif args.reverse:
         rows.reverse()
     if args.json:
+        if args.columns is not None:  # JSON has all columns; a wrong name is an error here too
+            chosen_columns(table, rows, args.columns)
         print_rows_as_json(table, rows[: args.limit or None])
         return 0
     columns = chosen_columns(table, rows, args.columns)

@@ -136,6 +136,14 @@ def test_json_has_the_documented_form(runs):
     assert len(sweep["trials"]) == 3
 
 
+def test_json_refuses_an_unknown_column(runs):
+    status, out, _ = runs("runs --json --columns name,val/los")
+    error = json.loads(out)["error"]
+    assert (status, error["setting"], error["value"]) == (2, "--columns", "val/los")
+    assert error["suggestion"] == "val/loss"
+    assert runs("runs --json --columns name,val/loss")[0] == 0
+
+
 def test_json_of_a_config_with_keys_that_json_lacks(runs):
     config = Path("runs/default/first/config.yaml")
     config.write_text(config.read_text() + "days: [{2026-12-01: 1, null: 2, 3: .nan}]\n")
