@@ -380,6 +380,8 @@ def json_value(value: Any) -> Any:
         return {json_key(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list):
         return [json_value(item) for item in value]
+    if isinstance(value, set):  # without an order, also from process to process
+        return sorted(map(str, value))
     return str(value)
 
 

@@ -293,6 +293,13 @@ def test_best_prints_only_the_folder(runs):
     assert (content["metric"], content["value"], content["compared"]) == ("val/loss", 0.1, 6)
 
 
+def test_lists_take_the_name_of_a_sweep(runs):
+    for command in ("runs --json", "best --json", "runs --columns name,lr"):
+        assert runs(f"{command} default/grid") == runs(f"{command} runs/default/grid")
+    assert runs("best default/grid")[0] == 0
+    assert runs("runs default/absent")[0] == 2
+
+
 def test_best_skips_runs_without_a_checkpoint(runs):
     shutil.rmtree("runs/default/grid/001_lr-0.2/checkpoints")
     status, out, err = runs("best")

@@ -71,7 +71,7 @@ def settings_in(listing):
 def test_a_config_with_keys_and_values_that_json_lacks_is_in_the_index(root):
     config = root / "default" / "a" / "config.yaml"
     inner = "{2026-12-01: 1, null: 2, 3: .nan, true: 4, .inf: 5}"
-    values = "- 2026-12-01\n- !!binary aGk=\n- !!set {x}\n- .nan\n- -.inf\n"
+    values = "- 2026-12-01\n- !!binary aGk=\n- !!set {d, a, c, b}\n- .nan\n- -.inf\n"
     text = f"days: [[{inner}]]\n2026-12-01: {inner}\nday: 2026-12-01\nrate: .nan\nmany:\n{values}"
     config.write_text(config.read_text() + text)
     (root / "default" / "b").mkdir()
@@ -79,7 +79,9 @@ def test_a_config_with_keys_and_values_that_json_lacks_is_in_the_index(root):
     first = list_runs(root)
     assert first.read == 6
     expected = settings_in(first)
-    assert json.loads(expected["default/a"])["day"] == "2026-12-01"
+    settings = json.loads(expected["default/a"])
+    assert settings["day"] == "2026-12-01"
+    assert settings["many"][2] == ["a", "b", "c", "d"]
     second = list_runs(root)
     assert second.read == 0
     assert settings_in(second) == expected

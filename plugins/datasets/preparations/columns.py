@@ -52,16 +52,16 @@ class Columns(UnchangedInputs):
         return super().forward(*scaled)
 
     def recover(self, inputs: Any) -> tuple[Tensor, ...]:
+        prepared = super().recover(inputs)
         raw = []
-        for each, scale, tensor in zip(
-            self.raw.values(), self.scales, super().recover(inputs), strict=True
-        ):
+        for each, scale, tensor in zip(self.raw.values(), self.scales, prepared, strict=True):
             if isinstance(scale, Standardize):
-                tensor = scale.recover(tensor)[0]
+                raw += scale.recover(tensor)
             elif each.shape and isinstance(each.shape[0], Axis):
                 missing = max(0, each.shape[0].smallest - tensor.shape[1])
-                tensor = F.pad(tensor, (0, missing))
-            raw.append(tensor)
+                raw.append(F.pad(tensor, (0, missing)))
+            else:
+                raw.append(tensor)
         return tuple(raw)
 
 
