@@ -243,6 +243,16 @@ def test_an_export_takes_the_columns_of_the_model_as_they_are(command, tmp_path,
     assert index.tolist() == [row["class_index"] for row in rows]
     expected = torch.tensor([row["probability"] for row in rows])
     torch.testing.assert_close(probability, expected, atol=1e-6, rtol=1e-5)
+    loaded = fw.load(run)
+    columns = {name: list(column) for name, column in COLUMNS.items() if name != "point"}
+    columns |= {"point": POINTS, "age": ages.to_pylist(), "unused": unused}
+    samples = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values())]
+    for inputs in (path, columns, samples):
+        found = loaded.predict(inputs)
+        assert list(found["class_index"]) == index.tolist()
+        torch.testing.assert_close(torch.as_tensor(found["probability"]), expected)
+    with pytest.raises(DataError, match="expected a column .* in predict: the table"):
+        loaded.predict([{"input_ids": [1], "attention_mask": [1], "unused": [1.0, 2.0]}])
 
 
 def test_a_column_of_one_number_is_standardized(tmp_path):
