@@ -8,6 +8,7 @@ from pathlib import Path
 from framework.errors import RunError, SettingError
 from framework.errors.paths import pasted
 from framework.errors.terminal import note, printable
+from framework.runs.folder import in_default_root
 from framework.runs.overview.run_index import MISSING, RunEntry
 from framework.runs.run_files import Value
 
@@ -30,7 +31,7 @@ def best(arguments: list[str]) -> int:
     parser.add_argument("--where", **WHERE)
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
-    table = read_table(args.folder or args.root)
+    table = read_table(in_default_root(args.folder or args.root))
     chosen = filtered(table, args.where)
     if not chosen:
         raise RunError(nothing(table, args.where))

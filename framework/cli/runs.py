@@ -10,6 +10,7 @@ from typing import Any
 from framework.errors import SettingError
 from framework.errors.paths import expanded
 from framework.errors.terminal import note, print_line, printable, shortened
+from framework.runs.folder import in_default_root
 from framework.runs.overview.run_filter import parse_filter
 from framework.runs.overview.run_index import RunEntry, list_runs
 from framework.runs.overview.run_table import (
@@ -59,7 +60,7 @@ def runs(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 0:
         parser.error(f"--limit {args.limit}: expected 0 or more")
-    root = args.folder or args.root
+    root = in_default_root(args.folder or args.root)
     if args.bin:
         root = root / BIN
         if not root.is_dir():
@@ -76,6 +77,8 @@ def runs(arguments: list[str]) -> int:
     elif args.reverse:
         rows.reverse()
     if args.json:
+        if args.columns is not None:  # JSON has all columns; a wrong name is an error here too
+            chosen_columns(table, rows, args.columns)
         print_rows_as_json(table, rows[: args.limit or None])
         return 0
     columns = chosen_columns(table, rows, args.columns)

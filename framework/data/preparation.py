@@ -94,6 +94,14 @@ class Preparation(nn.Module):
         """
         raise NotImplementedError
 
+    def select(self, fields: Sequence[str]) -> "Preparation":
+        """Return the preparation of some fields of a batch; by default that of all fields.
+
+        Args:
+            fields: those of `task.inputs`; a batch of the data set may have others.
+        """
+        return self
+
 
 class UnchangedInputs(Preparation):
     """The raw inputs are the inputs of the model.

@@ -341,8 +341,31 @@ def flattened(tree: Any, path: str = "") -> dict[str, Any]:
                 found[inner] = {}
             found |= flattened(value, inner)
         else:
-            found[inner] = value
+            found[inner] = json_value(value)
     return found
+
+
+def json_value(value: Any) -> Any:
+    """Return a value of a config as JSON holds it: a date and its like, also as keys, as texts.
+
+    A setting in the index of a folder of runs then equals the same setting in a config.yaml.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {json_key(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_value(item) for item in value]
+    if isinstance(value, set):  # without an order, also from process to process
+        return sorted(map(str, value))
+    return str(value)
+
+
+def json_key(key: Any) -> str:
+    """Return a key of a config as JSON holds it: null, true and 1 as such texts."""
+    if key is None or isinstance(key, int | float):
+        return json.dumps(key)
+    return str(key)
 
 
 def setting_named(name: str, settings: Iterable[str], place: str) -> str | None:

@@ -38,6 +38,7 @@ from .arrow_splits import (
 from .audio import SoundData
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
 from .preparations.arrays import Standardize
+from .preparations.columns import Columns
 from .preparations.sequences import Waveforms
 from .preparations.texts import Tokens
 from .readers.arrays import read_batch
@@ -303,8 +304,12 @@ class Arrow(Data):
             shape, lengths = self.shape_and_lengths(column)
             self.shapes.append(shape)
             self.fields[name] = {"shape": list(shape)}
+            if not column.dtype.is_floating_point:
+                self.fields[name]["integer"] = True
             if lengths is not None:
+                same = (key for key, other in self.lengths_of.items() if lengths.equal(other))
                 self.fields[name]["max_length"] = self.max_length
+                self.fields[name]["lengths_of"] = next(same, name)
                 self.lengths_of[name] = lengths
         self.in_shape = self.shapes[0] or (1,)
 
@@ -378,7 +383,7 @@ class Arrow(Data):
             if name in self.lengths_of or not column.dtype.is_floating_point:
                 continue
             sample = measured_rows(training, facts["shape"])
-            raw = column.read(sample, facts["shape"])
+            raw = column.read(sample, facts["shape"] or [1])
             found = self.measure(raw, sample, f"column {name!r}", normalize)
             self.fields[name] = {"shape": facts["shape"]} | found
 
@@ -551,10 +556,7 @@ class Arrow(Data):
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         kind = facts["kind"]
         if kind == "fields":
-            raise DataError(
-                "data.batch=dict: expected one input for the exported model; Python code can use "
-                "the model of `framework.load(run)`"
-            )
+            return Columns(facts["fields"])
         if kind == "audio":
             return Waveforms(facts, in_shape)
         if kind in ("text", "sequences"):

@@ -136,6 +136,14 @@ def test_json_has_the_documented_form(runs):
     assert len(sweep["trials"]) == 3
 
 
+def test_json_refuses_an_unknown_column(runs):
+    status, out, _ = runs("runs --json --columns name,val/los")
+    error = json.loads(out)["error"]
+    assert (status, error["setting"], error["value"]) == (2, "--columns", "val/los")
+    assert error["suggestion"] == "val/loss"
+    assert runs("runs --json --columns name,val/loss")[0] == 0
+
+
 def test_json_of_a_config_with_keys_that_json_lacks(runs):
     config = Path("runs/default/first/config.yaml")
     config.write_text(config.read_text() + "days: [{2026-12-01: 1, null: 2, 3: .nan}]\n")
@@ -283,6 +291,13 @@ def test_best_prints_only_the_folder(runs):
     assert runs("best --metric val/loss --mode max")[1] == "runs/default/größe 漢字\n"
     content = json.loads(runs("best --json")[1])
     assert (content["metric"], content["value"], content["compared"]) == ("val/loss", 0.1, 6)
+
+
+def test_lists_take_the_name_of_a_sweep(runs):
+    for command in ("runs --json", "best --json", "runs --columns name,lr"):
+        assert runs(f"{command} default/grid") == runs(f"{command} runs/default/grid")
+    assert runs("best default/grid")[0] == 0
+    assert runs("runs default/absent")[0] == 2
 
 
 def test_best_skips_runs_without_a_checkpoint(runs):

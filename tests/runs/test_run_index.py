@@ -60,6 +60,41 @@ def test_the_index_gives_the_same_list_without_reading_the_runs(root):
     assert shown(second) == shown(first)
 
 
+def settings_in(listing):
+    """Return the settings of each run of a list as a text, in which NaN equals NaN."""
+    found = {}
+    for run in listing.runs:
+        found[run.name] = json.dumps(run.settings.complete(), sort_keys=True)
+    return found
+
+
+def test_a_config_with_keys_and_values_that_json_lacks_is_in_the_index(root):
+    config = root / "default" / "a" / "config.yaml"
+    inner = "{2026-12-01: 1, null: 2, 3: .nan, true: 4, .inf: 5}"
+    values = "- 2026-12-01\n- !!binary aGk=\n- !!set {d, a, c, b}\n- .nan\n- -.inf\n"
+    text = f"days: [[{inner}]]\n2026-12-01: {inner}\nday: 2026-12-01\nrate: .nan\nmany:\n{values}"
+    config.write_text(config.read_text() + text)
+    (root / "default" / "b").mkdir()
+    (root / "default" / "b" / "config.yaml").write_text(config.read_text())
+    first = list_runs(root)
+    assert first.read == 6
+    expected = settings_in(first)
+    settings = json.loads(expected["default/a"])
+    assert settings["day"] == "2026-12-01"
+    assert settings["many"][2] == ["a", "b", "c", "d"]
+    second = list_runs(root)
+    assert second.read == 0
+    assert settings_in(second) == expected
+    # a run that is read anew has the settings of the index
+    os.utime(root / "default" / "a", (0, 0))
+    third = list_runs(root)
+    assert third.read == 1
+    assert settings_in(third) == expected
+    settings = {run.name: run.settings.complete() for run in third.runs}
+    difference = Settings.difference(settings["default/a"], settings["default/b"])
+    assert difference.changes == {}  # no column of `framework runs`, also for NaN
+
+
 def test_a_changed_run_is_read_again(root):
     list_runs(root)
     with open(root / "default" / "a" / "metrics.jsonl", "a") as file:

@@ -127,6 +127,9 @@ def build_pipeline(trained: Trained, rows: Split) -> Pipeline:
     if preparation is None:
         name = str(fields[0]) if fields else "inputs"
         preparation = UnchangedInputs(raw_inputs(model_inputs(task, sample), name))
+    elif fields:
+        with user_errors("describing the raw inputs", BuildError):
+            preparation = preparation.select([str(field) for field in fields])
     return Pipeline(preparation, model, task, trained.scale, fields).eval()
 
 

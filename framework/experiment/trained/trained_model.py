@@ -29,7 +29,13 @@ EXPECTED = (
 ARRAY_FILE = "inputs.npy"
 TEXTS_FILE = "inputs.jsonl"
 TABLE_FILE = "inputs.parquet"
-FILES = {ARRAY_FILE: "the array", TEXTS_FILE: "the texts", TABLE_FILE: "the table"}
+ARROW_FILE = "inputs.arrow"
+FILES = {
+    ARRAY_FILE: "the array",
+    TEXTS_FILE: "the texts",
+    TABLE_FILE: "the table",
+    ARROW_FILE: "the table",
+}
 """What the temporary files contain, for messages."""
 
 
@@ -88,7 +94,8 @@ class TrainedModel:
         Raises:
             DataError: the data set cannot read these inputs, or they do not fit the model.
         """
-        with files_of(inputs, self._trained.facts["data"]) as files:
+        suffixes = self._trained.spec.parts["data"].entry.part.input_suffixes
+        with files_of(inputs, self._trained.facts["data"], suffixes) as files:
             batches = [self._trained.read_inputs(file) for file in files]
         return dict(self._trained.predict(join_rows(batches)))
 
@@ -134,12 +141,15 @@ def load(run: str | Path, checkpoint: str | None = None) -> TrainedModel:
 
 
 @contextmanager
-def files_of(inputs: Any, facts: Mapping[str, Any]) -> Iterator[list[Path]]:
+def files_of(
+    inputs: Any, facts: Mapping[str, Any], suffixes: Sequence[str]
+) -> Iterator[list[Path]]:
     """Provide raw inputs as files that `Data.read_inputs` reads; temporary ones are removed.
 
     Args:
         inputs: see `TrainedModel.predict`.
         facts: of the data set.
+        suffixes: those of the files that the data set reads, see `Data.input_suffixes`.
 
     Raises:
         DataError: the inputs have none of the known forms.
@@ -150,7 +160,7 @@ def files_of(inputs: Any, facts: Mapping[str, Any]) -> Iterator[list[Path]]:
         return
     with TemporaryDirectory(prefix="framework-") as folder:
         try:
-            yield write_inputs(inputs, facts, Path(folder))
+            yield write_inputs(inputs, facts, Path(folder), suffixes)
         except DataError as error:
             raise DataError(without_files(str(error), folder)) from error
 
@@ -185,27 +195,30 @@ def is_file_name(text: str) -> bool:
         return False
 
 
-def write_inputs(inputs: Any, facts: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write raw inputs into files of the format that data sets read."""
+def write_inputs(
+    inputs: Any, facts: Mapping[str, Any], folder: Path, suffixes: Sequence[str]
+) -> list[Path]:
+    """Write raw inputs into files of the format that the data set reads."""
+    table = folder / (ARROW_FILE if ".arrow" in suffixes else TABLE_FILE)
     if isinstance(inputs, str):
         return [write_texts([inputs], facts, folder)]
     if is_image(inputs):
         return write_images([inputs], folder)
     if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):  # of pandas
-        return [write_table(inputs.to_dict("list"), folder)]
+        return [write_table(inputs.to_dict("list"), table)]
     if isinstance(inputs, Mapping):
         is_row = not any(
             isinstance(cells, list | tuple) or is_array(cells) for cells in inputs.values()
         )
         columns = {key: [cell] for key, cell in inputs.items()} if is_row else inputs
-        return [write_table(columns, folder)]
+        return [write_table(columns, table)]
     if isinstance(inputs, list | tuple) and inputs:
         if all(isinstance(each, str) for each in inputs):
             return [write_texts(inputs, facts, folder)]
         if all(is_image(each) for each in inputs):
             return write_images(inputs, folder)
         if all(isinstance(each, Mapping) for each in inputs):
-            return [write_table(columns_of(inputs), folder)]
+            return [write_table(columns_of(inputs), table)]
     return [write_array(inputs, folder)]
 
 
@@ -263,13 +276,14 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def write_table(columns: Mapping[str, Any], folder: Path) -> Path:
-    """Write the columns of a table as a Parquet file.
+def write_table(columns: Mapping[str, Any], path: Path) -> Path:
+    """Write the columns of a table as a Parquet or Arrow file.
 
     Raises:
         DataError: the columns have different lengths, or the cells of one have different types.
     """
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     arrays = {}
@@ -282,6 +296,10 @@ def write_table(columns: Mapping[str, Any], folder: Path) -> Path:
     lengths = {len(array) for array in arrays.values()}
     if len(lengths) != 1:
         raise DataError(f"predict: expected columns of one length, got {sorted(lengths)}")
-    path = folder / TABLE_FILE
-    pyarrow.parquet.write_table(pyarrow.table(arrays), path)
+    content = pyarrow.table(arrays)
+    if path.name == ARROW_FILE:
+        with pyarrow.ipc.new_file(path, content.schema) as writer:
+            writer.write_table(content)
+    else:
+        pyarrow.parquet.write_table(content, path)
     return path

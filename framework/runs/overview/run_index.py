@@ -86,10 +86,15 @@ class Settings:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two settings are equal, also in their types: 1 is neither 1.0 nor true."""
+    """Return whether two settings are equal, also in their types: 1 is neither 1.0 nor true.
+
+    NaN equals NaN.
+    """
     if type(one) is not type(other):
         return False
-    return bool(one == other) if not isinstance(one, list | dict) else repr(one) == repr(other)
+    if isinstance(one, float | list | dict):
+        return repr(one) == repr(other)
+    return bool(one == other)
 
 
 @dataclass(slots=True)
@@ -521,9 +526,9 @@ def write_index(listing: RunList, bases: Mapping[str, Mapping[str, Any]]) -> Non
         "sweeps": sweeps,
         "runs": runs,
     }
-    with suppress(OSError, RunError, ValueError, TypeError):
-        text = json.dumps(content, separators=(",", ":"), default=str)
-        if len(text) <= MOST_INDEX:
+    text = json.dumps(content, separators=(",", ":"))
+    if len(text) <= MOST_INDEX:
+        with suppress(OSError, RunError):
             write_file(listing.root, INDEX, text)
 
 

@@ -55,6 +55,27 @@ class MaskedMean(nn.Module):
         return self.head(vectors.sum(1) / mask.sum(1))
 '''
 
+MIXED = '''
+import torch
+from torch import nn
+
+import framework as fw
+
+
+@fw.models.register("mixed")
+class Mixed(nn.Module):
+    """A linear layer over the mean token id and three columns."""
+
+    def __init__(self, in_shape: fw.Shape, out_shape: fw.Shape):
+        super().__init__()
+        self.head = nn.Linear(5, out_shape[0])
+
+    def forward(self, input_ids, attention_mask, point, age, is_long):
+        mean = (input_ids * attention_mask).sum(1) / attention_mask.sum(1)
+        columns = [mean / 50, age, is_long.float()]
+        return self.head(torch.cat([point, torch.stack(columns, 1)], 1))
+'''
+
 
 def write(path, columns):
     table = pa.table(columns)
@@ -189,8 +210,63 @@ def test_a_run_resumes_bit_for_bit(command, path, forget_plugins, one_thread, mo
     assert classes == [line.split(",")[1] for line in out.splitlines()[1:]] * 2
     status, out, err = command(f"eval runs/masked/part --data {path}")
     assert "data/accuracy" in out, err
-    status, _, err = command("export runs/masked/part --to safetensors")
-    assert (status, "data.batch=dict: expected one input" in err) == (2, True)
+
+
+def test_an_export_takes_the_columns_of_the_model_as_they_are(command, tmp_path, forget_plugins):
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mixed.yaml").write_text("plugins: [mixed.py]\n")
+    Path("mixed.py").write_text(MIXED)
+    ages = pa.array([DRAW.gauss(40, 9) for _ in range(ROWS)], pa.float64())
+    unused = [[1.0, 2.0]] * ROWS
+    path = write(tmp_path / "rows.arrow", {**COLUMNS, "age": ages, "unused": unused})
+    inputs = "task.inputs=[input_ids,attention_mask,point,age,is_long]"
+    line = ["experiment=mixed", "data=arrow", f"data.path={path}", "data.batch=dict"]
+    run = run_training(*line, "model=mixed", inputs, "task.target=label").folder
+    for form in ("safetensors", "torch_export"):
+        status, _, err = command(f"export {run} --to {form} --output {form}")
+        assert status == 0, err
+    about = json.loads(Path("torch_export/metadata.json").read_text())["inputs"]
+    assert list(about) == ["input_ids", "attention_mask", "point", "age", "is_long"]
+    assert [about[name]["shape"] for name in about] == [
+        ["batch", "8 to 9"],
+        ["batch", "8 to 9"],
+        ["batch", 2],
+        ["batch"],
+        ["batch"],
+    ]
+    padded = torch.tensor([ids + [0] * (9 - len(ids)) for ids in IDS])
+    raw = [padded, (padded > 0).long(), torch.tensor(POINTS)]
+    raw += [torch.tensor(ages.to_pylist()), torch.tensor(COLUMNS["is_long"]).long()]
+    program = torch.export.load("torch_export/model.pt2").module()
+    index, probability, _ = program(*raw)
+    status, out, err = command(f"predict {run} --input {path} --output - --format jsonl")
+    assert status == 0, err
+    rows = [json.loads(row) for row in out.splitlines()]
+    assert index.tolist() == [row["class_index"] for row in rows]
+    expected = torch.tensor([row["probability"] for row in rows])
+    torch.testing.assert_close(probability, expected, atol=1e-6, rtol=1e-5)
+    loaded = fw.load(run)
+    columns = {name: list(column) for name, column in COLUMNS.items() if name != "point"}
+    columns |= {"point": POINTS, "age": ages.to_pylist(), "unused": unused}
+    samples = [
+        dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+    ]
+    for inputs in (path, columns, samples):
+        found = loaded.predict(inputs)
+        assert list(found["class_index"]) == index.tolist()
+        torch.testing.assert_close(torch.as_tensor(found["probability"]), expected)
+    with pytest.raises(DataError, match=r"expected a column .* in predict: the table"):
+        loaded.predict([{"input_ids": [1], "attention_mask": [1], "unused": [1.0, 2.0]}])
+
+
+def test_a_column_of_one_number_is_standardized(tmp_path):
+    ages = torch.randn(ROWS) * 9 + 40
+    columns = {"age": pa.array(ages.tolist(), pa.float32()), "label": COLUMNS["label"]}
+    path = write(tmp_path / "rows.arrow", columns)
+    data = build(path, ["age"], **WHOLE)
+    found = data.train.gather(torch.arange(ROWS))["age"]
+    torch.testing.assert_close(found, (ages - ages.mean()) / ages.std(correction=0))
+    assert found.shape == (ROWS,)
 
 
 def test_a_fold_measures_its_own_rows(path):
