@@ -255,7 +255,7 @@ def test_an_export_takes_the_columns_of_the_model_as_they_are(command, tmp_path,
         found = loaded.predict(inputs)
         assert list(found["class_index"]) == index.tolist()
         torch.testing.assert_close(torch.as_tensor(found["probability"]), expected)
-    with pytest.raises(DataError, match="expected a column .* in predict: the table"):
+    with pytest.raises(DataError, match=r"expected a column .* in predict: the table"):
         loaded.predict([{"input_ids": [1], "attention_mask": [1], "unused": [1.0, 2.0]}])
 
 
