@@ -18,6 +18,7 @@ MOST_ROWS = 100  # tags that a notebook lists
 SPLITS = ("train", "val", "test")
 COLUMNS = 3  # charts side by side
 CHART_SIZE = (4.5, 3.2)  # inches
+LARGEST = 1e100  # matplotlib fails with values near the largest float
 FEW_POINTS = 20  # a curve of so few points has marks on them
 
 
@@ -122,14 +123,15 @@ def is_logarithmic(curves: Iterable[Curve]) -> bool:
 
     Not for those of which high values are better, such as accuracies, which end at 1.
     """
-    values = []
+    lowest = math.inf
+    highest = -math.inf
     for curve in curves:
         if curve.direction == "max":
             return False
-        for point in (curve.min, curve.max):
-            if point is not None:
-                values.append(point.value)
-    return bool(values) and min(values) > 0 and max(values) / 10 >= min(values)
+        if curve.min is not None and curve.max is not None:
+            lowest = min(lowest, curve.min.value)
+            highest = max(highest, curve.max.value)
+    return 0 < lowest <= highest / 10
 
 
 class History(Mapping[str, Curve]):
@@ -214,7 +216,9 @@ class History(Mapping[str, Curve]):
         """Draw curves with matplotlib; those of one quantity, such as the loss, share a chart.
 
         A notebook shows the charts below the cell. In a script, `matplotlib.pyplot.show()` opens
-        them, and `history.plot()[0].figure.savefig("curves.png")` writes them.
+        them, and `history.plot()[0].figure.savefig("curves.png")` writes them. A curve has a gap at
+        values that are not finite or beyond 1e100. The axis of positive values over a factor of ten
+        is logarithmic, unless high values are better.
 
         Args:
             names: quantities or single tags, such as "loss" or "val/loss"; by default the
@@ -263,7 +267,8 @@ class History(Mapping[str, Curve]):
             style = {"label": split, "color": f"C{SPLITS.index(split)}"}
         if len(curve) <= FEW_POINTS:
             style |= {"marker": "o", "markersize": 3}
-        axes.plot(curve.steps, curve.values, **style)
+        values = [value if abs(value) < LARGEST else math.nan for value in curve.values]
+        axes.plot(curve.steps, values, **style)
 
     def _charts(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return the tags of each chart by its title, see `plot`."""
