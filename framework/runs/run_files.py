@@ -66,6 +66,7 @@ missing or damaged.
 """
 ACTIVE: tuple[State, ...] = ("running", "paused", "testing")
 """The states of a run whose process is alive."""
+MAX_STEP = 2**63 - 1  # curves keep steps as 64-bit integers
 
 
 class Row(NamedTuple):
@@ -408,9 +409,9 @@ def metric_direction(
 
 
 def metrics_row(content: Mapping[str, Any]) -> Row | None:
-    """Return the row of a line of metrics.jsonl; None if it has no step."""
+    """Return the row of a line of metrics.jsonl; None if it has no step of at most 64 bits."""
     step = content.get("step")
-    if type(step) is not int:
+    if type(step) is not int or abs(step) > MAX_STEP:
         return None
     epoch = content.get("epoch")
     values = {}

@@ -84,6 +84,17 @@ def test_a_notebook_escapes_the_texts_of_a_run(folder):
     assert "&lt;script&gt;, &lt;img&gt;=&lt;img&gt;, x=..." in shown
 
 
+def test_a_notebook_shows_a_run_with_extreme_values(folder):
+    run = train(folder, "extreme", "model.width=16")
+    last = run.history["val/loss"].steps[-1]
+    with (run.path / "metrics.jsonl").open("a") as file:
+        for step, value in ((2**70, "1"), (last + 1, "1e308"), (last + 2, "-1e999")):
+            file.write(f'{{"step": {step}, "epoch": 1, "wall_seconds": 1, "val/loss": {value}}}\n')
+    run = fw.load(run.path)
+    assert run.history["val/loss"].steps[-2:] == [last + 1, last + 2]
+    assert "-inf" in run._repr_html_()
+
+
 def test_arrays_tensors_and_files_give_the_rows_of_predict(digits, tmp_path, capsys):
     pixels = numpy.arange(3 * 64).reshape(3, 64) % 17
     file = tmp_path / "pixels.npy"

@@ -1,6 +1,7 @@
 """The example notebook, executed in a kernel as in Jupyter."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def outputs(source, tmp_path_factory):
     done = subprocess.run(
         [*command, "--output", "executed", NOTEBOOK],
         cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
