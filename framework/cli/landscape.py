@@ -11,7 +11,7 @@ from rich.text import Text
 
 from framework.errors import FrameworkError
 from framework.errors.paths import expanded, shorter
-from framework.errors.terminal import print_line
+from framework.errors.terminal import can_redraw, print_line
 
 from . import help_texts
 from .json_output import print_json
@@ -89,7 +89,7 @@ def progress_bar() -> Iterator[Callable[[int], Callable[[], None]]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=console, transient=True, disable=not can_redraw(sys.stderr)) as progress:
 
         def started(total: int) -> Callable[[], None]:
             bar = progress.add_task("measuring the loss", total=total)

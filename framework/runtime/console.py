@@ -39,4 +39,5 @@ def console(file: IO[str] | None = None) -> Console:
     """
     file = file or sys.stdout
     width = None if file.isatty() else PLAIN_WIDTH
-    return PrintableConsole(file=file, highlight=False, width=width)
+    # In a notebook, rich would ignore the file and its width.
+    return PrintableConsole(file=file, highlight=False, width=width, force_jupyter=False)

@@ -43,6 +43,16 @@ def test_every_package_is_installed():
     assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
+def test_every_file_of_conf_is_installed():
+    """`package-data` lists all configs, lessons and notebooks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["framework_conf"]
+    for file in shipped(ROOT / "conf", "**/*.*"):
+        path = file.relative_to(ROOT / "conf")
+        if path.suffix != ".py" and path.name != "README.md":
+            assert any(path.match(pattern) for pattern in patterns), path
+
+
 OPENING = {"read_text", "write_text", "read_bytes", "write_bytes", "touch"}
 OF_PACKAGES = {
     "torch.load",
