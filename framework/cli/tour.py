@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.markdown import Markdown
 from rich.table import Table
 
+from framework.errors.terminal import printable_lines
 from framework.runtime.console import console
 
 from . import help_texts
@@ -127,7 +128,7 @@ def print_markdown(text: str) -> None:
     if screen.is_terminal:
         screen.print(Markdown(text))
     else:
-        print(text)
+        print(printable_lines(text))
 
 
 def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int]) -> None:
