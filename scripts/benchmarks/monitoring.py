@@ -55,7 +55,7 @@ WORKLOADS = {
             "trainer.validate_every=100steps",
         ),
         ("histograms", "attention", "text_samples", "speed"),
-        {name: ("every=100steps",) for name in ("histograms", "attention", "text_samples")},
+        dict.fromkeys(("histograms", "attention", "text_samples"), ("every=100steps",)),
     ),
     "spirals": Workload(("experiment=spirals",), ("boundary",), with_default=False),
     "sounds": Workload(
