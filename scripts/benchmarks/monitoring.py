@@ -3,8 +3,8 @@
 A process, whose stderr is a terminal, trains an experiment in turns without callbacks, with one of
 them, and with all that are on by default. The time is that of the fit: without the start-up and the
 test. Compare the CPU time on a machine that does other work too; the smallest one of all rounds is
-the least disturbed. `python -m benchmarks.monitoring` is this process: it reads a list of overrides as JSON from
-each line of stdin, and answers with the times of the fit.
+the least disturbed. `python -m benchmarks.monitoring` is this process: it reads a list of overrides
+as JSON from each line of stdin, and answers with the times of the fit.
 """
 
 import json
@@ -130,8 +130,8 @@ def overrides(workload: Workload, callbacks: Sequence[str]) -> list[str]:
     """Return the command line of a fit with some callbacks."""
     lines = [*workload.overrides, f"callbacks=[{','.join(callbacks)}]"]
     for callback in callbacks:
-        for setting in workload.settings.get(callback, ()):
-            lines.append(f"callbacks.{callback}.{setting}")
+        settings = workload.settings.get(callback, ())
+        lines.extend(f"callbacks.{callback}.{setting}" for setting in settings)
     return lines
 
 

@@ -10,6 +10,7 @@ from werkzeug.test import Client
 
 import framework as fw
 from framework.experiment.experiment import Experiment
+from distributed_runs import run_in_processes
 from runs import cut_off_at, run_training
 
 with warnings.catch_warnings():
@@ -80,9 +81,8 @@ class Pages:
         return json.loads(answer.get_data())
 
 
-@pytest.fixture(scope="module", params=["uninterrupted", "killed and resumed"])
-def pages(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
+def train(root, killed=False):
+    """Train the run; the folder has its results."""
     overrides = [*OVERRIDES, f"run.root={root}"]
     make_trainer = Experiment.trainer
 
@@ -93,11 +93,20 @@ def pages(request, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experiment, "trainer", with_curve)
-        if request.param == "killed and resumed":
+        if killed:
             with cut_off_at(12, patch):
                 run_training(*overrides)
             overrides.append("resume=auto")
         run_training(*overrides)
+
+
+@pytest.fixture(scope="module", params=["uninterrupted", "killed and resumed", "two processes"])
+def pages(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    if request.param == "two processes":
+        run_in_processes(train, 2, tmp_path_factory.mktemp("results"), root)
+    else:
+        train(root, killed=request.param == "killed and resumed")
     return Pages(root)
 
 
