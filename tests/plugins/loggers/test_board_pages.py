@@ -9,9 +9,9 @@ import torch
 from werkzeug.test import Client
 
 import framework as fw
+from distributed_runs import run_in_processes
 from framework.experiment.experiment import Experiment
 from framework.tuning.vectorized.trainer import StackedTrainer
-from distributed_runs import run_in_processes
 from runs import cut_off_at, run_training
 
 with warnings.catch_warnings():
