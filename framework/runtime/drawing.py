@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from .axis import Axis as Axis
 
+CARD = 350
+"""Pixels of the width of an image in TensorBoard, which enlarges and reduces others unevenly."""
 Color = tuple[int, int, int]
 BLACK = (40, 40, 40)
 GRAY = (215, 215, 215)
@@ -103,7 +105,7 @@ class Chart:
         height: pixels of the image.
     """
 
-    LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # margins in pixels
+    LEFT, RIGHT, TOP, BOTTOM = 46, 12, 42, 40  # margins in pixels
 
     def __init__(
         self,
@@ -113,8 +115,8 @@ class Chart:
         x_label: str = "",
         y_label: str = "",
         *,
-        width: int = 420,
-        height: int = 320,
+        width: int = CARD,
+        height: int = 300,
     ):
         self.x = x
         self.y = y
@@ -131,9 +133,9 @@ class Chart:
             at = bottom - y.position(value) * self.inner_height
             self.canvas.line([(self.LEFT, at), (self.LEFT + self.inner_width, at)], GRAY)
             self.canvas.text(self.LEFT - 5, at, label, "rm")
-        self.canvas.text(self.LEFT + self.inner_width / 2, 14, title)
+        self.canvas.text(width / 2, 12, cut_to_width(self.canvas, title, width - 8))
         self.canvas.text(self.LEFT + self.inner_width / 2, height - 12, x_label)
-        self.canvas.text(4, 14, y_label, "lm")
+        self.canvas.text(4, self.TOP - 12, y_label, "lm")
 
     def background(self, picture: Tensor) -> None:
         """Fill the area between the axes with an image (1 or 3, H, W) in [0, 1]."""
@@ -230,12 +232,12 @@ def heat_map(
     known = numbers[numbers.isfinite()]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     cell = max(4, 20 - len(rows) // 10)
-    left = 190
+    left = 125
     top = 30
     height = len(rows) * cell
-    width = max(360, 12 * len(columns))
-    canvas = Canvas(left + width + 90, top + height + 34)
-    canvas.text((left + width) / 2, 14, cut_to_width(canvas, title, left + width))
+    width = CARD - left - 72
+    canvas = Canvas(CARD, top + height + 34)
+    canvas.text(CARD / 2, 14, cut_to_width(canvas, title, CARD - 8))
     shares = (numbers - low) / max(high - low, 1e-12)
     canvas.paste(colors_of(shares), left, top, width, height)
     shown = math.ceil(14 / cell)
@@ -249,10 +251,10 @@ def heat_map(
         )
     scale = torch.linspace(1, 0, 32).reshape(32, 1)
     bar = left + width + 12
-    canvas.paste(colors_of(scale), bar, top, 12, max(height, 40))
+    canvas.paste(colors_of(scale), bar, top, 10, max(height, 40))
     for share, value in ((0.0, high), (1.0, low)):
         label = f"{10**value:.2g}" if log else f"{value:.3g}"
-        canvas.text(bar + 16, top + 6 + share * (max(height, 40) - 12), label, "lm")
+        canvas.text(bar + 13, top + 6 + share * (max(height, 40) - 12), label, "lm")
     return canvas.tensor()
 
 
@@ -273,32 +275,34 @@ def pixels_of(colors: Tensor) -> list[list[Color]]:
     return [[(red, green, blue) for red, green, blue in row] for row in rows]
 
 
-def captioned(images: Tensor, captions: Sequence[str], columns: int = 4, least: int = 96) -> Tensor:
+def captioned(images: Tensor, captions: Sequence[str], columns: int = 4) -> Tensor:
     """Return images (N, 1 or 3, H, W) in [0, 1] in rows, each above its caption.
 
     Args:
-        images: of the same size; small ones are enlarged by a whole factor.
-        captions: a text for each image; each line of it is cut to the width of the image.
+        images: of the same size; small ones are enlarged by a whole factor, so that a row has
+            CARD pixels.
+        captions: a text for each image; each line of it is cut to the width of its column. If all
+            are empty, there is no space for them.
         columns: images in a row.
-        least: the smallest side of an enlarged image, in pixels.
 
     Returns:
         One image (1, 3, height, width).
     """
-    factor = max(1, math.ceil(least / min(images.shape[-2:])))
+    factor = max(1, (CARD // columns - 8) // images.shape[-1])
     large = F.interpolate(images.float().expand(-1, 3, -1, -1), scale_factor=factor, mode="nearest")
     height, width = large.shape[-2:]
     lines = [caption.split("\n") for caption in captions]
-    text_height = 16 * max(map(len, lines)) + 6
-    columns = min(columns, len(images))
+    text_height = 16 * max(map(len, lines)) + 6 if any(captions) else 8
+    column = max(width + 8, CARD // columns)
     rows = math.ceil(len(images) / columns)
-    canvas = Canvas(columns * (width + 8), rows * (height + text_height))
+    canvas = Canvas(max(CARD, min(columns, len(images)) * column), rows * (height + text_height))
     for number, picture in enumerate(large):
-        left = (number % columns) * (width + 8) + 4
+        left = (number % columns) * column + 4
         top = (number // columns) * (height + text_height) + 4
         canvas.paste(picture, left, top, width, height)
         for row, line in enumerate(lines[number]):
-            canvas.text(left, top + height + 9 + 16 * row, cut_to_width(canvas, line, width), "lm")
+            text = cut_to_width(canvas, line, column - 6)
+            canvas.text(left, top + height + 9 + 16 * row, text, "lm")
     return canvas.tensor()
 
 

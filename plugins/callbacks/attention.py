@@ -31,7 +31,7 @@ from .samples import (
     token_texts,
 )
 
-MAP = 80  # pixels of a map, so that four fit into a card of TensorBoard
+MAP = 80  # pixels of a map at least, so that four fit into a card of TensorBoard
 MOST_NAMED = 24  # tokens beside a map
 MOST_HEADS = 8
 MOST_LAYERS = 12
@@ -163,12 +163,15 @@ def attention_image(
     """
     layers = layers[:MOST_LAYERS]
     named = names is not None and len(names) <= MOST_NAMED
-    size = max(MAP, NAME * len(names)) if named and names is not None else MAP
     heads = min(MOST_HEADS, max(len(weights) for weights in layers))
     left = MARGIN if named else GAP
+    size = max(MAP, (drawing.CARD - left) // heads - GAP)
+    if named and names is not None:
+        size = max(size, NAME * len(names))
     top = LINE + (PICTURE if pictures is not None else 0) + 2 * GAP
     height = size + GAP + LINE
-    canvas = drawing.Canvas(left + heads * (size + GAP), top + len(layers) * height, 10)
+    width = max(drawing.CARD, left + heads * (size + GAP))
+    canvas = drawing.Canvas(width, top + len(layers) * height, 10)
     if pictures is not None:
         canvas.paste(pictures[0], left, GAP, PICTURE, PICTURE)
     canvas.text(left, top - LINE, label, "lm")

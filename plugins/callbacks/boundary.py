@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 GRID = 100  # points of the plane in each direction
-UNIT_GRID = 40  # the same for a hidden unit
+UNIT_GRID = 39  # the same for a hidden unit
 FRAME_MILLISECONDS = 150
 COLORS_OF_A_FRAME = 256
 MOST_LAYERS = 6
@@ -194,7 +194,7 @@ class Boundary(Callback):
 
     def _chart(self, regions: Tensor, title: str) -> Tensor:
         x, y = self.axes
-        chart = drawing.Chart(title, x, y, "x1", "x2", width=400, height=400)
+        chart = drawing.Chart(title, x, y, "x1", "x2", height=drawing.CARD)
         chart.background(regions)
         # Points of values may be nearly white.
         edge = EDGE if self.targets.is_floating_point() else drawing.WHITE
@@ -343,7 +343,7 @@ def units_picture(units: dict[str, Tensor]) -> Tensor | None:
         return None
     tile = UNIT_GRID + 4
     rows = {name: -(-len(values) // UNITS_IN_A_ROW) for name, values in units.items()}
-    width = UNITS_IN_A_ROW * tile + 4
+    width = max(drawing.CARD, UNITS_IN_A_ROW * tile + 4)
     canvas = drawing.Canvas(width, sum(20 + count * tile for count in rows.values()) + 6)
     top = 2
     for name, values in units.items():

@@ -21,10 +21,10 @@ from framework.contracts.state import Cadence
 
 from .samples import check_has_validation, is_due
 
-CELL = 24  # pixels
+CELL = 15  # pixels at least, for a card of TensorBoard
 MOST_NAMED = 20  # classes
 NAMES = 48  # pixels of the names of classes
-SIDE = 300  # pixels of a matrix without names
+FULL = (8, 48, 107)  # the color of all samples of a class
 MOST_CHARTED = 20  # classes; the colors of more lines cannot be told apart
 QUANTITIES = ("precision", "recall", "f1")
 
@@ -84,7 +84,7 @@ class Confusion(ClassCounts):
     """Shows the confusion matrix of the validation split.
 
     Rows are true classes, columns predicted classes. The loggers get it as an image
-    (white: all samples of the class; numbers are per cent; the diagonal is correct) and as a table
+    (dark: all samples of the class; numbers are per cent; the diagonal is correct) and as a table
     of counts. It reads the split a second time.
 
     Args:
@@ -113,11 +113,13 @@ def matrix_image(counts: Tensor, names: Sequence[str]) -> Tensor:
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     classes = len(counts)
     named = classes <= MOST_NAMED
-    cell = CELL if named else max(1, SIDE // classes)
     margin = NAMES if named else 0
+    cell = max(CELL if named else 1, (drawing.CARD - margin) // classes)
     side = margin + classes * cell
-    canvas = drawing.Canvas(side, side, 10)
-    canvas.paste(shares[None], margin, margin, classes * cell, classes * cell)
+    canvas = drawing.Canvas(max(drawing.CARD, side), side, 10)
+    full = torch.tensor(FULL).reshape(3, 1, 1) / 255
+    colors = 1 - shares * (1 - full)
+    canvas.paste(colors, margin, margin, classes * cell, classes * cell)
     if not named:
         return canvas.tensor()
     for row, name in enumerate(names):
@@ -125,7 +127,7 @@ def matrix_image(counts: Tensor, names: Sequence[str]) -> Tensor:
         canvas.text(margin - 4, middle, drawing.cut_to_width(canvas, name, margin - 6), "rm")
         canvas.text(middle, margin - 8, drawing.cut_to_width(canvas, name, cell - 2))
         for column, share in enumerate(shares[row].tolist()):
-            color = drawing.BLACK if share > 0.5 else drawing.WHITE
+            color = drawing.WHITE if share > 0.5 else drawing.BLACK
             if share >= 0.005:
                 at = margin + (column + 0.5) * cell
                 canvas.text(at, middle, f"{share:.0%}".removesuffix("%"), "mm", color)

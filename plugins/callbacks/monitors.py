@@ -229,7 +229,7 @@ class Augmented(Transform):
             captions = [""] * len(images)
             if isinstance(self.targets, Tensor):
                 captions = target_texts(self.targets, class_names(trainer.folder))
-            image = drawing.captioned(images, captions, columns=4, least=64)
+            image = drawing.captioned(images, captions)
             for logger in trainer.loggers:
                 logger.images("augmented", image, state.step)
         self.inputs = None

@@ -59,9 +59,9 @@ def test_a_legend_leaves_the_curve_visible():
 
 def test_images_are_enlarged_above_their_captions():
     image = captioned(torch.zeros(5, 1, 8, 8), ["one", "two\nlines", "a", "b", "c"])
-    assert image.shape == (1, 3, 2 * (96 + 38), 4 * 104)
+    assert image.shape == (1, 3, 2 * (72 + 38), drawing.CARD)
     assert image[0, :, 50, 50].max() == 0
-    assert image[0, :, 104:120, :96].min() < 0.5  # the first caption
+    assert image[0, :, 78:94, :70].min() < 0.5  # the first caption
 
 
 def test_a_caption_is_cut_to_its_width():
@@ -83,16 +83,23 @@ def test_a_heat_map_shows_numbers_as_colors(log):
     values = torch.tensor([[1.0, 100.0, torch.nan], [10.0, 1.0, 1.0]])
     image = drawing.heat_map("numbers", values, ["one", "two"], ["1", "2", "3"], log)
     assert image.shape[:2] == (1, 3)
-    cells = image[0, :, 30:70, 190:550].reshape(3, 2, 20, 3, 120)[:, :, 10, :, 60]
+    cells = image[0, :, 30:70, 125:278].reshape(3, 2, 20, 3, 51)[:, :, 10, :, 25]
     colors = (cells * 255).round().int()
     assert tuple(colors[:, 0, 0].tolist()) == drawing.HEAT[0]
     assert tuple(colors[:, 0, 1].tolist()) == drawing.HEAT[-1]
     assert tuple(colors[:, 0, 2].tolist()) == drawing.GRAY
     middle = tuple(colors[:, 1, 0].tolist())
+<<<<<<< HEAD
     halfway = drawing.pixels_of(drawing.colors_of(torch.tensor([[0.5]])))[0][0]
     assert (middle == halfway) == log, "10 is halfway between 1 and 100 in logarithms"
+=======
+    expected = torch.tensor(drawing.HEAT[4:6]).double().mean(0).tolist()
+    assert (middle == pytest.approx(expected, abs=1)) == log, (
+        "10 is halfway between 1 and 100 in logarithms"
+    )
+>>>>>>> monitoring
 
 
 def test_a_heat_map_without_a_known_number_is_gray():
     image = drawing.heat_map("numbers", torch.full((1, 2), torch.nan), ["one"], ["1", "2"])
-    assert (image[0, :, 40, 300] * 255).round().int().tolist() == list(drawing.GRAY)
+    assert (image[0, :, 40, 200] * 255).round().int().tolist() == list(drawing.GRAY)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.runtime.drawing import COLORS, GRAY, Axis, Chart, side_by_side
+from framework.runtime.drawing import COLORS, GRAY, Axis, Chart
 
 from .decisions import Decision, names_of
 
@@ -221,10 +221,9 @@ def curves_csv(curves: Curves) -> str:
     return text.getvalue()
 
 
-def draw_curves(curves: Curves) -> Tensor:
-    """Return the three charts side by side, as an image (1, 3, height, width) in [0, 1]."""
-    charts = [draw_pr(curves), draw_roc(curves), draw_calibration(curves.calibration)]
-    return side_by_side(charts)
+def draw_curves(curves: Curves) -> list[Tensor]:
+    """Return three charts of the same size, as images (1, 3, height, width) in [0, 1]."""
+    return [draw_pr(curves), draw_roc(curves), draw_calibration(curves.calibration)]
 
 
 def draw_pr(curves: Curves) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from framework.contracts.logger import Logger
@@ -22,9 +23,14 @@ from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
 from framework.registry.kinds import loggers
 from framework.runs import checkpoint
+<<<<<<< HEAD
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
 from framework.runtime.drawing import captioned
+=======
+from framework.runs.run_files import RunFiles, is_written
+from framework.runtime.drawing import captioned, side_by_side
+>>>>>>> monitoring
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
@@ -98,7 +104,7 @@ def save_curves(trained: Trained, curves: Curves, split: str) -> list[Path]:
     """Write the points as CSV and JSON, and the charts as a PNG; return the files."""
     content = curves.summary() | {"curves": asdict(curves)}
     return [
-        write(trained.run, f"curves-{split}.png", encode_png(draw_curves(curves))),
+        write(trained.run, f"curves-{split}.png", encode_png(side_by_side(draw_curves(curves)))),
         write(trained.run, f"curves-{split}.csv", curves_csv(curves)),
         write(trained.run, f"curves-{split}.json", as_json(content)),
     ]
@@ -200,7 +206,7 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
 
 
 def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, step: int) -> None:
-    """Record the charts as an image, and the curves of precision and recall of the classes.
+    """Record the charts as three images, and the curves of precision and recall of the classes.
 
     Args:
         logger: the logger.
@@ -209,7 +215,7 @@ def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, ste
         tag: such as "curves" or "test/curves".
         step: the optimizer steps done.
     """
-    logger.images(tag, draw_curves(curves), step)
+    logger.images(tag, torch.cat(draw_curves(curves)), step)
     for index, each in enumerate(curves.classes[:MOST_PR_CURVES]):
         if each.positives:
             labels = positives(decision, index)

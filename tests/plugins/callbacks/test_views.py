@@ -199,7 +199,7 @@ def test_speed_logs_the_use_of_the_device():
 def test_the_first_batch_is_shown_with_its_classes():
     shown, _ = fit(build("augmented", count=4, every="2epochs"))
     assert list(shown.pictures) == [("augmented", 1), ("augmented", 6)]
-    assert shown.pictures["augmented", 1].shape == (1, 3, 86, 288)
+    assert shown.pictures["augmented", 1].shape == (1, 3, 94, 350)
 
 
 def test_targets_as_texts():

@@ -9,7 +9,9 @@ import torch
 from werkzeug.test import Client
 
 import framework as fw
+from distributed_runs import run_in_processes
 from framework.experiment.experiment import Experiment
+from framework.tuning.vectorized.trainer import StackedTrainer
 from runs import cut_off_at, run_training
 
 with warnings.catch_warnings():
@@ -80,9 +82,8 @@ class Pages:
         return json.loads(answer.get_data())
 
 
-@pytest.fixture(scope="module", params=["uninterrupted", "killed and resumed"])
-def pages(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
+def train(root, killed=False):
+    """Train the run; the folder has its results."""
     overrides = [*OVERRIDES, f"run.root={root}"]
     make_trainer = Experiment.trainer
 
@@ -93,11 +94,20 @@ def pages(request, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experiment, "trainer", with_curve)
-        if request.param == "killed and resumed":
+        if killed:
             with cut_off_at(12, patch):
                 run_training(*overrides)
             overrides.append("resume=auto")
         run_training(*overrides)
+
+
+@pytest.fixture(scope="module", params=["uninterrupted", "killed and resumed", "two processes"])
+def pages(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    if request.param == "two processes":
+        run_in_processes(train, 2, tmp_path_factory.mktemp("results"), root)
+    else:
+        train(root, killed=request.param == "killed and resumed")
     return Pages(root)
 
 
@@ -206,3 +216,40 @@ def test_hparams_have_the_test_values(pages):
     assert {"optimizer.lr", "test/accuracy", "test/loss"} <= set(names)
     metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
     assert "val/loss" in metrics
+
+
+def test_stacked_trials_have_the_pages_of_a_single_run(command, tmp_path, monkeypatch):
+    stacked = []
+    run_stacked = StackedTrainer.run
+    monkeypatch.setattr(StackedTrainer, "run", lambda trainer: stacked.append(run_stacked(trainer)))
+    callbacks = "confusion,per_class,histograms,curves,worst,embeddings,speed"
+    line = (
+        "train data=digits loader.batch_size=252 trainer.max_epochs=3 trainer.log_every=2steps"
+        f" callbacks=[checkpoint,health,{callbacks}] callbacks.health.every=5steps"
+        " loggers=[tensorboard] -m optimizer.lr=1e-3,1e-2 hydra/launcher=vectorized"
+        " hydra.launcher.processes=1 sweep.name=s"
+    )
+    status, _, err = command(line)
+    assert status == 0, err
+    assert len(stacked) == 1
+    pages = Pages(tmp_path / "runs/default/s")
+    for run in ("000_lr-0.001", "001_lr-0.01"):
+        for tag in pages.get("scalars/tags")[run]:
+            points = pages.get("scalars/scalars", run=run, tag=tag)
+            logged = [2, 4, 5, 6, 8, 10, 12, 14, 15]
+            assert steps_of(points) == (list(STEPS) if tag.startswith("val") else logged), tag
+        images = pages.get("images/tags")[run]
+        assert {"confusion", "curves", "worst/images"} <= set(images)
+        for tag in ("confusion", "curves", "worst/images"):
+            found = pages.get("images/images", run=run, tag=tag, sample=0)
+            assert [image["step"] for image in found] == list(STEPS), tag
+        for tag in pages.get("histograms/tags")[run]:
+            points = pages.get("histograms/histograms", run=run, tag=tag)
+            first = [1, 6, 11]  # of each epoch; weights are also logged at the end
+            assert steps_of(points) == [*first, *([15] if "weights" in tag else [])], tag
+        texts = pages.get("text/tags")[run]
+        assert set(texts) >= {"config", "layers", "confusion/counts", "per_class", "health"}
+        curves = pages.get("pr_curves/pr_curves", run=run, tag="curves/3")[run]
+        assert [curve["step"] for curve in curves] == list(STEPS)
+        info = pages.get("projector/info", run=run)
+        assert info["embeddings"][0]["tensorName"] == "features (step 15)"
