@@ -284,9 +284,6 @@ def test_overhead_prints_its_three_tables(capsys):
     assert found["0"][1] == "1.000"
 
 
-<<<<<<< HEAD
-def test_sweep_counts_the_trials_of_each_launcher(monkeypatch, capsys):
-=======
 class Fits:
     """A process of `monitoring` in which each callback costs a tenth of the fit."""
 
@@ -320,9 +317,7 @@ def test_a_fit_of_monitoring_trains_and_measures_it():
     assert 0 < times["seconds"] < 60
 
 
-@pytest.mark.parametrize("model", sweep.MODELS)
-def test_sweep_counts_the_trials_of_each_launcher(model, monkeypatch, capsys):
->>>>>>> monitoring
+def test_sweep_counts_the_trials_of_each_launcher(monkeypatch, capsys):
     launchers = {name: sweep.LAUNCHERS[name] for name in ("vectorized", "Hydra's basic")}
     monkeypatch.setattr(sweep, "LAUNCHERS", launchers)
     assert sweep.sweep(["mlp"], trials=[2], rounds=1, epochs=1) == 0

@@ -89,15 +89,8 @@ def test_a_heat_map_shows_numbers_as_colors(log):
     assert tuple(colors[:, 0, 1].tolist()) == drawing.HEAT[-1]
     assert tuple(colors[:, 0, 2].tolist()) == drawing.GRAY
     middle = tuple(colors[:, 1, 0].tolist())
-<<<<<<< HEAD
     halfway = drawing.pixels_of(drawing.colors_of(torch.tensor([[0.5]])))[0][0]
     assert (middle == halfway) == log, "10 is halfway between 1 and 100 in logarithms"
-=======
-    expected = torch.tensor(drawing.HEAT[4:6]).double().mean(0).tolist()
-    assert (middle == pytest.approx(expected, abs=1)) == log, (
-        "10 is halfway between 1 and 100 in logarithms"
-    )
->>>>>>> monitoring
 
 
 def test_a_heat_map_without_a_known_number_is_gray():

@@ -23,14 +23,9 @@ from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
 from framework.registry.kinds import loggers
 from framework.runs import checkpoint
-<<<<<<< HEAD
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
-from framework.runtime.drawing import captioned
-=======
-from framework.runs.run_files import RunFiles, is_written
 from framework.runtime.drawing import captioned, side_by_side
->>>>>>> monitoring
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
