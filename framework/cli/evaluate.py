@@ -14,7 +14,6 @@ from framework.errors.terminal import print_line, printable
 
 from . import help_texts
 from .json_output import print_json
-from .output import print_values
 from .parsers import CHECKPOINT, JSON, RUN, Parser, opened_run
 
 MOST_COLUMNS = 12  # of a table; further columns of the inputs are in the JSON file
@@ -31,6 +30,8 @@ def evaluate(arguments: list[str]) -> None:
         if args.json:
             print_json({"metrics": values})
         else:
+            from .output import print_values  # it imports torch
+
             print_values(values, trained.checkpoint)
         return
     data = trained.read_data() if args.data is None else trained.read_labelled(args.data)
