@@ -130,9 +130,9 @@ def install(filling: Filling, disk: Disk) -> None:
     real_append = AppendFile.append
     real_checkpoint = writing.write
 
-    def write_and_rename(directory: int, temporary: str, name: str, pieces: Any) -> None:
-        before_write(name)
-        real_write(directory, temporary, name, pieces)
+    def write_and_rename(directory: int, temporary: str, path: Path, *content: Any) -> None:
+        before_write(path.name)
+        real_write(directory, temporary, path, *content)
 
     def append(self: AppendFile, record: bytes) -> None:
         size = os.fstat(self.file.fileno()).st_size
