@@ -54,6 +54,7 @@ OTHER_TASKS = {
     "attention",
     "filters",
     "sounds",
+    "boundary",
 }
 """Callbacks that need another task, model or search; a test below covers those that keep state."""
 

@@ -322,7 +322,7 @@ class Health(Callback):
             "messages": list(self.messages),
             "names": list(self.names),
             "steps": list(self.steps),
-            "history": self.history,
+            "history": self.history.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,7 +330,8 @@ class Health(Callback):
         self.messages = list(state.get("messages", []))
         self.names = list(state.get("names", []))
         self.steps = list(state.get("steps", []))
-        self.history = state.get("history", self.history).cpu()
+        shape = (len(self.steps), len(QUANTITIES), len(self.names))
+        self.history = torch.tensor(state.get("history", [])).reshape(shape)
 
 
 def is_due_by_default(step: int, trials: int) -> bool:

@@ -268,7 +268,7 @@ class Watch:
         """Return the counts as plain types, without the dead units of the last observations."""
         streaks = [[*problem, *streak] for problem, streak in self.streaks.items()]
         return {
-            "first_loss": self.first_loss,
+            "first_loss": None if math.isnan(self.first_loss) else self.first_loss,
             "losses": list(self.losses),
             "streaks": streaks,
             "reported": [list(each) for each in sorted(self.reported)],
@@ -370,7 +370,8 @@ def describe_others(rows: Iterable[int], worst: int) -> str:
 
 def restored_watch(state: Mapping[str, Any]) -> Watch:
     """Return a `Watch` with a result of its `state_dict`."""
-    watch = Watch(first_loss=state.get("first_loss", nan))
+    first_loss = state.get("first_loss")
+    watch = Watch(first_loss=nan if first_loss is None else first_loss)
     watch.losses.extend(state.get("losses", []))
     for name, row, count, first in state.get("streaks", []):
         watch.streaks[name, row] = (count, first)
