@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
-    Batch,
     Callback,
     Context,
     Every,
@@ -19,12 +18,10 @@ from framework import (
     callbacks,
     drawing,
     files,
-    is_in_memory,
-    move_batch,
-    seeds,
-    whole_batches,
 )
 from framework.contracts.state import Cadence
+
+from .samples import spread_samples
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -252,22 +249,7 @@ def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
     Raises:
         SettingError: the data has other inputs or targets.
     """
-    split = trainer.train_batches.split
-    if split is not None and is_in_memory(split):
-        rows = torch.linspace(0, len(split) - 1, min(most, len(split))).round().long()
-        return inputs_and_targets(trainer, split[rows])
-    found: list[tuple[Tensor, Tensor]] = []
-    with seeds.undisturbed(), whole_batches(trainer.train_batches):
-        for batch in trainer.train_batches.epoch():
-            found.append(inputs_and_targets(trainer, batch))
-            if sum(len(inputs) for inputs, _ in found) >= most:
-                break
-    inputs, targets = (torch.cat(parts)[:most] for parts in zip(*found, strict=True))
-    return inputs, targets
-
-
-def inputs_and_targets(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a batch, and its targets in the task, on the CPU."""
+    batch = spread_samples(trainer, most, trainer.train_batches)
     inputs = trainer.task.fields.only_input(batch)
     shape = tuple(inputs.shape[1:])
     if shape != (2,) or not inputs.is_floating_point():
@@ -279,7 +261,7 @@ def inputs_and_targets(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     model = copy.deepcopy(trainer.model)
     with trainer.precision.inference(model):
-        step = trainer.task.step(model, move_batch(batch, trainer.device))
+        step = trainer.task.step(model, batch)
     targets = step.targets
     if not isinstance(targets, Tensor) or targets.shape not in ((len(inputs),), (len(inputs), 1)):
         raise SettingError(f"{NEEDS} one class or one value for each sample")
