@@ -216,10 +216,9 @@ class Boundary(Callback):
 
     def _add_frame(self, trainer: Context, picture: Tensor) -> None:
         """Append a picture (1, 3, H, W) to boundary.gif, which is complete after each of them."""
-        from PIL import GifImagePlugin, Image
+        from PIL import GifImagePlugin, Image  # only a run that draws needs them
 
-        pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).contiguous()
-        image = Image.fromarray(pixels.numpy()).quantize(
+        image = drawing.as_pillow(picture[0]).quantize(
             COLORS_OF_A_FRAME, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
         )
         record = b"".join(

@@ -15,6 +15,7 @@ from framework import (
     class_names,
     drawing,
     evaluation,
+    markdown,
     names_or_numbers,
 )
 from framework.contracts.state import Cadence
@@ -194,11 +195,11 @@ def class_scores(counts: Tensor) -> list[list[float]]:
 
 def scores_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Return the result of `class_scores` as a markdown table, the lowest F1 first."""
-    lines = ["| class | precision | recall | F1 | samples |", "|---|--:|--:|--:|--:|"]
+    cells = []
     for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[1][2]):
-        precision, recall, f1, samples = row
-        lines.append(f"| {name} | {precision:.3f} | {recall:.3f} | {f1:.3f} | {samples:.0f} |")
-    return "\n".join(lines)
+        *scores, samples = row
+        cells.append([name, *(f"{score:.3f}" for score in scores), f"{samples:.0f}"])
+    return markdown.table(["class", "precision", "recall", "F1", "samples"], cells, texts=1)
 
 
 def count_pairs(trainer: Context, name: str) -> Tensor:
@@ -233,7 +234,5 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
 
 def counts_table(counts: Tensor, names: Sequence[str]) -> str:
     """Return the counts as a markdown table."""
-    lines = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for name, row in zip(names, counts.long().tolist(), strict=True):
-        lines.append(f"| {name} | {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
+    rows = [[name, *row] for name, row in zip(names, counts.long().tolist(), strict=True)]
+    return markdown.table(["is \\ taken for", *names], rows)

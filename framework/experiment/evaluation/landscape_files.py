@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.runtime.drawing import Axis, Chart, color_bar, contours, side_by_side
+from framework.runtime.drawing import Axis, Chart, color_bar, contours, encode_png, side_by_side
 
 from .landscape import Landscape
-from .reports import encode_png, finite, write
+from .reports import finite, write
 
 WIDE = 20.0  # ratio of the highest and the lowest loss, from which the scale is logarithmic
 PATH_COLOR = (213, 94, 0)
@@ -71,7 +71,7 @@ def save_landscapes(landscapes: Sequence[Landscape]) -> list[Path]:
     content = [as_dict(each) for each in landscapes]
     text = json.dumps(content, indent=None, ensure_ascii=False) + "\n"
     return [
-        write(run, "landscape.png", encode_png(draw_landscapes(landscapes))),
+        write(run, "landscape.png", encode_png(draw_landscapes(landscapes)[0])),
         write(run, "landscape.json", text),
     ]
 

@@ -12,6 +12,7 @@ from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.dataset import Data, Scale, Shown, names_or_numbers
 from framework.errors import DataError
+from framework.runtime import markdown
 
 from .decisions import Decision, decide
 from .samples import Measured, Rows, read_rows, row_losses
@@ -177,11 +178,8 @@ class Worst:
         rows = self.rows()
         if not rows:
             return ""
-        lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        for row in rows:
-            cells = [text_of(cell).replace("|", "\\|").replace("\n", " ") for cell in row.values()]
-            lines.append("| " + " | ".join(cell[:CUT] for cell in cells) + " |")
-        return "\n".join(lines)
+        cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]
+        return markdown.table(list(rows[0]), cells)
 
 
 def percentage(cells: Mapping[str, Any]) -> str:
