@@ -66,19 +66,18 @@ def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dic
     """Measure worst samples and curves, write them, print them; return the JSON document."""
     from framework.experiment.evaluation import reports
 
-    name = split if args.data is None else "data"
+    name = split if args.data is None else "data"  # of the results
     document: dict[str, Any] = {"run": str(trained.run), "checkpoint": str(trained.checkpoint)}
     document["split"] = name
     files: list[Path] = []
     # everything is measured before the first file is written: a wrong input leaves nothing
     worst = None
     if args.worst is not None:
-        source = split if args.data is None else "test"
-        worst = reports.worst_of_run(trained, data, source, args.worst)
+        worst = reports.worst_of_run(trained, data, split, args.worst)
         document["worst"] = worst.rows()
     curves = None
     if args.curves:
-        decision = reports.decisions_of_run(trained, data, split if args.data is None else "test")
+        decision = reports.decisions_of_run(trained, data, split)
         curves = reports.curves_of_run(trained, decision)
         document["curves"] = curves.summary()
     if worst is not None:

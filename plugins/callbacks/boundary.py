@@ -33,8 +33,7 @@ COLORS_OF_A_FRAME = 256
 MOST_LAYERS = 6
 UNITS_IN_A_ROW = 8
 LIGHT = 0.45  # share of the color of a class in its region; the rest is white
-LOW = (0, 114, 178)
-HIGH = (213, 94, 0)
+LOW, HIGH = drawing.COLORS[:2]
 EDGE = (120, 120, 120)
 NEEDS = "callbacks.boundary needs"
 
@@ -130,8 +129,7 @@ class Boundary(Callback):
             row = min(2 * rows - 1, int((1 - up) * 2 * rows))
             column = min(2 * rows - 1, int(across * 2 * rows))
             picture[:, row, column] = torch.tensor(color) / 255
-        pixels = (picture * 255).round().int().permute(1, 2, 0).tolist()
-        return Text("\n").join(plot.half_blocks(pixels))
+        return Text("\n").join(plot.half_blocks(drawing.pixels_of(picture)))
 
     def _draw(self, trainer: Context) -> None:
         state = trainer.state
@@ -146,7 +144,9 @@ class Boundary(Callback):
             if units is not None:
                 logger.images("boundary/units", units, state.step)
         if trainer.folder is not None:
-            self._add_frame(trainer, chart if units is None else beside(chart, units))
+            self._add_frame(
+                trainer, chart if units is None else drawing.side_by_side([chart, units])
+            )
 
     def _measure(self, trainer: Context) -> Plane:
         """Return the outputs of a copy of the model over the plane."""
@@ -340,13 +340,6 @@ def units_picture(units: dict[str, Tensor]) -> Tensor | None:
             canvas.paste(colors, left, above, UNIT_GRID, UNIT_GRID)
         top += 20 + rows[name] * tile
     return canvas.tensor()
-
-
-def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Return two images (1, 3, H, W) next to each other, on white."""
-    height = max(left.shape[2], right.shape[2])
-    parts = [F.pad(each, (0, 0, 0, height - each.shape[2]), value=1.0) for each in (left, right)]
-    return torch.cat(parts, dim=3)
 
 
 def class_colors(classes: int) -> Tensor:
