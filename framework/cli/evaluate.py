@@ -11,6 +11,7 @@ from rich.text import Text
 from framework.errors import FrameworkError
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable
+from framework.runtime.console import console, empty_table
 
 from . import help_texts
 from .json_output import print_json
@@ -99,8 +100,6 @@ def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dic
 
 def print_report(worst: Any, curves: Any, files: Sequence[Path], trained: Any) -> None:
     """Print the tables, the files and the checkpoint."""
-    from framework.runtime.console import console
-
     output = console()
     if worst is not None:
         output.print(worst_table(worst.rows()))
@@ -146,11 +145,6 @@ def curves_table(summary: Mapping[str, Any]) -> Table:
     mean = [cell_text(summary["average_precision"]), cell_text(summary["auc"])]
     table.add_row(Text("mean", "bold"), str(summary["samples"]), *mean)
     return table
-
-
-def empty_table() -> Table:
-    """Return a table without borders."""
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def cell_text(value: Any) -> str:

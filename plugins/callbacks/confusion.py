@@ -94,9 +94,6 @@ class Confusion(ClassCounts):
 
     name = "confusion"
 
-    def __init__(self, every: Every = "1epoch"):
-        super().__init__(every)
-
     def show(self, trainer: Context, counts: Tensor) -> None:
         names = names_or_numbers(class_names(trainer.folder), len(counts))
         image = matrix_image(counts, names)
@@ -148,9 +145,6 @@ class PerClass(ClassCounts):
     """
 
     name = "per_class"
-
-    def __init__(self, every: Every = "1epoch"):
-        super().__init__(every)
 
     def on_fit_start(self, trainer: Context) -> None:
         super().on_fit_start(trainer)
