@@ -45,6 +45,7 @@ SETTINGS = {
     "worst": {"count": 3, "every": "2epochs"},
 }
 OTHER_TASKS = {
+    "boundary",
     "pictures",
     "sample_distance",
     "predictions",
