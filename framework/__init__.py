@@ -99,12 +99,13 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import Batches as Batches, count_steps as count_steps
-    from .data.batch_slice import whole_batches as whole_batches, with_stand_ins as with_stand_ins
+    from .data.batch_slice import whole_batches as whole_batches
     from .data.dataset import (
+        check_has_validation as check_has_validation,
         check_read_again as check_read_again,
         class_names as class_names,
-        data_fact as data_fact,
         is_in_memory as is_in_memory,
+        names_or_numbers as names_or_numbers,
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
     from .experiment.evaluation import (
@@ -121,6 +122,7 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         distributed_checkpoint as distributed_checkpoint,
         drawing as drawing,
         dtensors as dtensors,
+        markdown as markdown,
         memory as memory,
         notebook as notebook,
         plot as plot,
@@ -286,12 +288,12 @@ _NAMES = {
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "ShardedWriter": "runs.sharded_writer",
     "Writer": "runs.background_writer",
+    "check_has_validation": "data.dataset",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",
     "count_rows": "runtime.batch",
     "count_steps": "data.accumulation",
-    "data_fact": "data.dataset",
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
     "join_rows": "runtime.batch",
@@ -299,6 +301,7 @@ _NAMES = {
     "map_rows": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "move_batch": "runtime.batch",
+    "names_or_numbers": "data.dataset",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.trained.load",
     "pairwise_sum": "runtime.pairwise",
@@ -310,7 +313,6 @@ _NAMES = {
     "state_after_a_step": "training.optimizer_state",
     "version_of": "runtime.torch_internals.tensor_version",
     "whole_batches": "data.batch_slice",
-    "with_stand_ins": "data.batch_slice",
     "without_view": "runtime.torch_internals.views",
 }
 _MODULES = {  # not public: for the built-in plugins only
@@ -321,6 +323,7 @@ _MODULES = {  # not public: for the built-in plugins only
     "evaluation": "experiment.evaluation.within_fit",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
+    "markdown": "runtime.markdown",
     "memory": "runtime.memory",
     "notebook": "runtime.notebook",
     "paths": "errors.paths",

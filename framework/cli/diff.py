@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from framework.contracts.history import Curve
@@ -27,7 +26,7 @@ from framework.runs.overview.diff import (
     same_content,
 )
 from framework.runs.run_files import RunFiles, is_sweep, run_files, trials_in
-from framework.runtime.console import console
+from framework.runtime.console import console, empty_table
 from framework.runtime.plot import braille, ends, evenly_spaced, with_labels
 
 from . import help_texts
@@ -163,7 +162,7 @@ def section(
         return
     if name != "settings":
         yield Text()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = empty_table()
     table.add_column(Text(name), overflow="fold")
     for run in found.names:
         table.add_column(Text(title(run)), overflow="fold")

@@ -11,6 +11,7 @@ from rich.text import Text
 from framework.errors import FrameworkError
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable
+from framework.runtime.console import console, empty_table
 
 from . import help_texts
 from .json_output import print_json
@@ -67,19 +68,18 @@ def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dic
     """Measure worst samples and curves, write them, print them; return the JSON document."""
     from framework.experiment.evaluation import reports
 
-    name = split if args.data is None else "data"
+    name = split if args.data is None else "data"  # of the results
     document: dict[str, Any] = {"run": str(trained.run), "checkpoint": str(trained.checkpoint)}
     document["split"] = name
     files: list[Path] = []
     # everything is measured before the first file is written: a wrong input leaves nothing
     worst = None
     if args.worst is not None:
-        source = split if args.data is None else "test"
-        worst = reports.worst_of_run(trained, data, source, args.worst)
+        worst = reports.worst_of_run(trained, data, split, args.worst)
         document["worst"] = worst.rows()
     curves = None
     if args.curves:
-        decision = reports.decisions_of_run(trained, data, split if args.data is None else "test")
+        decision = reports.decisions_of_run(trained, data, split)
         curves = reports.curves_of_run(trained, decision)
         document["curves"] = curves.summary()
     if worst is not None:
@@ -101,8 +101,6 @@ def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dic
 
 def print_report(worst: Any, curves: Any, files: Sequence[Path], trained: Any) -> None:
     """Print the tables, the files and the checkpoint."""
-    from framework.runtime.console import console
-
     output = console()
     if worst is not None:
         output.print(worst_table(worst.rows()))
@@ -148,11 +146,6 @@ def curves_table(summary: Mapping[str, Any]) -> Table:
     mean = [cell_text(summary["average_precision"]), cell_text(summary["auc"])]
     table.add_row(Text("mean", "bold"), str(summary["samples"]), *mean)
     return table
-
-
-def empty_table() -> Table:
-    """Return a table without borders."""
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def cell_text(value: Any) -> str:

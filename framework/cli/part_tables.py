@@ -14,6 +14,7 @@ from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
 from framework.registry.signatures import plain_math
+from framework.runtime.console import empty_table
 
 Part = dict[str, Any]
 """A part, as `part_as_dict` returns it."""
@@ -94,11 +95,6 @@ def list_kinds(index: Index) -> RenderableType:
         key = line(kind["key"], most=LONGEST_NAME)
         table.add_row(key, str(len(kind["parts"])), line(kind["doc"]))
     return table
-
-
-def empty_table() -> Table:
-    """Return a table without borders."""
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def parts_table(index: Index, kind: str) -> RenderableType:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from framework.errors import DataError, FrameworkError, RunError
+from framework.errors import DataError, FrameworkError, RunError, SettingError
 from framework.registry.annotations import NonNegativeFloat, PositiveInt, Range
 from framework.registry.kinds import Shape
 from framework.runtime import seeds
@@ -334,9 +334,9 @@ class Data:
             split: the name of the split.
             samples: their numbers in the split, counted from 0.
         """
-        files = getattr(getattr(self, split), "files", None)
-        if files is not None:
-            return {"file": [str(files[sample]) for sample in samples]}
+        columns = file_names(getattr(self, split), samples)
+        if columns:
+            return columns
         rows = self.rows.get(split)
         if rows is None or len(rows) != known_length(getattr(self, split)):
             return {}
@@ -768,14 +768,31 @@ def check_read_again(batches: Loader | ForeignLoader, reader: str) -> None:
         )
 
 
-def data_fact(run: Path | None, name: str) -> Any:
-    """Return a fact of the data of a run, such as "sample_rate"; None if it is missing."""
-    if run is None:
-        return None
-    try:
-        return read_json(run, "facts.json")["data"].get(name)
-    except (OSError, RunError, LookupError, TypeError, AttributeError):
-        return None
+def check_has_validation(batches: Loader | ForeignLoader | None, reader: str) -> None:
+    """Check that there is validation data that a callback can read again.
+
+    Args:
+        batches: the validation data.
+        reader: the callback for the message, such as "callbacks.worst".
+
+    Raises:
+        SettingError: there is none.
+        DataError: it can be read only once.
+    """
+    if batches is None:
+        raise SettingError(f"{reader}: expected a validation split, but the data has none")
+    check_read_again(batches, reader)
+
+
+def names_or_numbers(names: Sequence[str], count: int) -> list[str]:
+    """Return the names of classes; their numbers if the names are unknown."""
+    return list(names) if len(names) == count else [str(index) for index in range(count)]
+
+
+def file_names(split: Any, samples: Sequence[int]) -> dict[str, list[Any]]:
+    """Return the file of each sample as the column "file"; no column if the split has no files."""
+    files = getattr(split, "files", None)
+    return {} if files is None else {"file": [str(files[sample]) for sample in samples]}
 
 
 def class_names(run: Path | None) -> list[str]:

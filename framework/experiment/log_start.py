@@ -9,7 +9,7 @@ from framework.contracts.logger import Logger
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Loader
 from framework.runs.folder import dump
-from framework.runtime import seeds
+from framework.runtime import markdown, seeds
 from framework.runtime.batch import is_flat, select_rows
 from framework.training.layer_table import read_layers
 
@@ -72,16 +72,14 @@ def indented(text: str) -> str:
 def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
     """Return the table of layers in Markdown."""
     layers, _ = read_layers(model, batch, task)
-    rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
+    rows = []
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
-        rows.append(
-            f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |"
-        )
+        rows.append([layer.name, layer.type, shape, f"{layer.parameters:,}", f"{layer.flops:,}"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = sum(layer.flops for layer in layers)
-    rows.append(f"| total | | | {parameters:,} | {flops:,} |")
-    return "\n".join(rows)
+    rows.append(["total", "", "", f"{parameters:,}", f"{flops:,}"])
+    return markdown.table(["layer", "type", "output", "parameters", "FLOPs"], rows, texts=3)
 
 
 def first_batch(batches: Loader) -> Batch:

@@ -6,6 +6,7 @@ from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from framework.errors.terminal import printable, printable_lines
@@ -29,6 +30,11 @@ class PrintableConsole(Console):
                 yield Segment(printable_lines(segment.text), segment.style)
             else:
                 yield segment
+
+
+def empty_table() -> Table:
+    """Return a table without borders."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def console(file: IO[str] | None = None) -> Console:

@@ -3,14 +3,19 @@
 They are drawn with Pillow, which TensorBoard requires, at twice their size and then reduced.
 """
 
+import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .axis import Axis as Axis
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CARD = 350
 """Pixels of the width of an image in TensorBoard, which enlarges and reduces others unevenly."""
@@ -78,12 +83,9 @@ class Canvas:
         """Draw an image (1 or 3, H, W) in [0, 1] into a rectangle, with sharp pixels."""
         from PIL import Image
 
-        pixels = (picture.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu()
-        pixels = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
-        drawn = Image.fromarray(pixels.numpy()).resize(
-            (2 * width, 2 * height), Image.Resampling.BOX
-        )
-        self.image.paste(drawn, (2 * left, 2 * top))
+        drawn = as_pillow(picture.expand(3, -1, -1))
+        resized = drawn.resize((2 * width, 2 * height), Image.Resampling.BOX)
+        self.image.paste(resized, (2 * left, 2 * top))
 
     def tensor(self) -> Tensor:
         """Return the image as (1, 3, H, W) in [0, 1]."""
@@ -304,6 +306,22 @@ def captioned(images: Tensor, captions: Sequence[str], columns: int = 4) -> Tens
             text = cut_to_width(canvas, line, column - 6)
             canvas.text(left, top + height + 9 + 16 * row, text, "lm")
     return canvas.tensor()
+
+
+def as_pillow(picture: Tensor) -> "Image":
+    """Return an image (1 or 3, H, W) in [0, 1] as one of Pillow with 8 bits per channel."""
+    from PIL import Image
+
+    pixels = (picture.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu()
+    channels_last = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    return Image.fromarray(channels_last.contiguous().numpy())
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """Encode an image (1 or 3, H, W) in [0, 1] as a PNG with 8 bits per channel."""
+    buffer = io.BytesIO()
+    as_pillow(picture).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def cut_to_width(canvas: Canvas, text: str, width: int) -> str:

@@ -16,6 +16,7 @@ from framework import (
     PositiveInt,
     SettingError,
     callbacks,
+    check_has_validation,
     drawing,
     map_rows,
 )
@@ -23,7 +24,6 @@ from framework.contracts.state import Cadence
 
 from .samples import (
     as_pictures,
-    check_has_validation,
     is_due,
     labels_of,
     model_outputs,
@@ -63,7 +63,7 @@ class AttentionMaps(Callback):
         self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer, "attention")
+        check_has_validation(trainer.val_batches, "callbacks.attention")
 
     def on_validation_end(self, trainer: Context) -> None:
         if is_due(self.cadence, trainer.state):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
-    Batch,
     Callback,
     Context,
     Every,
@@ -19,12 +18,10 @@ from framework import (
     callbacks,
     drawing,
     files,
-    is_in_memory,
-    move_batch,
-    seeds,
-    whole_batches,
 )
 from framework.contracts.state import Cadence
+
+from .samples import spread_samples
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,8 +33,7 @@ COLORS_OF_A_FRAME = 256
 MOST_LAYERS = 6
 UNITS_IN_A_ROW = 8
 LIGHT = 0.45  # share of the color of a class in its region; the rest is white
-LOW = (0, 114, 178)
-HIGH = (213, 94, 0)
+LOW, HIGH = drawing.COLORS[:2]
 EDGE = (120, 120, 120)
 NEEDS = "callbacks.boundary needs"
 
@@ -133,8 +129,7 @@ class Boundary(Callback):
             row = min(2 * rows - 1, int((1 - up) * 2 * rows))
             column = min(2 * rows - 1, int(across * 2 * rows))
             picture[:, row, column] = torch.tensor(color) / 255
-        pixels = (picture * 255).round().int().permute(1, 2, 0).tolist()
-        return Text("\n").join(plot.half_blocks(pixels))
+        return Text("\n").join(plot.half_blocks(drawing.pixels_of(picture)))
 
     def _draw(self, trainer: Context) -> None:
         state = trainer.state
@@ -149,7 +144,9 @@ class Boundary(Callback):
             if units is not None:
                 logger.images("boundary/units", units, state.step)
         if trainer.folder is not None:
-            self._add_frame(trainer, chart if units is None else beside(chart, units))
+            self._add_frame(
+                trainer, chart if units is None else drawing.side_by_side([chart, units])
+            )
 
     def _measure(self, trainer: Context) -> Plane:
         """Return the outputs of a copy of the model over the plane."""
@@ -219,10 +216,9 @@ class Boundary(Callback):
 
     def _add_frame(self, trainer: Context, picture: Tensor) -> None:
         """Append a picture (1, 3, H, W) to boundary.gif, which is complete after each of them."""
-        from PIL import GifImagePlugin, Image
+        from PIL import GifImagePlugin, Image  # only a run that draws needs them
 
-        pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).contiguous()
-        image = Image.fromarray(pixels.numpy()).quantize(
+        image = drawing.as_pillow(picture[0]).quantize(
             COLORS_OF_A_FRAME, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
         )
         record = b"".join(
@@ -252,22 +248,7 @@ def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
     Raises:
         SettingError: the data has other inputs or targets.
     """
-    split = trainer.train_batches.split
-    if split is not None and is_in_memory(split):
-        rows = torch.linspace(0, len(split) - 1, min(most, len(split))).round().long()
-        return inputs_and_targets(trainer, split[rows])
-    found: list[tuple[Tensor, Tensor]] = []
-    with seeds.undisturbed(), whole_batches(trainer.train_batches):
-        for batch in trainer.train_batches.epoch():
-            found.append(inputs_and_targets(trainer, batch))
-            if sum(len(inputs) for inputs, _ in found) >= most:
-                break
-    inputs, targets = (torch.cat(parts)[:most] for parts in zip(*found, strict=True))
-    return inputs, targets
-
-
-def inputs_and_targets(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a batch, and its targets in the task, on the CPU."""
+    batch = spread_samples(trainer, most, trainer.train_batches)
     inputs = trainer.task.fields.only_input(batch)
     shape = tuple(inputs.shape[1:])
     if shape != (2,) or not inputs.is_floating_point():
@@ -279,7 +260,7 @@ def inputs_and_targets(trainer: Context, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     model = copy.deepcopy(trainer.model)
     with trainer.precision.inference(model):
-        step = trainer.task.step(model, move_batch(batch, trainer.device))
+        step = trainer.task.step(model, batch)
     targets = step.targets
     if not isinstance(targets, Tensor) or targets.shape not in ((len(inputs),), (len(inputs), 1)):
         raise SettingError(f"{NEEDS} one class or one value for each sample")
@@ -359,13 +340,6 @@ def units_picture(units: dict[str, Tensor]) -> Tensor | None:
             canvas.paste(colors, left, above, UNIT_GRID, UNIT_GRID)
         top += 20 + rows[name] * tile
     return canvas.tensor()
-
-
-def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Return two images (1, 3, H, W) next to each other, on white."""
-    height = max(left.shape[2], right.shape[2])
-    parts = [F.pad(each, (0, 0, 0, height - each.shape[2]), value=1.0) for each in (left, right)]
-    return torch.cat(parts, dim=3)
 
 
 def class_colors(classes: int) -> Tensor:

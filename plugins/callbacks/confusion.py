@@ -11,15 +11,16 @@ from framework import (
     Every,
     SettingError,
     callbacks,
+    check_has_validation,
     class_names,
     drawing,
-    dtensors,
-    move_batch,
-    with_stand_ins,
+    evaluation,
+    markdown,
+    names_or_numbers,
 )
 from framework.contracts.state import Cadence
 
-from .samples import check_has_validation, is_due
+from .samples import is_due
 
 CELL = 15  # pixels at least, for a card of TensorBoard
 MOST_NAMED = 20  # classes
@@ -52,7 +53,7 @@ class ClassCounts(Callback):
         self.counted_step = -1
 
     def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer, self.name)
+        check_has_validation(trainer.val_batches, f"callbacks.{self.name}")
 
     def on_validation_end(self, trainer: Context) -> None:
         state = trainer.state
@@ -93,13 +94,10 @@ class Confusion(ClassCounts):
 
     name = "confusion"
 
-    def __init__(self, every: Every = "1epoch"):
-        super().__init__(every)
-
     def show(self, trainer: Context, counts: Tensor) -> None:
-        names = names_of_classes(trainer, len(counts))
+        names = names_or_numbers(class_names(trainer.folder), len(counts))
         image = matrix_image(counts, names)
-        table = counts_table(counts, trainer)
+        table = counts_table(counts, names)
         for logger in trainer.loggers:
             logger.images("confusion", image, trainer.state.step)
             logger.text("confusion/counts", table, trainer.state.step)
@@ -150,9 +148,6 @@ class PerClass(ClassCounts):
 
     name = "per_class"
 
-    def __init__(self, every: Every = "1epoch"):
-        super().__init__(every)
-
     def on_fit_start(self, trainer: Context) -> None:
         super().on_fit_start(trainer)
         charts = {name: f"val_per_class/{name}/" for name in QUANTITIES}
@@ -163,7 +158,7 @@ class PerClass(ClassCounts):
         return f"{super().cost()} (together with confusion)"
 
     def show(self, trainer: Context, counts: Tensor) -> None:
-        names = names_of_classes(trainer, len(counts))
+        names = names_or_numbers(class_names(trainer.folder), len(counts))
         rows = class_scores(counts)
         if len(names) <= MOST_CHARTED:
             for column, quantity in enumerate(QUANTITIES):
@@ -196,14 +191,13 @@ def class_scores(counts: Tensor) -> list[list[float]]:
 
 def scores_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Return the result of `class_scores` as a markdown table, the lowest F1 first."""
-    lines = ["| class | precision | recall | F1 | samples |", "|---|--:|--:|--:|--:|"]
+    cells = []
     for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[1][2]):
-        precision, recall, f1, samples = row
-        lines.append(f"| {name} | {precision:.3f} | {recall:.3f} | {f1:.3f} | {samples:.0f} |")
-    return "\n".join(lines)
+        *scores, samples = row
+        cells.append([name, *(f"{score:.3f}" for score in scores), f"{samples:.0f}"])
+    return markdown.table(["class", "precision", "recall", "F1", "samples"], cells, texts=1)
 
 
-@torch.no_grad()
 def count_pairs(trainer: Context, name: str) -> Tensor:
     """Count the pairs of true class (row) and predicted class (column) in the validation split.
 
@@ -218,40 +212,23 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
     """
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
-    with trainer.precision.inference(trainer.model):
-        all_run = dtensors.has_dtensors(trainer.model)
-        for batch, counted in with_stand_ins(trainer.val_batches.epoch(), all_run):
-            if not batch:  # other processes have its rows
-                continue
-            on_device = move_batch(batch, trainer.device)
-            step = trainer.strategy.forward(trainer.task.step, trainer.model, on_device)
-            if not counted:
-                continue
-            targets = step.targets.cpu()
-            outputs = step.outputs.cpu()
-            if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
-                raise SettingError(
-                    f"callbacks.{name} needs one class for each sample; this task has other targets"
-                )
-            classes = outputs.shape[1]
-            known = targets >= 0
-            pairs = targets[known] * classes + outputs.argmax(1)[known]
-            new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
-            counts = new.double() if counts.numel() == 0 else counts + new
+    for rows in evaluation.read_rows(trainer, trainer.val_batches):
+        targets = rows.step.targets.cpu()
+        outputs = rows.step.outputs.cpu()
+        if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
+            raise SettingError(
+                f"callbacks.{name} needs one class for each sample; this task has other targets"
+            )
+        classes = outputs.shape[1]
+        known = targets >= 0
+        pairs = targets[known] * classes + outputs.argmax(1)[known]
+        new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
+        counts = new.double() if counts.numel() == 0 else counts + new
     counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
     return torch.stack(counts_of_processes).sum(0)
 
 
-def counts_table(counts: Tensor, trainer: Context) -> str:
-    """Return the counts as a markdown table, with the names of the classes if they are known."""
-    names = names_of_classes(trainer, len(counts))
-    lines = [f"| is \\ taken for | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for name, row in zip(names, counts.long().tolist(), strict=True):
-        lines.append(f"| {name} | {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
-
-
-def names_of_classes(trainer: Context, count: int) -> list[str]:
-    """Return the names of the classes, or their numbers if they are not known."""
-    names = class_names(trainer.folder)
-    return names if len(names) == count else [str(index) for index in range(count)]
+def counts_table(counts: Tensor, names: Sequence[str]) -> str:
+    """Return the counts as a markdown table."""
+    rows = [[name, *row] for name, row in zip(names, counts.long().tolist(), strict=True)]
+    return markdown.table(["is \\ taken for", *names], rows)

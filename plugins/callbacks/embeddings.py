@@ -13,6 +13,7 @@ from framework import (
     PositiveInt,
     SettingError,
     callbacks,
+    check_has_validation,
     did_you_mean,
     dtensors,
 )
@@ -20,7 +21,6 @@ from framework.contracts.state import Cadence
 
 from .samples import (
     as_pictures,
-    check_has_validation,
     is_due,
     labels_of,
     last_linear,
@@ -65,7 +65,7 @@ class Embeddings(Callback):
         self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer, "embeddings")
+        check_has_validation(trainer.val_batches, "callbacks.embeddings")
         names = [name for name, _ in trainer.model.named_modules()]
         if self.layer is not None and self.layer not in names:
             advice = did_you_mean(self.layer, names)

@@ -13,9 +13,7 @@ from framework import (
     DataError,
     GatheredSplit,
     RaggedSplit,
-    SettingError,
     WindowSplit,
-    check_read_again,
     class_names,
     count_rows,
     is_in_memory,
@@ -26,21 +24,6 @@ from framework import (
     whole_batches,
 )
 from framework.contracts.state import Cadence, State
-
-
-def check_has_validation(trainer: Context, name: str) -> None:
-    """Check at the start of a fit that the validation data can be read by a callback.
-
-    Args:
-        name: the callback, for the message.
-
-    Raises:
-        SettingError: there is no validation data.
-        DataError: it can be read only once.
-    """
-    if trainer.val_batches is None:
-        raise SettingError(f"callbacks.{name}: expected data with a validation split")
-    check_read_again(trainer.val_batches, f"callbacks.{name}")
 
 
 def is_due(cadence: Cadence, state: State) -> bool:

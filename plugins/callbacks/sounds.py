@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor
 
-from framework import Callback, Context, PositiveInt, SettingError, callbacks, data_fact
+from framework import (
+    Callback,
+    Context,
+    PositiveInt,
+    SettingError,
+    callbacks,
+    check_has_validation,
+    evaluation,
+)
 
-from .samples import check_has_validation, labels_of, spread_samples
+from .samples import labels_of, spread_samples
 
 
 @callbacks.register("sounds")
@@ -27,10 +35,11 @@ class Sounds(Callback):
         self.sample_rate = sample_rate
 
     def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer, "sounds")
+        check_has_validation(trainer.val_batches, "callbacks.sounds")
         if trainer.state.step > 0:
             return
-        rate = self.sample_rate or data_fact(trainer.folder, "sample_rate")
+        facts = evaluation.facts_of(trainer.folder).get("data", {})
+        rate = self.sample_rate or facts.get("sample_rate")
         if not isinstance(rate, int):
             raise SettingError(
                 "callbacks.sounds: the data set has no sample rate: if its inputs are waveforms, "

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Logger, PositiveInt, files, loggers, select_rows
+from framework import Logger, PositiveInt, drawing, files, loggers, markdown, select_rows
 
 from .tensorboard_graph import trace_graph
 from .text import warn_of_no_folder
@@ -110,10 +110,9 @@ class TensorBoard(Logger):
         """Record the values of the test split that have no chart as a text."""
         if not self._test_values:
             return
-        lines = ["| test | value |", "|---|--:|"]
-        for tag, value in self._test_values.items():
-            lines.append(f"| {tag.removeprefix('test/')} | {value:.6g} |")
-        self.text("test", "\n".join(lines), self._test_step)
+        values = self._test_values.items()
+        rows = [[tag.removeprefix("test/"), f"{value:.6g}"] for tag, value in values]
+        self.text("test", markdown.table(["test", "value"], rows, texts=1), self._test_step)
         self._test_values = {}
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
@@ -138,7 +137,7 @@ class TensorBoard(Logger):
             return
         height, width = images.shape[-2:]
         strings = [str(width).encode(), str(height).encode()]
-        strings += map(encode_png, images.detach().cpu())
+        strings += map(drawing.encode_png, images.detach())
         value = tensor_value(tag, "images", "DT_STRING", [len(strings)], string_val=strings)
         self._write(step, [value])
 
@@ -197,7 +196,7 @@ class TensorBoard(Logger):
             "metadata_path": f"{stem}.labels.tsv",
         }
         if images is not None:
-            files.write_file(self._folder, f"{stem}.png", encode_png(sprite_sheet(images)))
+            files.write_file(self._folder, f"{stem}.png", drawing.encode_png(sprite_sheet(images)))
             height, width = images.shape[-2:]
             entry["sprite"] = {"image_path": f"{stem}.png", "single_image_dim": [width, height]}
         self._embeddings[tag] = entry
@@ -399,17 +398,6 @@ def histogram_bars(values: Tensor, bins: int) -> Tensor:
     counts = bars.bincount(minlength=bins).double().cpu()
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     return torch.stack([edges[:-1], edges[1:], counts], dim=1)
-
-
-def encode_png(image: Tensor) -> bytes:
-    """Encode an image (1 or 3, H, W) in [0, 1] as a PNG with 8 bits per channel."""
-    from PIL import Image  # TensorBoard requires Pillow
-
-    pixels = (image.float().nan_to_num(0).clamp(0, 1) * 255).round().byte()
-    channels_last = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-    buffer = io.BytesIO()
-    Image.fromarray(channels_last.numpy()).save(buffer, format="png")
-    return buffer.getvalue()
 
 
 def encode_wav(sound: Tensor, rate: int) -> bytes:

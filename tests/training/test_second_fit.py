@@ -45,6 +45,7 @@ SETTINGS = {
     "worst": {"count": 3, "every": "2epochs"},
 }
 OTHER_TASKS = {
+    "boundary",
     "pictures",
     "sample_distance",
     "predictions",
@@ -54,7 +55,6 @@ OTHER_TASKS = {
     "attention",
     "filters",
     "sounds",
-    "boundary",
 }
 """Callbacks that need another task, model or search; a test below covers those that keep state."""
 

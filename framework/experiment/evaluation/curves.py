@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.data.dataset import names_or_numbers
 from framework.runtime.drawing import COLORS, GRAY, Axis, Chart
 
-from .decisions import Decision, names_of
+from .decisions import Decision
 
 BINS = 15  # of the confidence, as in Guo et al. 2017
 MOST_CURVES = 8  # in a chart
@@ -113,7 +114,7 @@ def compute_curves(decision: Decision, classes: Sequence[str]) -> Curves:
         decision: probabilities and true classes.
         classes: the names of the classes; empty if unknown.
     """
-    names = names_of(decision.probabilities.shape[1], classes)
+    names = names_or_numbers(classes, decision.probabilities.shape[1])
     found = [
         class_curves(name, positives(decision, index), scores(decision, index))
         for index, name in enumerate(names)

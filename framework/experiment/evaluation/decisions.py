@@ -1,6 +1,6 @@
 """Probabilities and true classes of samples, of tasks with classes or labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +75,6 @@ def given_probabilities(task: Task, outputs: Tensor) -> Tensor | None:
     if isinstance(found, Tensor) and found.shape == outputs.shape:
         return found.detach().cpu()
     return None
-
-
-def names_of(count: int, classes: Sequence[str]) -> list[str]:
-    """Return the names of classes; their numbers if the names are unknown."""
-    if len(classes) == count:
-        return [str(name) for name in classes]
-    return [str(index) for index in range(count)]
 
 
 def read_decisions(measured: Measured, batches: Any) -> Decision:

@@ -10,14 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.runtime.drawing import Axis, Chart, color_bar, contours, side_by_side
+from framework.runtime.drawing import (
+    COLORS,
+    WHITE,
+    Axis,
+    Chart,
+    color_bar,
+    contours,
+    encode_png,
+    side_by_side,
+)
 
 from .landscape import Landscape
-from .reports import encode_png, finite, write
+from .reports import finite, write
 
 WIDE = 20.0  # ratio of the highest and the lowest loss, from which the scale is logarithmic
-PATH_COLOR = (213, 94, 0)
-CENTER_COLOR = (255, 255, 255)
+PATH_COLOR = COLORS[1]
+CENTER_COLOR = WHITE
 
 
 def color_scale(landscapes: Sequence[Landscape]) -> Axis:
@@ -43,20 +52,15 @@ def draw_landscape(landscape: Landscape, scale: Axis) -> Tensor:
     """Return a map of the loss with the path of the checkpoints; the center is white."""
     x = Axis(landscape.x[0], landscape.x[-1])
     y = Axis(landscape.y[0], landscape.y[-1])
-    labels = ("first", "second")
-    if landscape.directions == "pca":
-        labels = ("first main direction", "second main direction")
-    else:
-        labels = ("first random direction", "second random direction")
+    kind = "main" if landscape.directions == "pca" else "random"
     title = f"{landscape.run.parent.name}/{landscape.run.name}, loss {landscape.center:.4g}"
-    chart = Chart(title, x, y, labels[0], "", width=420, height=400)
+    chart = Chart(title, x, y, f"first {kind} direction", "second", height=400)
     chart.background(contours(torch.tensor(landscape.losses, dtype=torch.float64), scale))
     path = [(each["x"], each["y"]) for each in landscape.path]
     inside = [point for point in path if is_inside(point, x, y)]
     chart.line(path, PATH_COLOR)
     chart.points(inside, PATH_COLOR, radius=4)
     chart.points([(0.0, 0.0)], CENTER_COLOR, radius=3)
-    chart.canvas.text(4, 14, labels[1].partition(" ")[0], "lm")
     return chart.tensor()
 
 
@@ -71,7 +75,7 @@ def save_landscapes(landscapes: Sequence[Landscape]) -> list[Path]:
     content = [as_dict(each) for each in landscapes]
     text = json.dumps(content, indent=None, ensure_ascii=False) + "\n"
     return [
-        write(run, "landscape.png", encode_png(draw_landscapes(landscapes))),
+        write(run, "landscape.png", encode_png(draw_landscapes(landscapes)[0])),
         write(run, "landscape.json", text),
     ]
 

@@ -3,7 +3,6 @@
 The results are files in the folder `evaluation` of the run, and records for TensorBoard.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from framework.contracts.logger import Logger
 from framework.data.dataset import Data
@@ -25,7 +23,7 @@ from framework.registry.kinds import loggers
 from framework.runs import checkpoint
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
-from framework.runtime.drawing import captioned, side_by_side
+from framework.runtime.drawing import captioned, encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
@@ -91,7 +89,7 @@ def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
     written = [write(trained.run, f"worst-{split}.json", as_json(worst.rows()))]
     if worst.shown.images is not None:
         picture = captioned(worst.shown.images, worst.captions())
-        written.append(write(trained.run, f"worst-{split}.png", encode_png(picture)))
+        written.append(write(trained.run, f"worst-{split}.png", encode_png(picture[0])))
     return written
 
 
@@ -99,7 +97,7 @@ def save_curves(trained: Trained, curves: Curves, split: str) -> list[Path]:
     """Write the points as CSV and JSON, and the charts as a PNG; return the files."""
     content = curves.summary() | {"curves": asdict(curves)}
     return [
-        write(trained.run, f"curves-{split}.png", encode_png(side_by_side(draw_curves(curves)))),
+        write(trained.run, f"curves-{split}.png", encode_png(side_by_side(draw_curves(curves))[0])),
         write(trained.run, f"curves-{split}.csv", curves_csv(curves)),
         write(trained.run, f"curves-{split}.json", as_json(content)),
     ]
@@ -133,16 +131,6 @@ def finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [finite(value) for value in content]
     return content
-
-
-def encode_png(picture: Tensor) -> bytes:
-    """Return an image (1, 3, height, width) in [0, 1] as a PNG file."""
-    from PIL import Image
-
-    pixels = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
-    content = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(content, "PNG")
-    return content.getvalue()
 
 
 @contextmanager

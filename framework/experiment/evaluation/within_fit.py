@@ -1,6 +1,6 @@
 """Worst samples and curves of the validation split during a fit, for callbacks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from framework.contracts.context import Context
-from framework.data.accumulation import Batches
-from framework.data.dataset import Scale, Shown, check_read_again, class_names
+from framework.data.dataset import (
+    Scale,
+    Shown,
+    check_has_validation,
+    class_names,
+    file_names,
+)
 from framework.errors import RunError, SettingError
 from framework.registry.kinds import datasets
 from framework.runs.folder import read_config, read_facts
 
 from .decisions import NO_CLASSES, decide, read_decisions
 from .reports import log_curves, log_worst
-from .samples import read_rows
+from .samples import read_rows as read_rows
 from .worst import describe, find_worst, shower
 
 
@@ -26,7 +31,7 @@ def check_worst(trainer: Context) -> None:
     Raises:
         SettingError: there is no validation split, or the task compares samples with each other.
     """
-    validation_of(trainer, "callbacks.worst")
+    check_has_validation(trainer.val_batches, "callbacks.worst")
     if not trainer.task.splits_batches:
         name = type(trainer.task).__name__
         raise SettingError(
@@ -41,8 +46,9 @@ def check_curves(trainer: Context) -> None:
     Raises:
         SettingError: there is no validation split, or the task has neither.
     """
-    batches = validation_of(trainer, "callbacks.curves")
-    results = read_rows(trainer, batches)
+    check_has_validation(trainer.val_batches, "callbacks.curves")
+    assert trainer.val_batches is not None
+    results = read_rows(trainer, trainer.val_batches)
     try:
         for rows in results:
             outputs, targets = rows.outputs, rows.targets
@@ -53,19 +59,6 @@ def check_curves(trainer: Context) -> None:
             return
     finally:
         results.close()  # type: ignore[attr-defined]  # a generator
-
-
-def validation_of(trainer: Context, callback: str) -> Batches:
-    """Return the validation batches.
-
-    Raises:
-        SettingError: there are none.
-        DataError: they can be read only once.
-    """
-    if trainer.val_batches is None:
-        raise SettingError(f"{callback}: expected a validation split, but the data has none")
-    check_read_again(trainer.val_batches, callback)
-    return trainer.val_batches
 
 
 def record_worst(trainer: Context, count: int) -> None:
@@ -122,9 +115,3 @@ def readable_inputs(folder: Path | None, facts: Mapping[str, Any]) -> Callable[[
         except (OSError, RunError, LookupError, TypeError):
             part = None
     return shower(part, facts.get("data", {}))
-
-
-def file_names(split: Any, samples: Sequence[int]) -> dict[str, list[Any]]:
-    """Return the file of each sample, if the split has files."""
-    files = getattr(split, "files", None)
-    return {} if files is None else {"file": [str(files[sample]) for sample in samples]}

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
-from framework.data.dataset import Data, Scale, Shown
+from framework.data.dataset import Data, Scale, Shown, names_or_numbers
 from framework.errors import DataError
+from framework.runtime import markdown
 
-from .decisions import Decision, decide, names_of
+from .decisions import Decision, decide
 from .samples import Measured, Rows, read_rows, row_losses
 
 CUT = 300  # characters of a text in a table
@@ -177,11 +178,8 @@ class Worst:
         rows = self.rows()
         if not rows:
             return ""
-        lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        for row in rows:
-            cells = [text_of(cell).replace("|", "\\|").replace("\n", " ") for cell in row.values()]
-            lines.append("| " + " | ".join(cell[:CUT] for cell in cells) + " |")
-        return "\n".join(lines)
+        cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]
+        return markdown.table(list(rows[0]), cells)
 
 
 def percentage(cells: Mapping[str, Any]) -> str:
@@ -261,7 +259,7 @@ def class_columns(decision: Decision, classes: Sequence[str]) -> dict[str, list[
     """Return the columns label, prediction and probability."""
     probabilities = decision.probabilities
     targets = decision.targets
-    names = names_of(probabilities.shape[1], classes)
+    names = names_or_numbers(classes, probabilities.shape[1])
     if not decision.is_multilabel:
         highest, chosen = probabilities.max(1)
         return {
@@ -270,15 +268,13 @@ def class_columns(decision: Decision, classes: Sequence[str]) -> dict[str, list[
             "probability": highest.tolist(),
         }
     chosen = (probabilities > 0.5).long()
+    confidence = torch.where(chosen == 1, probabilities, 1 - probabilities)
     if probabilities.shape[1] == 1:
         return {
             "label": targets[:, 0].tolist(),
             "prediction": chosen[:, 0].tolist(),
-            "probability": torch.where(chosen == 1, probabilities, 1 - probabilities)[
-                :, 0
-            ].tolist(),
+            "probability": confidence[:, 0].tolist(),
         }
-    confidence = torch.where(chosen == 1, probabilities, 1 - probabilities)
     return {
         "label": [names_at(row, names) for row in targets.tolist()],
         "prediction": [names_at(row, names) for row in chosen.tolist()],

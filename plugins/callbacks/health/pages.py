@@ -5,7 +5,7 @@ from math import isnan
 
 from torch import Tensor
 
-from framework import drawing, terminal
+from framework import drawing, markdown, terminal
 
 from .layers import QUANTITIES
 from .problems import Observation
@@ -24,19 +24,16 @@ LOGARITHMIC = ("std", "gradient", "update", "weight")
 
 def layer_table(seen: Observation, messages: Sequence[str]) -> str:
     """Return the numbers of an observation, with a row for each layer, and all warnings."""
-    lines = [f"- {message}" for message in messages]
-    if lines:
-        lines.append("")
     columns = ["mean", "std", "saturated or dead", "gradient", "update / weight", "weight"]
-    lines.append(f"| layer | activation | {' | '.join(columns)} |")
-    lines.append("|---" * (len(columns) + 2) + "|")
+    rows = []
     for row, layer in enumerate(seen.layers):
         cells = [f"{row + 1} `{layer.name}`", layer.activation]
         for quantity in QUANTITIES:
             value = seen.numbers[quantity][row]
             cells.append("" if isnan(value) else f"{value:.3g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    table = markdown.table(["layer", "activation", *columns], rows)
+    return "\n".join(f"- {message}" for message in messages) + "\n\n" * bool(messages) + table
 
 
 def heat_maps(seen: Observation, steps: Sequence[int], history: Tensor) -> dict[str, Tensor]:

@@ -227,3 +227,18 @@ def test_the_view_in_the_terminal_has_half_blocks_in_the_colors_of_the_regions()
     assert all(abs(a - b) < 6 for a, b in zip(corner, expected, strict=True))
     assert callback.live_view(80, 3) is None, "no room"
     assert fw.callbacks.build("boundary").live_view(80, 12) is None
+
+
+def test_a_second_fit_begins_the_animation_again(tmp_path):
+    model = network()
+    inputs = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    data = fw.TensorSplit(inputs, torch.arange(40) % 3)
+    callback = fw.callbacks.build("boundary")
+    trainer = fw.Trainer(max_epochs=2, callbacks=[callback], folder=tmp_path, device="cpu")
+    counts = []
+    for _ in range(2):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        task = nn.CrossEntropyLoss()
+        trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=20)
+        counts.append(len(frames_of(tmp_path)))
+    assert counts == [3, 3]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.errors import SettingError
-from framework_plugins.callbacks.attention import AttentionRecorder
+from framework_plugins.callbacks.attention import AttentionRecorder, attention_image
 from framework_plugins.callbacks.filters import filters_image
 from framework_plugins.callbacks.samples import spread_samples, target_texts
 
@@ -109,7 +109,15 @@ def test_the_recorded_weights_are_those_of_the_attention(causal, mask):
     torch.testing.assert_close(recorder.weights[0], output[0])
 
 
-def test_attention_maps_have_a_row_for_each_layer_and_a_map_for_each_head():
+def test_an_attention_image_has_a_row_for_each_layer_and_a_map_for_each_head():
+    height, width = attention_image([torch.ones(1, 3, 3)], None, None, "").shape[2:]
+    higher, same = attention_image([torch.ones(1, 3, 3)] * 3, None, None, "").shape[2:]
+    assert (higher - height, same - width) == (2 * (80 + 6 + 14), 0)
+    same, wider = attention_image([torch.ones(3, 3, 3)], None, None, "").shape[2:]
+    assert (same - height, wider - width) == (0, 2 * (80 + 6))
+
+
+def test_attention_maps_are_those_of_the_layers_of_the_model():
     layers = ["transformer_encoder", "transformer_encoder"]
     model = fw.models.build(
         "stack",
@@ -119,8 +127,8 @@ def test_attention_maps_have_a_row_for_each_layer_and_a_map_for_each_head():
     )
     shown, _ = fit(build("attention", count=1), model=model)
     assert list(shown.pictures) == [("attention/0", 3), ("attention/0", 6)]
-    image = shown.pictures["attention/0", 6]
-    assert image.shape[:2] == (1, 3)
+    one_layer = attention_image([torch.ones(1, 3, 3)], None, IMAGES[:1], "")
+    assert shown.pictures["attention/0", 6].shape[2] == one_layer.shape[2] + 80 + 6 + 14
     with pytest.raises(SettingError, match=r"callbacks\.attention: model Sequential calls no"):
         fit(build("attention"))
 
