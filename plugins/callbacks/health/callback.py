@@ -322,7 +322,7 @@ class Health(Callback):
             "messages": list(self.messages),
             "names": list(self.names),
             "steps": list(self.steps),
-            "history": self.history.tolist(),
+            "history": [None if isnan(x) else x for x in self.history.flatten().tolist()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -331,7 +331,8 @@ class Health(Callback):
         self.names = list(state.get("names", []))
         self.steps = list(state.get("steps", []))
         shape = (len(self.steps), len(QUANTITIES), len(self.names))
-        self.history = torch.tensor(state.get("history", [])).reshape(shape)
+        numbers = [nan if x is None else x for x in state.get("history", [])]
+        self.history = torch.tensor(numbers).reshape(shape)
 
 
 def is_due_by_default(step: int, trials: int) -> bool:

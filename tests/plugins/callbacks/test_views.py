@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import framework as fw
+from framework import drawing
 from framework.errors import SettingError
 from framework_plugins.callbacks.attention import AttentionRecorder, attention_image
 from framework_plugins.callbacks.filters import filters_image
@@ -112,9 +113,11 @@ def test_the_recorded_weights_are_those_of_the_attention(causal, mask):
 def test_an_attention_image_has_a_row_for_each_layer_and_a_map_for_each_head():
     height, width = attention_image([torch.ones(1, 3, 3)], None, None, "").shape[2:]
     higher, same = attention_image([torch.ones(1, 3, 3)] * 3, None, None, "").shape[2:]
-    assert (higher - height, same - width) == (2 * (80 + 6 + 14), 0)
-    same, wider = attention_image([torch.ones(3, 3, 3)], None, None, "").shape[2:]
-    assert (same - height, wider - width) == (0, 2 * (80 + 6))
+    row = drawing.CARD - 6 + 14  # the map of a head fills the card
+    assert (higher - height, same - width) == (2 * row, 0)
+    lower, same = attention_image([torch.ones(3, 3, 3)], None, None, "").shape[2:]
+    assert lower < height - row / 2, "three maps beside each other are smaller"
+    assert same == width
 
 
 def test_attention_maps_are_those_of_the_layers_of_the_model():
@@ -128,7 +131,8 @@ def test_attention_maps_are_those_of_the_layers_of_the_model():
     shown, _ = fit(build("attention", count=1), model=model)
     assert list(shown.pictures) == [("attention/0", 3), ("attention/0", 6)]
     one_layer = attention_image([torch.ones(1, 3, 3)], None, IMAGES[:1], "")
-    assert shown.pictures["attention/0", 6].shape[2] == one_layer.shape[2] + 80 + 6 + 14
+    two_layers = attention_image([torch.ones(4, 3, 3)] * 2, None, IMAGES[:1], "")
+    assert shown.pictures["attention/0", 6].shape == two_layers.shape != one_layer.shape
     with pytest.raises(SettingError, match=r"callbacks\.attention: model Sequential calls no"):
         fit(build("attention"))
 
