@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         Loader,
         RaggedSplit,
         Scale,
+        Shown,
         Target,
         TensorSplit,
         WindowSplit,
@@ -97,14 +98,19 @@ if TYPE_CHECKING:
     from .training.trainer import Trainer
 
 if TYPE_CHECKING:  # not public: for the built-in plugins only
-    from .data.accumulation import count_steps as count_steps
-    from .data.batch_slice import whole_batches as whole_batches, with_stand_ins as with_stand_ins
+    from .data.accumulation import Batches as Batches, count_steps as count_steps
+    from .data.batch_slice import whole_batches as whole_batches
     from .data.dataset import (
+        check_has_validation as check_has_validation,
         check_read_again as check_read_again,
         class_names as class_names,
         is_in_memory as is_in_memory,
+        names_or_numbers as names_or_numbers,
     )
     from .errors import paths as paths, terminal as terminal, user_code as user_code
+    from .experiment.evaluation import (
+        within_fit as evaluation,  # noqa: F401  # in _MODULES
+    )
     from .runs import (
         checkpoint as checkpoints,  # noqa: F401  # in _MODULES
         snapshot as snapshot,
@@ -114,18 +120,24 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
         distributed_checkpoint as distributed_checkpoint,
+        drawing as drawing,
         dtensors as dtensors,
+        markdown as markdown,
         memory as memory,
+        notebook as notebook,
+        plot as plot,
         processes as processes,
         seeds as seeds,
         shapes as shapes,
     )
     from .runtime.batch import (
         count_rows as count_rows,
+        join_rows as join_rows,
+        map_rows as map_rows,
         move_batch as move_batch,
         select_rows as select_rows,
     )
-    from .runtime.clock import slow_data as slow_data
+    from .runtime.clock import seconds_of_waiting as seconds_of_waiting, slow_data as slow_data
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
     from .runtime.pairwise import pairwise_sum as pairwise_sum
@@ -134,7 +146,10 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runtime.torch_internals.tensor_version import version_of as version_of
     from .runtime.torch_internals.views import without_view as without_view
     from .system import files as files
-    from .training.layer_table import model_undisturbed as model_undisturbed
+    from .training.layer_table import (
+        model_undisturbed as model_undisturbed,
+        read_layers as read_layers,
+    )
     from .training.optimizer_state import (
         restore_optimizer as restore_optimizer,
         state_after_a_step as state_after_a_step,
@@ -194,6 +209,7 @@ __all__ = [
     "Schedule",
     "SettingError",
     "Shape",
+    "Shown",
     "Step",
     "Stop",
     "Strategy",
@@ -252,6 +268,7 @@ _NAMES = {
     "SavingCallback": "contracts.callback",
     "Scale": "data.dataset",
     "Schedule": "contracts.schedule",
+    "Shown": "data.dataset",
     "Step": "contracts.task",
     "Stop": "contracts.state",
     "Strategy": "contracts.strategy",
@@ -264,12 +281,14 @@ _NAMES = {
     "WindowSplit": "data.dataset",
     "load": "experiment.trained.trained_model",
     # Not public: for the built-in plugins only.
+    "Batches": "data.accumulation",
     "Judge": "tuning.search.study",
     "ModelContents": "runtime.identity",
     "NON_FINITE": "runs.file_names",
     "NonFiniteFlag": "runtime.torch_internals.non_finite",
     "ShardedWriter": "runs.sharded_writer",
     "Writer": "runs.background_writer",
+    "check_has_validation": "data.dataset",
     "check_initialized": "training.validation",
     "check_read_again": "data.dataset",
     "class_names": "data.dataset",
@@ -277,29 +296,38 @@ _NAMES = {
     "count_steps": "data.accumulation",
     "gradient_numbers": "runtime.gradients",
     "is_in_memory": "data.dataset",
+    "join_rows": "runtime.batch",
     "make_pruner": "tuning.search.study",
+    "map_rows": "runtime.batch",
     "model_undisturbed": "training.layer_table",
     "move_batch": "runtime.batch",
+    "names_or_numbers": "data.dataset",
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.trained.load",
     "pairwise_sum": "runtime.pairwise",
+    "read_layers": "training.layer_table",
     "restore_optimizer": "training.optimizer_state",
+    "seconds_of_waiting": "runtime.clock",
     "select_rows": "runtime.batch",
     "slow_data": "runtime.clock",
     "state_after_a_step": "training.optimizer_state",
     "version_of": "runtime.torch_internals.tensor_version",
     "whole_batches": "data.batch_slice",
-    "with_stand_ins": "data.batch_slice",
     "without_view": "runtime.torch_internals.views",
 }
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
     "distributed_checkpoint": "runtime.distributed_checkpoint",
+    "drawing": "runtime.drawing",
     "dtensors": "runtime.dtensors",
+    "evaluation": "experiment.evaluation.within_fit",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
+    "markdown": "runtime.markdown",
     "memory": "runtime.memory",
+    "notebook": "runtime.notebook",
     "paths": "errors.paths",
+    "plot": "runtime.plot",
     "processes": "runtime.processes",
     "pytree": "runtime.torch_internals.pytree",
     "seeds": "runtime.seeds",

@@ -14,6 +14,7 @@ from framework.tuning.sweep.sweep import sweep
 from framework_plugins.datasets.readers.fetched import data_folder
 
 TIMES = ("wall_seconds", "train/samples_per_second", "train/seconds_per_epoch")
+TIMES += ("speed/data_wait", "speed/memory_gib", "speed/tokens_per_second", "speed/mfu")
 TIMES += ("train/communication", "train/waiting", "train/slowest_process")  # several processes
 
 

@@ -10,6 +10,7 @@ from framework.errors.paths import pasted
 from framework.errors.terminal import note, printable
 from framework.runs.folder import in_default_root
 from framework.runs.overview.run_index import MISSING, RunEntry
+from framework.runs.overview.run_table import RunTable
 from framework.runs.run_files import Value
 
 from . import help_texts
@@ -63,6 +64,31 @@ def best(arguments: list[str]) -> int:
     return 0
 
 
+def best_runs(table: RunTable, runs: Sequence[RunEntry], option: str) -> list[RunEntry]:
+    """Return the runs with a value of the metric that they rank checkpoints by, the best first.
+
+    Args:
+        table: of the folder of the runs.
+        runs: some of its runs.
+        option: that chooses runs, for messages.
+
+    Raises:
+        RunError: there are none, or they differ in data or task.
+        SettingError: they rank checkpoints by different metrics, or by one of unknown direction.
+    """
+    metric = monitored_metric(runs, f"choose other runs with {option}")
+    direction = table.direction(metric)
+    if direction is None:
+        raise SettingError(f"whether low or high values of {metric} are better is not known")
+    ranked = ranked_runs(runs, metric, direction)
+    if not ranked:
+        raise RunError(f"no run in {table.root} has a finite value of {metric}")
+    readable = [run for run, _ in ranked if run.settings.get("data") is not MISSING]
+    best = readable or [run for run, _ in ranked]
+    check_comparable(best, table.root, option)
+    return best
+
+
 def ranked_runs(
     runs: Sequence[RunEntry], metric: str, direction: str
 ) -> list[tuple[RunEntry, Value]]:
@@ -113,8 +139,12 @@ def first_with_checkpoint(
     return ranked[0]
 
 
-def monitored_metric(runs: Sequence[RunEntry]) -> str:
+def monitored_metric(runs: Sequence[RunEntry], advice: str = "choose one with --metric") -> str:
     """Return the metric that runs rank their checkpoints by.
+
+    Args:
+        runs: those to compare.
+        advice: the end of the messages.
 
     Raises:
         SettingError: they differ, or no run has one.
@@ -125,17 +155,22 @@ def monitored_metric(runs: Sequence[RunEntry]) -> str:
             counts[run.monitor] += 1
     if not counts:
         raise SettingError(
-            "no run has values of the metric that it ranks its checkpoints by: choose one with "
-            "--metric"
+            f"no run has values of the metric that it ranks its checkpoints by: {advice}"
         )
     if len(counts) > 1:
         texts = counts_text(counts)
-        raise SettingError(f"the runs monitor different metrics: {texts}; choose one with --metric")
+        raise SettingError(f"the runs monitor different metrics: {texts}; {advice}")
     return next(iter(counts))
 
 
-def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:
-    """Raise RunError if runs have different data or tasks: their metrics cannot be compared."""
+def check_comparable(runs: Sequence[RunEntry], root: Path, option: str = "--where") -> None:
+    """Raise RunError if runs have different data or tasks: their metrics cannot be compared.
+
+    Args:
+        runs: those to compare.
+        root: their folder.
+        option: that chooses runs, for the message.
+    """
     counts: Counter[str] = Counter()
     for run in runs:
         words = []
@@ -148,7 +183,7 @@ def check_comparable(runs: Sequence[RunEntry], root: Path) -> None:
         example = next(iter(counts))
         raise RunError(
             f"the runs in {root} differ in data or task, so that their metrics cannot be compared: "
-            f"{texts}; choose some with --where {pasted(example)}"
+            f"{texts}; choose some with {option} {pasted(example)}"
         )
 
 

@@ -57,6 +57,7 @@ FILE_COMMANDS = (
     "resume",
     "rerun",
     "eval",
+    "landscape",
     "predict",
     "export",
     "runs",
@@ -138,12 +139,12 @@ def completions(words: list[str], index: Index, commands: Mapping[str, Command])
         return starting(current, ("lr", "batch_size"))
     if before == ["data"]:
         return starting(current, ("convert",))
-    if name in commands and commands[name].composes:
+    if name == "tour" or (name in commands and commands[name].composes):
         return override_words(current, before[1:], index)
     if name == "list":
         return starting(current, [*index.keys, "experiment"])
     if name == "show":
-        return part_words(current, index)
+        return [*part_words(current, index), *setting_words(current, before[1:], index)]
     if name == "completion":
         return starting(current, SCRIPTS)
     if name == "tell" and len(before) > 1:
@@ -201,6 +202,17 @@ def part_words(current: str, index: Index) -> list[str]:
     if not slash:
         return starting(current, [f"{kind}/" for kind in index.kinds])
     return starting(current, [f"{kind}/{name}" for name in index.parts(kind)])
+
+
+def setting_words(current: str, before: Sequence[str], index: Index) -> list[str]:
+    """Complete KEY.SETTING= for the parts KIND/NAME that are typed before."""
+    words = []
+    for word in before:
+        kind, _, name = word.partition("/")
+        if kind in index.kinds:
+            key = index.kinds[kind]["key"]
+            words += [f"{key}.{setting['name']}=" for setting in index.settings(kind, name)]
+    return starting(current, words) if current else []
 
 
 def override_words(current: str, before: list[str], index: Index) -> list[str]:

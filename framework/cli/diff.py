@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from framework.contracts.history import Curve
@@ -27,8 +26,8 @@ from framework.runs.overview.diff import (
     same_content,
 )
 from framework.runs.run_files import RunFiles, is_sweep, run_files, trials_in
-from framework.runtime.console import console
-from framework.runtime.plot import braille, evenly_spaced
+from framework.runtime.console import console, empty_table
+from framework.runtime.plot import braille, ends, evenly_spaced, with_labels
 
 from . import help_texts
 from .json_output import print_json
@@ -163,7 +162,7 @@ def section(
         return
     if name != "settings":
         yield Text()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = empty_table()
     table.add_column(Text(name), overflow="fold")
     for run in found.names:
         table.add_column(Text(title(run)), overflow="fold")
@@ -288,13 +287,8 @@ def panel_row(
     for curve in curves:
         values = evenly_spaced(curve, 2 * columns, 0, last)
         drawn.append(braille(values, columns, CURVE_ROWS, low, high))
-    text = Text()
     heads = [f"{title(name)[:columns]:<{columns}}" for name in names]
-    text.append(f"{'':>9} {'  '.join(heads)}\n")
-    for number in range(CURVE_ROWS):
-        label = {0: f"{high:.3g}", CURVE_ROWS - 1: f"{low:.3g}"}.get(number, "")
-        text.append(f"{label:>9} ", "dim")
-        text.append("  ".join(lines[number] for lines in drawn) + "\n", "cyan")
-    steps = f"{'0':<{columns // 2}}{f'step {last:,}':>{columns - columns // 2}}"
-    text.append(f"{'':>9} {'  '.join([steps] * len(curves))}", "dim")
-    return text
+    head = Text(f"{'':>9} {'  '.join(heads)}")
+    rows = ["  ".join(parts) for parts in zip(*drawn, strict=True)]
+    below = "  ".join([ends("0", f"step {last:,}", columns)] * len(curves))
+    return Text("\n").join([head, *with_labels(rows, f"{high:.3g}", f"{low:.3g}", below)])

@@ -122,8 +122,28 @@ examples:
   framework eval runs/default/first
   framework eval runs/default/first --split val --checkpoint last --json
   framework eval runs/table/first --data new.csv
+  framework eval runs/default/first --worst 16      the largest losses
+  framework eval runs/default/first --curves        PR, ROC, calibration
 --data takes a file or folder with inputs and targets, in the format of the
-run's data: a table, a folder with a folder for each class, an Arrow file."""
+run's data: a table, a folder with a folder for each class, an Arrow file.
+--worst prints the samples with the largest loss (of each alone), their label
+and prediction; --curves average precision and area under the ROC curve of each
+class against all others, and the calibration error (15 bins). Both write files
+into the folder `evaluation` of the run (images of the samples, charts, points)
+and record them for TensorBoard."""
+
+LANDSCAPE = """\
+examples:
+  framework landscape runs/default/first
+  framework landscape runs/default/first --against runs/default/second
+  framework landscape runs/default/first --directions random --span 0.5
+The loss on a plane through the weights of the run (Li et al. 2018). With three
+checkpoints or more, the plane is that of their two main directions (PCA), with
+their path. Otherwise it has two random directions, in which each filter has
+the norm of the filter of the model: 1 is a change as large as the weights.
+Biases and the parameters of norms stay as they are; so do the statistics of
+batch norm. --against draws both runs with the same colors and the same range.
+The picture and the numbers are in the folder `evaluation` of the run."""
 
 PREDICT = """\
 examples:
@@ -167,6 +187,10 @@ SHOW = """\
 examples:
   framework show optimizer/adamw
   framework show gelu --json
+  framework show relu gelu sigmoid                      in one chart
+  framework show scheduler/cosine scheduler.warmup=0.1
+  framework show sgd optimizer.momentum=0,0.9           a curve for each value
+Activations, schedules, losses, initializers and optimizers are drawn.
 Plugins are loaded as by `framework list`."""
 
 TRUST = """\
@@ -222,7 +246,14 @@ trial; the sweep continues."""
 BOARD = """\
 examples:
   framework board
-  framework board --root runs/default --port 6007"""
+  framework board --root runs/default --port 6007
+  framework board --runs best            the ten best ones
+  framework board --runs best --runs data=digits
+  framework board --runs 'sweep3/*' --runs default/first
+  framework board --runs 'lr=0.01*'      trials of sweeps, by their names
+  framework board --runs 'optimizer=ada* and val/accuracy>0.9'
+TensorBoard selects no run at first if there are more than 40. Filters are
+those of `framework runs --where`. Runs that begin later appear if they match."""
 
 SCHEMA = """\
 examples:
@@ -298,3 +329,13 @@ examples:
 A new run with the config of another one, in the folder of the same experiment.
 Before it starts, differences are printed: code (git commit and uncommitted
 changes), versions, and data."""
+
+TOUR = """\
+examples:
+  framework tour                                    from the first lesson
+  framework tour --list
+  framework tour --lesson 3
+  framework tour --lesson 6 optimizer=adamw         with other settings
+A lesson explains, runs its commands, and asks a question. Between lessons:
+next, back, repeat with settings of your own, or quit. Runs are in ./runs.
+Without a terminal, all lessons are printed and run."""

@@ -20,7 +20,7 @@ from framework.errors.terminal import printable, shortened, title
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runs.run_state import State
-from framework.runtime.plot import braille, evenly_spaced
+from framework.runtime.plot import braille, ends, evenly_spaced, side_by_side, with_labels
 
 from .live_text import (
     MEASURES,
@@ -201,12 +201,7 @@ class View:
             size = width // across
             height = rows // down
             charts = [chart(m, run.metrics.curves[m], size - 2, height, last_step) for m in row]
-            for parts in zip(*charts, strict=True):
-                line = Text()
-                for part in parts:
-                    part.truncate(size - 2, overflow="ellipsis", pad=True)
-                    line.append_text(part).append("  ")
-                lines.append(line)
+            lines += side_by_side(charts, size - 2)
         return lines
 
 
@@ -254,15 +249,10 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
         values = [math.log(value) for value in values]
         bottom = math.log(low)
         top = math.log(high)
-    labels = [""] * rows
-    labels[-1] = number(low)
-    labels[0] = number(high)
     drawn = braille(values, columns, rows, bottom, top, joined=True)
-    for label, dots in zip(labels, drawn, strict=True):
-        lines.append(Text.assemble((f"{label:>{LABEL_WIDTH}} ", "dim"), (dots, "cyan")))
-    last = f"{last_step:,}"
-    axis = f"{'':>{LABEL_WIDTH}} step 0{last:>{max(0, columns - 6)}}"
-    return [*lines, Text(axis, style="dim"), Text()][:height]
+    below = ends("step 0", f"{last_step:,}", columns)
+    lines += with_labels(drawn, number(high), number(low), below, LABEL_WIDTH)
+    return [*lines, Text()][:height]
 
 
 class Keys:

@@ -22,7 +22,15 @@ from framework.composition.trust import (
     is_trusted,
     problem_of_file,
 )
-from framework.errors import ConfigError, Facts, FrameworkError, did_you_mean, nearest, short
+from framework.errors import (
+    ConfigError,
+    Facts,
+    FrameworkError,
+    SettingError,
+    did_you_mean,
+    nearest,
+    short,
+)
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
 from framework.errors.terminal import (
@@ -43,7 +51,6 @@ from .explain import explain
 from .export import export
 from .json_output import json_output, print_json, record_error, wants_json
 from .parsers import (
-    CHECKPOINT,
     JSON,
     RUN,
     TRACEBACK,
@@ -54,11 +61,11 @@ from .parsers import (
     command_line,
     composing,
     importing_torch,
-    opened_run,
     sweep_over,
 )
 
 STARTED = time.monotonic()
+MOST_STEPS = 100_000  # of `framework show --steps`
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -490,29 +497,16 @@ def resume(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> None:
     """Run `framework eval`."""
-    description = "Evaluate a trained run on a split of its data, or on other data."
-    parser = Parser("eval", description, help_texts.EVAL)
-    parser.add_argument("run", **RUN)
-    splits = ["train", "val", "test"]
-    parser.add_argument("--split", choices=splits, help="default: test")
-    file = "a file or folder with targets, in the format of the run's data"
-    parser.add_argument("--data", type=expanded, metavar="FILE", help=file)
-    parser.add_argument("--checkpoint", **CHECKPOINT)
-    parser.add_argument("--json", **JSON)
-    args = parser.parse_args(arguments)
-    if args.data is not None and args.split is not None:
-        parser.error("give --split or --data, not both")
-    trained = opened_run(args)
-    if args.data is None:
-        values = trained.evaluate(args.split or "test")
-    else:
-        values = trained.evaluate_file(args.data)
-    if args.json:
-        print_json({"metrics": values})
-    else:
-        from .output import print_values
+    from .evaluate import evaluate as evaluate_run
 
-        print_values(values, trained.checkpoint)
+    evaluate_run(arguments)
+
+
+def landscape(arguments: list[str]) -> None:
+    """Run `framework landscape`."""
+    from .landscape import landscape as draw_landscape
+
+    draw_landscape(arguments)
 
 
 def predict(arguments: list[str]) -> None:
@@ -556,20 +550,51 @@ def list_parts(arguments: list[str]) -> None:
 
 def show(arguments: list[str]) -> None:
     """Run `framework show`."""
-    parser = Parser("show", "Show a part: its settings, defaults and source.", help_texts.SHOW)
-    parser.add_argument("part", metavar="KIND/NAME", help="such as optimizer/adamw, or adamw")
+    description = "Show parts: settings, defaults, source, and curves."
+    parser = Parser("show", description, help_texts.SHOW)
+    words = "such as optimizer/adamw, or adamw; and settings such as optimizer.lr=0.1"
+    parser.add_argument("words", nargs="+", metavar="KIND/NAME", help=words)
+    steps = "of schedules (default 1000) and of optimizers (200)"
+    parser.add_argument("--steps", type=int, metavar="N", help=steps)
+    parser.add_argument("--no-plot", action="store_true", help="without curves")
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
-    from . import part_tables
+    from . import part_plots, part_tables
 
+    if args.steps is not None and not 2 <= args.steps <= MOST_STEPS:
+        expected = f"from 2 to {MOST_STEPS:,}"
+        error = SettingError(f"--steps {args.steps}: expected {expected}")
+        raise error.with_facts(Facts("--steps", args.steps, expected))
     index = read_catalogue(args)
-    part = part_tables.find_part(index, args.part)
+    overrides = [word for word in args.words if "=" in word]
+    names = [word for word in args.words if "=" not in word]
+    if not names:
+        raise SettingError(f"{overrides[0]}: expected a part before its settings")
+    parts = [part_tables.find_part(index, name) for name in names]
+    settings = part_plots.read_settings(overrides, parts)
+    plotted: list[part_plots.Plotted] = []
+    if not args.no_plot and any(part["kind"] in part_plots.PLOTTED for part in parts):
+        from framework.composition.catalogue import load_parts
 
-    def page() -> Any:
-        return part_tables.part_page(part, index, args.plugins, args.without_plugin)
+        with importing_torch():
+            load_parts(args.plugins, without=args.without_plugin, trusted=args.trust)
+            plotted = part_plots.plot_parts(parts, settings, args.steps)
+    if args.json:
+        documents = part_plots.as_documents(parts, plotted)
+        print_json(documents[0] if len(parts) == 1 else {"parts": documents})
+        return
+    from framework.runtime.console import console
 
-    print_json_or_table(args.json, part, page)
+    output = console()
+    if len(parts) == 1:
+        output.print(part_tables.part_page(parts[0], index, args.plugins, args.without_plugin))
+    else:
+        output.print(part_tables.summaries(parts))
+    if plotted:
+        width = output.width if output.is_terminal else part_plots.PLAIN_WIDTH
+        output.print()
+        output.print(part_plots.plots(plotted, width))
 
 
 def schema(arguments: list[str]) -> None:
@@ -715,10 +740,12 @@ def board(arguments: list[str]) -> int:
     parser.add_argument("--root", type=expanded, default=Path("runs"), metavar="DIR", help=root)
     port = "port (default: 6006); 0 takes a free one"
     parser.add_argument("--port", type=int, default=6006, help=port)
+    which = "best, names such as 'sweep3/*', or a filter; may be repeated"
+    parser.add_repeated("--runs", metavar="WHICH", help=which)
     args = parser.parse_args(arguments)
     from .board import serve_board
 
-    return serve_board(args.root, args.port)
+    return serve_board(args.root, args.port, args.runs)
 
 
 def watch(arguments: list[str]) -> None:
@@ -752,6 +779,13 @@ def data(arguments: list[str]) -> None:
         print_line(f"{rows} rows in {file}")
 
 
+def tour(arguments: list[str]) -> None:
+    """Run `framework tour`."""
+    from .tour import tour as run_tour  # not at the top: rich takes 0.1 s
+
+    run_tour(arguments)
+
+
 def completion(arguments: list[str]) -> None:
     """Run `framework completion`."""
     from .completion import SCRIPTS
@@ -782,6 +816,7 @@ COMMANDS = {
     "eval": Command(
         evaluate, "evaluate a trained run on a split or on other data", runs_parts=True
     ),
+    "landscape": Command(landscape, "draw the loss around the weights of a run", runs_parts=True),
     "predict": Command(predict, "apply a trained model to files or a prompt", runs_parts=True),
     "export": Command(
         export, "write a trained model as files without the framework", runs_parts=True
@@ -798,8 +833,9 @@ COMMANDS = {
     "watch": Command(watch, "show runs and sweeps live in the terminal"),
     "tell": Command(tell, "stop, pause, save or change a running run"),
     "board": Command(board, "start TensorBoard on the runs"),
+    "tour": Command(tour, "learn deep learning in ten short lessons"),
     "list": Command(list_parts, "list the kinds of parts, or the parts of one kind"),
-    "show": Command(show, "show a part: its settings, defaults and source"),
+    "show": Command(show, "show parts: settings, defaults, source, curves"),
     "schema": Command(schema, "print the JSON schema of an experiment file, for editors"),
     "data": Command(data, "convert tables and folders to Arrow files, for data=arrow"),
     "trust": Command(trust, "allow list, show and TAB to run the plugins of a folder"),

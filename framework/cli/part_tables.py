@@ -14,6 +14,7 @@ from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
 from framework.registry.signatures import plain_math
+from framework.runtime.console import empty_table
 
 Part = dict[str, Any]
 """A part, as `part_as_dict` returns it."""
@@ -96,11 +97,6 @@ def list_kinds(index: Index) -> RenderableType:
     return table
 
 
-def empty_table() -> Table:
-    """Return a table without borders."""
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-
-
 def parts_table(index: Index, kind: str) -> RenderableType:
     """Return a table of the parts of a kind: name, aliases, first sentence of the docstring."""
     parts = index.kinds[kind]["parts"].values()
@@ -159,6 +155,17 @@ def part_page(
     for name in without:
         words += ["--without-plugin", quoted(name)]
     return Group(title, *paragraphs, Text(), settings, Text(), origin(part, " ".join(words)))
+
+
+def summaries(parts: Sequence[Part]) -> Table:
+    """Return a table of parts: kind and name, first sentence of the docstring."""
+    table = empty_table()
+    table.show_header = False
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for part in parts:
+        table.add_row(line(f"{part['kind']}/{part['name']}"), line(tidy(part["summary"])))
+    return table
 
 
 def settings_table(settings: Iterable[dict[str, Any]]) -> Table:

@@ -102,8 +102,13 @@ def read_table(root: Path) -> RunTable:
     return table
 
 
-def filtered(table: RunTable, where: str | None) -> list[RunEntry]:
-    """Return the runs that match the expression of --where; without one, all of them."""
+def filtered(table: RunTable, where: str | None, option: str = "--where") -> list[RunEntry]:
+    """Return the runs that match the expression of --where; without one, all of them.
+
+    Args:
+        where: the expression.
+        option: the option that has it, for messages.
+    """
     if where is None:
         return list(table.runs)
     columns: dict[str, Column] = {}
@@ -114,7 +119,7 @@ def filtered(table: RunTable, where: str | None) -> list[RunEntry]:
         columns[name] = table.column(name, place)
         return name
 
-    predicate = parse_filter(where, resolve)
+    predicate = parse_filter(where, resolve, option)
     return table.selected(predicate, columns)
 
 

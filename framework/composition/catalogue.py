@@ -271,22 +271,13 @@ def build_index(
     Returns:
         The index, and all that it depends on.
     """
-    from .compose import config_folders, project_plugins  # not at the top: they import Hydra
+    from .compose import config_folders  # not at the top: it imports Hydra
     from .config_files import chosen_in, experiments_in
     from .sections import SECTIONS, section_settings
     from .spec import PLAIN
 
     all_folders = config_folders(folders)
-    here = Path.cwd() if Path.cwd() in trusted else None
-    need_trust = [*project_folder(), *folders]
-    loadable = [each for each in all_folders if each in trusted or each not in need_trust]
-    listed = list(project_plugins(loadable, (), here))
-    if here is None:
-        # without relative paths to something in the working folder
-        listed = [each for each in listed if os.path.isabs(each) or not os.path.exists(each)]
-    not_trusted = []
-    if loadable != all_folders:
-        not_trusted = list(project_plugins(all_folders, (), Path.cwd()))
+    listed, not_trusted = plugins_in(all_folders, folders, trusted)
     plugins = [*listed, *plugins]
     broken = discover(plugins, without, tolerant=True)
     sections: dict[str, Mapping[str, Setting]] = {name: section_settings(name) for name in SECTIONS}
@@ -294,7 +285,7 @@ def build_index(
     index = read_index(sections, experiments_in(all_folders), chosen_in(all_folders))
     index.plain = {name: setting_as_dict(setting) for name, setting in PLAIN.items()}
     index.broken = broken
-    index.not_trusted = [plugin for plugin in not_trusted if plugin not in listed]
+    index.not_trusted = not_trusted
     installed = leave_out(without, installed_plugins())
     dependencies = {
         "modules": [plugin.module for plugin in installed if plugin.module],
@@ -303,6 +294,47 @@ def build_index(
         "folders": [str(folder) for folder in all_folders],
     }
     return index, dependencies
+
+
+def plugins_in(
+    all_folders: Sequence[Path], folders: Sequence[Path], trusted: Sequence[Path]
+) -> tuple[list[str], list[str]]:
+    """Return the plugins that config files name: those to load, and those not to load.
+
+    Args:
+        all_folders: the folders with config files.
+        folders: the further folders among them, from --config-dir.
+        trusted: as for `build_index`.
+    """
+    from .compose import project_plugins  # not at the top: it imports Hydra
+
+    here = Path.cwd() if Path.cwd() in trusted else None
+    need_trust = [*project_folder(), *folders]
+    loadable = [each for each in all_folders if each in trusted or each not in need_trust]
+    listed = list(project_plugins(loadable, (), here))
+    if here is None:
+        # without relative paths to something in the working folder
+        listed = [each for each in listed if os.path.isabs(each) or not os.path.exists(each)]
+    if loadable == all_folders:
+        return listed, []
+    others = project_plugins(list(all_folders), (), Path.cwd())
+    return listed, [plugin for plugin in others if plugin not in listed]
+
+
+def load_parts(
+    plugins: Iterable[str] = (), *, without: Iterable[str] = (), trusted: bool = False
+) -> None:
+    """Register the parts of `find_index`, which come from its cache otherwise.
+
+    The arguments are those of `find_index`. Plugins that do not load are left out.
+    """
+    if any(Registry.every.values()):  # the index was built in this process
+        return
+    from .compose import config_folders  # not at the top: it imports Hydra
+
+    plugins = [located(plugin) for plugin in plugins]
+    listed, _ = plugins_in(config_folders([]), [], trusted_among([], trusted))
+    discover([*listed, *plugins], sorted(set(without)), tolerant=True)
 
 
 def loaded_files() -> list[str]:

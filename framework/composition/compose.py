@@ -361,7 +361,8 @@ def keep_following(raw: Any, resolved: Any, following: set[str]) -> None:
 def config_folders(more: Iterable[Path] = ()) -> list[Path]:
     """Return the folders with config files.
 
-    They are the framework's, the project's `conf` in the working folder, and further ones.
+    They are the framework's, those of the tour, the project's `conf` in the working folder, and
+    further ones.
 
     Raises:
         FrameworkError: for a further folder that does not exist or has no config file.
@@ -370,7 +371,7 @@ def config_folders(more: Iterable[Path] = ()) -> list[Path]:
 
     ours = real_path(Path(framework_conf.__path__[0]))
     here = real_path(Path("conf"))
-    folders = [ours]
+    folders = [ours, ours / "tour"]
     if (here / "config.yaml").is_file() or (here / "experiment").is_dir():
         folders.append(here)
     for folder in map(expanded, more):

@@ -170,6 +170,14 @@ class Callback(Stateful):
         """
         return None
 
+    def cost(self) -> str | None:
+        """Return what the callback adds to the time of a run, for `framework plan`.
+
+        Returns:
+            Such as "runs the model on 64 samples every epoch"; None if the time does not matter.
+        """
+        return None
+
     def on_save(self, model_state: dict[str, Any], own_state: dict[str, Any]) -> None:
         """Change the contents of a checkpoint before it is written.
 

@@ -1,4 +1,4 @@
-"""Optional members of a callback, for compiled steps, CUDA graphs and stacked trials.
+"""Optional members of a callback, for compiled steps, CUDA graphs, stacked trials, the terminal.
 
 A callback has one of these contracts if it has the members, with or without the class among its
 bases. Without them it works too, but steps may be slower, or trials train one by one.
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from .callback import Callback
     from .context import Context
 
@@ -87,4 +89,17 @@ class RowClippingCallback(Protocol):
         Args:
             callbacks: the callback of each trial.
             gradients: shape (trials, numbers).
+        """
+
+
+@runtime_checkable
+class LiveCallback(Protocol):
+    """A callback that shows something below the progress bar in a terminal."""
+
+    def live_view(self, columns: int, rows: int) -> RenderableType | None:
+        """Return what to show at the moment, for rich; None for nothing.
+
+        Args:
+            columns: the width of the terminal in characters.
+            rows: the lines that are free.
         """

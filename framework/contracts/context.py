@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from signal import Signals
 from typing import Any, Literal, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from framework.data.accumulation import Batches, Source
+from framework.data.dataset import Batch
 from framework.runtime.clock import Clock
 from framework.runtime.memory import MicroBatches
 from framework.runtime.precision import Precision
@@ -58,6 +59,8 @@ class Context(Protocol):
         log_every: the cadence at which values of training are read from the device and logged.
         measures: sums of the loss and metrics over the training batches since the last log.
         loss: the mean loss of the last step, shape () on the device; reading it synchronizes.
+        batches: in `on_gradients` the batches of the step that have rows in this process, on the
+            device and after all transforms; otherwise empty.
         clock: the time spent in parts of the fit; `part(name)` adds the time of a `with` block.
         at_boundary: no step is in progress, so that a run resumed from `capture()` is exact.
         resumed_from: the step that the fit resumed from, or None.
@@ -87,6 +90,7 @@ class Context(Protocol):
     log_every: Cadence
     measures: Measures
     loss: Tensor
+    batches: Sequence[Batch]
     clock: Clock
     at_boundary: bool
     resumed_from: int | None

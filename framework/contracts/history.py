@@ -2,10 +2,12 @@
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from framework.errors import FrameworkError, did_you_mean
+from framework.errors import FrameworkError, did_you_mean, short
+from framework.errors.terminal import title
+from framework.runtime import html
 
 if TYPE_CHECKING:  # it imports torch, which the lists of runs do not need
     from .direction import Direction
@@ -13,6 +15,12 @@ if TYPE_CHECKING:  # it imports torch, which the lists of runs do not need
 MOST_POINTS = 100_000
 """Points of a curve in memory."""
 MOST_TAGS = 10_000
+MOST_ROWS = 100  # tags that a notebook lists
+SPLITS = ("train", "val", "test")
+COLUMNS = 3  # charts side by side
+CHART_SIZE = (4.5, 3.2)  # inches
+LARGEST = 1e100  # matplotlib fails with values near the largest float
+FEW_POINTS = 20  # a curve of so few points has marks on them
 
 
 class Point(NamedTuple):
@@ -111,6 +119,33 @@ def as_point(value: float, step: int) -> Point | None:
     return Point(step, value) if math.isfinite(value) else None
 
 
+def quantity(tag: str) -> str:
+    """Return what a tag measures, without the name of the split: "loss" for "val/loss"."""
+    split, _, name = tag.partition("/")
+    return name if name and split in SPLITS else tag
+
+
+def number(value: float) -> str:
+    """Return a value with four digits, and thousands in full: 0.1234, 31,706."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def is_logarithmic(curves: Iterable[Curve]) -> bool:
+    """Return whether a logarithmic axis suits curves: positive values over a factor of ten.
+
+    Not for those of which high values are better, such as accuracies, which end at 1.
+    """
+    lowest = math.inf
+    highest = -math.inf
+    for curve in curves:
+        if curve.direction == "max":
+            return False
+        if curve.min is not None and curve.max is not None:
+            lowest = min(lowest, curve.min.value)
+            highest = max(highest, curve.max.value)
+    return 0 < lowest <= highest / 10
+
+
 class History(Mapping[str, Curve]):
     """The curves of a run by tag, such as `history["val/loss"].values`.
 
@@ -189,6 +224,102 @@ class History(Mapping[str, Curve]):
         table = pandas.DataFrame(columns)
         table.index.name = "step"
         return table.sort_index()
+
+    def plot(self, *names: str) -> list[Any]:
+        """Draw curves with matplotlib; those of one quantity, such as the loss, share a chart.
+
+        A notebook shows the charts below the cell. In a script, `matplotlib.pyplot.show()` opens
+        them, and `history.plot()[0].figure.savefig("curves.png")` writes them. A curve has a gap at
+        values that are not finite or beyond 1e100. The axis of positive values over a factor of ten
+        is logarithmic, unless high values are better.
+
+        Args:
+            names: quantities or single tags, such as "loss" or "val/loss"; by default the
+                quantities of which low or high values are known to be better, or all of them if
+                there is none.
+
+        Returns:
+            The axes, one for each quantity.
+
+        Raises:
+            FrameworkError: matplotlib is not installed, nothing was logged, or no value has one of
+                the names.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            raise FrameworkError(
+                "history.plot() needs matplotlib: pip install 'framework[notebook]'"
+            ) from None
+        charts = self._charts(names)
+        columns = min(len(charts), COLUMNS)
+        rows = math.ceil(len(charts) / columns)
+        width, height = CHART_SIZE
+        figure = pyplot.figure(figsize=(columns * width, rows * height), layout="constrained")
+        drawn = []
+        for position, (name, tags) in enumerate(charts.items(), 1):
+            axes = figure.add_subplot(rows, columns, position)
+            for tag in tags:
+                self._draw(tag, axes)
+            if is_logarithmic(self._curves[tag] for tag in tags):
+                axes.set_yscale("log")
+            axes.set_title(title(name), parse_math=False)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+            if any(tag != name for tag in tags):
+                axes.legend()
+            drawn.append(axes)
+        return drawn
+
+    def _draw(self, tag: str, axes: Any) -> None:
+        """Draw a curve; each split has its color in all charts."""
+        curve = self._curves[tag]
+        style: dict[str, Any] = {}
+        split = tag.partition("/")[0]
+        if split in SPLITS:
+            style = {"label": split, "color": f"C{SPLITS.index(split)}"}
+        if len(curve) <= FEW_POINTS:
+            style |= {"marker": "o", "markersize": 3}
+        values = [value if abs(value) < LARGEST else math.nan for value in curve.values]
+        axes.plot(curve.steps, values, **style)
+
+    def _charts(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return the tags of each chart by its title, see `plot`."""
+        found: dict[str, list[str]] = {}
+        for tag in self._curves:
+            found.setdefault(quantity(tag), []).append(tag)
+        if not found:
+            raise FrameworkError("history.plot(): nothing was logged")
+        if not names:
+            judged = [name for name, tags in found.items() if self._curves[tags[0]].direction]
+            names = judged or list(found)
+        charts = {}
+        for name in names:
+            if name in found:
+                charts[name] = found[name]
+            elif name in self._curves:
+                charts[name] = [name]
+            else:
+                advice = did_you_mean(name, [*found, *self._curves])
+                raise FrameworkError(f"history.plot({short(name)}): no such values; {advice}")
+        return charts
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: the last and the best value of each tag, and its curve."""
+        rows = []
+        for tag in list(self._curves)[:MOST_ROWS]:
+            curve = self._curves[tag]
+            best = at = ""
+            if curve.best is not None:
+                best = number(curve.best.value)
+                at = f"{curve.best.step:,}"
+            drawn = html.small_curve(list(curve), is_logarithmic([curve]))
+            rows.append((tag, number(curve.last.value), best, at, drawn))
+        if not rows:
+            return html.paragraph("Nothing was logged.")
+        table = html.table(rows, head=("", "last", "best", "at step", ""))
+        more = len(self) - len(rows)
+        return table + html.paragraph(f"... and {more:,} more") if more else table
 
     def _advice(self, tag: str) -> str:
         return did_you_mean(tag, self._curves) if self._curves else "nothing was logged"

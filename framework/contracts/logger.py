@@ -1,6 +1,6 @@
-"""The contract of a logger, which records scalars, texts and images of a run."""
+"""The contract of a logger, which records scalars, texts, images and more of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,60 @@ class Logger:
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """Record images, shape (N, C, H, W), values in [0, 1]."""
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
-        """Record the graph of the model, traced with inputs of shape (samples, *in_shape)."""
+    def audio(self, tag: str, waves: Tensor, rate: int, step: int) -> None:
+        """Record sounds.
+
+        Args:
+            tag: the name.
+            waves: amplitudes in [-1, 1], shape (N, samples).
+            rate: samples per second.
+            step: the optimizer steps done.
+        """
+
+    def pr_curve(self, tag: str, labels: Tensor, scores: Tensor, step: int) -> None:
+        """Record precision and recall of a binary decision at all thresholds.
+
+        Args:
+            tag: the name.
+            labels: whether a sample is positive, bool of shape (N,).
+            scores: the probability that it is, in [0, 1], shape (N,).
+            step: the optimizer steps done.
+        """
+
+    def embedding(
+        self,
+        tag: str,
+        vectors: Tensor,
+        labels: Sequence[str],
+        step: int,
+        images: Tensor | None = None,
+    ) -> None:
+        """Record points of a space of several dimensions; a later call for a tag replaces them.
+
+        Args:
+            tag: the name.
+            vectors: the points, shape (N, D).
+            labels: a text for each point.
+            step: the optimizer steps done.
+            images: a thumbnail for each point, shape (N, 1 or 3, H, W), values in [0, 1].
+        """
+
+    def charts(self, title: str, charts: Mapping[str, str]) -> None:
+        """Show several scalars in one chart, for all of the run; call it in `on_fit_start`.
+
+        Args:
+            title: of the charts together.
+            charts: the prefix of the tags in each chart, by the name of the chart.
+        """
+
+    def graph(self, model: nn.Module, inputs: Any) -> None:
+        """Record the graph of the model, traced with some inputs.
+
+        Args:
+            model: the model of the run.
+            inputs: shape (samples, *in_shape). For a model with several arguments, a tuple of the
+                positional arguments, or a dict of the keyword arguments.
+        """
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the settings of the run together with its final metrics."""

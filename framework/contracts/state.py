@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from framework.errors import SettingError, short
 from framework.registry.annotations import Pattern
+from framework.runtime import html
 from framework.runtime.shared_time import SHARED_TIME as SHARED_TIME
 
 from .history import History
@@ -93,6 +94,16 @@ class State:
         """Seconds since the run began, without the time between a stop and a resume."""
         return SHARED_TIME.now() - self.started
 
+    def _repr_html_(self) -> str:
+        """Return the counters, the reason of an early end, and the history, for notebooks."""
+        counters = f"epoch {self.epoch}, step {self.step:,}"
+        if self.total_steps:
+            counters += f" of {self.total_steps:,}"
+        lines = [html.paragraph(counters, bold=True)]
+        if self.stop is not None:
+            lines.append(html.paragraph(f"Ended early: {self.stop}"))
+        return "".join([*lines, self.history._repr_html_()])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the values that a resumed run cannot derive, as plain types."""
         return {
@@ -140,6 +151,13 @@ class Cadence:
         self.every = every
         self.number, self.unit = parse_cadence(every)
         self._last = SHARED_TIME.now()
+
+    def __str__(self) -> str:
+        """Return it as words, such as "every 10 steps" or "every epoch"."""
+        if self.number == 1:
+            return f"every {self.unit}"
+        plural = "s" if self.unit in ("step", "epoch") else ""
+        return f"every {self.number:g} {self.unit}{plural}"
 
     def restart(self) -> None:
         """Restart the clock of a cadence in minutes."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from framework.errors import DataError, FrameworkError, RunError
+from framework.errors import DataError, FrameworkError, RunError, SettingError
 from framework.registry.annotations import NonNegativeFloat, PositiveInt, Range
 from framework.registry.kinds import Shape
 from framework.runtime import seeds
@@ -47,6 +47,7 @@ from .foreign_loader import (
 from .input_rows import InputFile, InputRows
 from .preparation import Preparation
 from .sample_order import CPU, BatchIndices, Order, sequential, shuffled
+from .shown import Shown as Shown, show_numbers
 from .token_splits import (
     GatheredSplit as GatheredSplit,
     RaggedSplit as RaggedSplit,
@@ -310,6 +311,36 @@ class Data:
             None if the exported model takes the inputs as the data set prepares them.
         """
         return None
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        """Return inputs as a reader sees them, for tables and pictures of single samples.
+
+        By default inputs with the shape of images are images, and up to 8 numbers are columns.
+
+        Args:
+            inputs: shape (samples, *in_shape), prepared as in training.
+            facts: see `read_inputs`.
+        """
+        return show_numbers(inputs, facts, cls.max_pixel)
+
+    def sample_names(self, split: str, samples: Sequence[int]) -> dict[str, list[Any]]:
+        """Return columns that identify samples in the source of the data, such as file and row.
+
+        By default the file of each sample if the split has `files`, or its row in the source,
+        counted from 1.
+
+        Args:
+            split: the name of the split.
+            samples: their numbers in the split, counted from 0.
+        """
+        columns = file_names(getattr(self, split), samples)
+        if columns:
+            return columns
+        rows = self.rows.get(split)
+        if rows is None or len(rows) != known_length(getattr(self, split)):
+            return {}
+        return {"row": [int(rows[sample]) + 1 for sample in samples]}
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:
@@ -735,6 +766,33 @@ def check_read_again(batches: Loader | ForeignLoader, reader: str) -> None:
         raise DataError(
             f"{reader}: expected data that can be read again, got a {kind}; {READ_AGAIN}"
         )
+
+
+def check_has_validation(batches: Loader | ForeignLoader | None, reader: str) -> None:
+    """Check that there is validation data that a callback can read again.
+
+    Args:
+        batches: the validation data.
+        reader: the callback for the message, such as "callbacks.worst".
+
+    Raises:
+        SettingError: there is none.
+        DataError: it can be read only once.
+    """
+    if batches is None:
+        raise SettingError(f"{reader}: expected a validation split, but the data has none")
+    check_read_again(batches, reader)
+
+
+def names_or_numbers(names: Sequence[str], count: int) -> list[str]:
+    """Return the names of classes; their numbers if the names are unknown."""
+    return list(names) if len(names) == count else [str(index) for index in range(count)]
+
+
+def file_names(split: Any, samples: Sequence[int]) -> dict[str, list[Any]]:
+    """Return the file of each sample as the column "file"; no column if the split has no files."""
+    files = getattr(split, "files", None)
+    return {} if files is None else {"file": [str(files[sample]) for sample in samples]}
 
 
 def class_names(run: Path | None) -> list[str]:

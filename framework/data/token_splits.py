@@ -72,6 +72,7 @@ class RaggedSplit(GatheredSplit):
         sequences: 1-d tensors of token ids; 0 is padding.
         others: further parts of the samples, such as targets.
         bucket: batches per pool; 0 keeps the permutation.
+        facts: stored in `facts`, for the code that shows samples (such as the tokenizer).
 
     Raises:
         DataError: a sequence is empty, or the numbers of samples differ.
@@ -79,7 +80,9 @@ class RaggedSplit(GatheredSplit):
 
     reuses_memory = False
 
-    def __init__(self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16):
+    def __init__(
+        self, sequences: Sequence[Tensor], *others: Tensor, bucket: int = 16, **facts: Any
+    ):
         lengths = [len(tokens) for tokens in sequences]
         if 0 in lengths:
             raise DataError(
@@ -98,6 +101,7 @@ class RaggedSplit(GatheredSplit):
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.others = others
         self.bucket = bucket
+        self.facts = facts
 
     def __len__(self) -> int:
         return len(self.lengths)

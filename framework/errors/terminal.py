@@ -110,6 +110,17 @@ def print_note(text: object) -> None:
     print(message_line(text), file=sys.stderr, flush=True)
 
 
+def can_redraw(stream: IO[str]) -> bool:
+    """Return whether a stream is a terminal that can show a live display.
+
+    A command that a notebook starts with `!` has a terminal too, but the notebook appends whatever
+    is written to it. The kernel of the notebook sets MPLBACKEND for its commands.
+    """
+    if os.environ.get("MPLBACKEND", "").endswith("backend_inline"):
+        return False
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def note(text: object) -> None:
     """Print a note of a command on stderr, as a line that names the program."""
     if prints_notes():

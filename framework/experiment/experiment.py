@@ -228,6 +228,11 @@ class Experiment:
         plan.transforms = [repr(maker).partition("/")[2] for maker in self.spec.parts["transform"]]
         trainer = self.trainer()
         plan.batches_per_step = trainer.accumulate
+        own = trainer.callbacks[len(self.transforms) :]
+        for maker, callback in zip(self.spec.parts["callback"], own, strict=False):
+            cost = callback.cost()
+            if cost is not None:
+                plan.callbacks.append(f"{maker.entry.name} {cost}")
         for callback in trainer.callbacks:
             pace = callback.pace(trainer, len(self.train_batches))
             if pace is not None:

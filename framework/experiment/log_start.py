@@ -9,8 +9,8 @@ from framework.contracts.logger import Logger
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Loader
 from framework.runs.folder import dump
-from framework.runtime import seeds
-from framework.runtime.batch import is_flat
+from framework.runtime import markdown, seeds
+from framework.runtime.batch import is_flat, select_rows
 from framework.training.layer_table import read_layers
 
 
@@ -42,10 +42,26 @@ def log_run_start(
         for logger in text_loggers:
             logger.text("config", config_text)
             logger.text("layers", shown)
+    inputs = model_inputs(batch, task)
     for logger in graph_loggers:
-        if is_flat(batch):
-            logger.graph(model, batch[0][:2])
+        if inputs is not None:
+            logger.graph(model, inputs)
     return shown
+
+
+def model_inputs(batch: Batch, task: Task) -> Any:
+    """Return what the model is called with for two samples, see `Logger.graph`.
+
+    None if the task does not name it, or mixes positional and keyword arguments.
+    """
+    if not task.fields.named:
+        return batch[0][:2] if is_flat(batch) else None
+    positional, by_name = task.fields.arguments(select_rows(batch, 0, 2))
+    if positional and by_name:
+        return None
+    if by_name:
+        return by_name
+    return positional[0] if len(positional) == 1 else tuple(positional)
 
 
 def indented(text: str) -> str:
@@ -56,16 +72,14 @@ def indented(text: str) -> str:
 def layers_in_markdown(model: nn.Module, batch: Batch, task: Task) -> str:
     """Return the table of layers in Markdown."""
     layers, _ = read_layers(model, batch, task)
-    rows = ["| layer | type | output | parameters | FLOPs |", "|---|---|---|--:|--:|"]
+    rows = []
     for layer in layers:
         shape = " × ".join(map(str, layer.out_shape))
-        rows.append(
-            f"| {layer.name} | {layer.type} | {shape} | {layer.parameters:,} | {layer.flops:,} |"
-        )
+        rows.append([layer.name, layer.type, shape, f"{layer.parameters:,}", f"{layer.flops:,}"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = sum(layer.flops for layer in layers)
-    rows.append(f"| total | | | {parameters:,} | {flops:,} |")
-    return "\n".join(rows)
+    rows.append(["total", "", "", f"{parameters:,}", f"{flops:,}"])
+    return markdown.table(["layer", "type", "output", "parameters", "FLOPs"], rows, texts=3)
 
 
 def first_batch(batches: Loader) -> Batch:

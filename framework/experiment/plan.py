@@ -71,6 +71,7 @@ class Plan:
         flops: of the forward pass of a sample.
         steps_per_epoch, total_steps: optimizer steps.
         transforms: of training batches, as text.
+        callbacks: what some callbacks add to the time of the run, as text.
         threads: for an operation on the CPU.
         loader: how batches are read, as text.
         pace: the steps of each epoch, as text, if they differ.
@@ -93,6 +94,7 @@ class Plan:
     optimizer: str | None = None
     groups: list[ParameterGroup] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
+    callbacks: list[str] = field(default_factory=list)
     curve: Curve | None = None
     splits: list[SplitSize] = field(default_factory=list)
     threads: int | None = None

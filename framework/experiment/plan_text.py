@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.errors.terminal import printable, title
-from framework.runtime.plot import braille
+from framework.runtime.plot import braille, ends, with_labels
 from framework.training.layer_table import Layer
 
 from .plan import Curve, ParameterGroup, Plan, SplitSize
@@ -104,6 +104,10 @@ def fact_lines(plan: Plan) -> list[tuple[str, str]]:
         heading = ""
     if plan.transforms:
         lines.append(("transforms", ", ".join(plan.transforms)))
+    heading = "callbacks"
+    for text in plan.callbacks:
+        lines.append((heading, text))
+        heading = ""
     if plan.loader:
         lines.append(("loader", plan.loader))
     if plan.threads:
@@ -198,14 +202,8 @@ def group_text(group: ParameterGroup) -> str:
 def curve_text(curve: Curve, total_steps: int) -> Text:
     """Return the curve, with its maximum on the left and the steps below."""
     lines = braille(curve.rates, CURVE_COLUMNS, CURVE_ROWS)
-    labels = [""] * len(lines)
-    labels[0] = f"{curve.peak:.3g}"
-    labels[-1] = "0"
-    text = Text()
-    for label, line in zip(labels, lines, strict=True):
-        text.append(f"{label:>9} ", "dim").append(line + "\n", "cyan")
-    last = f"step {total_steps:,}"
-    text.append(f"{'':>9} step 1{last:>{CURVE_COLUMNS - 6}}\n", "dim")
+    below = ends("step 1", f"step {total_steps:,}", CURVE_COLUMNS)
+    text = Text("\n").join(with_labels(lines, f"{curve.peak:.3g}", "0", below)).append("\n")
     rates = f"  start {curve.start:.3g}"
     if curve.peak not in (curve.start, curve.end):
         rates += f", peak {curve.peak:.3g} at step {curve.peak_step + 1:,}"

@@ -41,6 +41,11 @@ def slow_data(shares: Mapping[str, float], seconds: float) -> float | None:
     return share
 
 
+def seconds_of_waiting(clock: "Clock") -> float:
+    """Return the seconds that the training loop of a clock has waited for data."""
+    return clock.seconds.get(WAITING_FOR_DATA, 0.0)
+
+
 class Clock:
     """Counts seconds by activity, such as "waiting for data" or "validation".
 
@@ -127,7 +132,7 @@ class Profiler(Clock):
 
     Args:
         device: the device of the model.
-        folder: the folder of the trace, which Perfetto and TensorBoard can show; None for no trace.
+        folder: the folder of the trace, which https://ui.perfetto.dev shows; None for no trace.
 
     Attributes:
         recorded: seconds of the parts of a step, once they are recorded.

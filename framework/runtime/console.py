@@ -6,6 +6,7 @@ from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from framework.errors.terminal import printable, printable_lines
@@ -31,6 +32,11 @@ class PrintableConsole(Console):
                 yield segment
 
 
+def empty_table() -> Table:
+    """Return a table without borders."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
 def console(file: IO[str] | None = None) -> Console:
     """Return a console for a file, by default standard output.
 
@@ -39,4 +45,5 @@ def console(file: IO[str] | None = None) -> Console:
     """
     file = file or sys.stdout
     width = None if file.isatty() else PLAIN_WIDTH
-    return PrintableConsole(file=file, highlight=False, width=width)
+    # In a notebook, rich would ignore the file and its width.
+    return PrintableConsole(file=file, highlight=False, width=width, force_jupyter=False)

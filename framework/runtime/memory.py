@@ -1,6 +1,7 @@
 """Free memory, errors for memory that is full, and micro-batches that need less of it."""
 
 import resource
+import sys
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -139,6 +140,21 @@ def available_bytes() -> int | None:
     used = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     left = max(0, limit - used)
     return left if free is None else min(free, left)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the largest memory until now: of tensors on a CUDA device, otherwise of the process.
+
+    That of the process is its resident memory. (On Linux, `getrusage` counts the process that
+    started this one, too.)
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = numbers_in(Path("/proc/self/status")).get("VmHWM:")
+    if peak is not None:
+        return 1024 * peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_room(needed: float, subject: str) -> None:

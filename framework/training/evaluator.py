@@ -122,6 +122,29 @@ class Evaluator:
         self._report(named)
         return named
 
+    @contextmanager
+    def reading(
+        self, data: Source, *, model: nn.Module, task: Task, batch_size: int = 256
+    ) -> Iterator[Batches]:
+        """Prepare to read data for other measurements than `evaluate`; yield its batches.
+
+        Args:
+            data: a split, or an iterable of batches.
+            model: moved to the device.
+            task: becomes that of this object, as the model.
+            batch_size: samples in a batch, for a split.
+        """
+        self._use(model, task)
+        batches = self._batches(data, batch_size)
+        all_kept = task.all_kept
+        task.know_targets(known_targets(task.fields.known_targets, batches))
+        deterministic = deterministic_algorithms(self.deterministic)
+        try:
+            with seeds.measuring(), deterministic, memory_errors(self.device), torch_errors():
+                yield batches
+        finally:
+            task.all_kept = all_kept
+
     @seeds.measuring()
     def predict(
         self,

@@ -199,7 +199,9 @@ class TrainingStep:
             if self.is_first:
                 check_gradients(self.parameters.optimized)
             self.precision.unscale(self.optimizer)
+            trainer.batches = batches
             trainer.emit("gradients")
+            trainer.batches = ()
             with self.clock.detail("optimizer"):
                 if self.is_first_update:
                     self.first_update()

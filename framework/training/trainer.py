@@ -490,6 +490,7 @@ class Trainer(Evaluator):
         )
         self.process_times = None
         self.loss = torch.zeros((), device=self.device)
+        self.batches: Sequence[Batch] = ()
         self.validated_step = -1
         self.at_boundary = True
         self.resumed_from = None

@@ -10,6 +10,7 @@ from framework import (
     PositiveInt,
     SettingError,
     callbacks,
+    drawing,
     is_in_memory,
     seeds,
     whole_batches,
@@ -22,6 +23,8 @@ from framework.contracts.task import PictureTask
 @callbacks.register("pictures")
 class Pictures(Callback):
     """Logs images of the task: reconstructions (each input before its reconstruction) and samples.
+
+    Each kind is one image with all of them.
 
     The inputs are the first ones of the validation split, or of the training split without one. In
     a step with a validation, the images come from the validated weights: the average, if the
@@ -48,6 +51,9 @@ class Pictures(Callback):
             name = type(trainer.task).__name__
             raise SettingError(f"callbacks.pictures: task {name} generates no images")
 
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, {self.cadence}"
+
     def on_validation_end(self, trainer: Context) -> None:
         self._log_if_due(trainer)
 
@@ -71,9 +77,10 @@ class Pictures(Callback):
         low = inputs.min()
         high = inputs.max()
         for tag, rows in rows_by_tag.items():
-            images = as_images(((rows.float() - low) / (high - low)).clamp(0, 1))
+            images = as_images(((rows.float() - low) / (high - low)).clamp(0, 1)).cpu()
+            image = drawing.captioned(images, [""] * len(images))
             for logger in trainer.loggers:
-                logger.images(tag, images, trainer.state.step)
+                logger.images(tag, image, trainer.state.step)
 
 
 @callbacks.register("sample_distance")
@@ -106,6 +113,9 @@ class SampleDistance(Callback):
         if not isinstance(trainer.model, GenerativeModel):
             name = type(trainer.model).__name__
             raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
+
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, in each validation"
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:

@@ -1,6 +1,8 @@
 """Callbacks that only log: gradient norms, learning rates, histograms, augmented images."""
 
-import torch
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from framework import (
@@ -12,12 +14,17 @@ from framework import (
     SettingError,
     Transform,
     callbacks,
+    class_names,
+    drawing,
     dtensors,
     numbers_of,
 )
 from framework.contracts.state import Cadence
 
 from .gradients import gradients_of
+from .samples import as_pictures, model_outputs, spread_samples, target_texts
+
+UNCHANGED = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 @callbacks.register("gradient_norm")
@@ -90,45 +97,90 @@ def will_log(trainer: Context) -> bool:
 class Histograms(Callback):
     """Logs histograms of each parameter and its gradient, first before the first update.
 
-    Tags are weights/<parameter> and gradients/<parameter>. Values that are not finite are left out.
-    A sparse gradient counts with its stored values, a complex number with both parts.
+    Tags are weights/<parameter>, gradients/<parameter> and activations/<module>. Values that are
+    not finite are left out. A sparse gradient counts with its stored values, a complex number with
+    both parts. Activations are the outputs of the innermost modules in evaluation mode for some
+    samples of the validation split, or of the training split without one. The step is that whose
+    update follows; the last values are those of the trained model, unless its step is logged.
 
     Args:
         every: how often to log them; each time copies all parameters from the device.
+        activations: also log the activations; each time runs the model on `samples` samples.
+        samples: for the activations.
     """
 
     changes_training = False
 
-    def __init__(self, every: Every = "1epoch"):
+    def __init__(
+        self, every: Every = "1epoch", activations: bool = False, samples: PositiveInt = 64
+    ):
         self.cadence = Cadence(every)
+        self.activations = activations
+        self.samples = samples
+        self.logged_step = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.logged_step = 0
 
     def needs_gradients(self, trainer: Context) -> bool:
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
         return in_minutes or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
 
+    def cost(self) -> str:
+        also = f" and runs the model on {self.samples:,} samples" if self.activations else ""
+        return f"copies all weights and gradients{also}, {self.cadence}"
+
     def on_gradients(self, trainer: Context) -> None:
         if not self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             return
-        self._log_weights(trainer)
+        step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
+        self._log_model(trainer, step)
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
-                log_histogram(trainer, f"gradients/{name}", parameter.grad)
+                log_histogram(trainer, f"gradients/{name}", parameter.grad, step)
 
     def on_fit_end(self, trainer: Context) -> None:
-        self._log_weights(trainer)
+        if self.logged_step < trainer.state.step:
+            self._log_model(trainer, trainer.state.step)
 
-    def _log_weights(self, trainer: Context) -> None:
+    def _log_model(self, trainer: Context, step: int) -> None:
+        self.logged_step = step
         for name, parameter in trainer.model.named_parameters():
-            log_histogram(trainer, f"weights/{name}", parameter)
+            log_histogram(trainer, f"weights/{name}", parameter, step)
+        if self.activations:
+            self._log_activations(trainer, step)
+
+    def _log_activations(self, trainer: Context, step: int) -> None:
+        outputs: dict[str, Tensor] = {}
+
+        def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and output.is_floating_point():
+                    outputs[name] = output.clone()  # a later module may change it in place
+
+            return keep_output
+
+        hooks = []
+        for name, module in trainer.model.named_modules():
+            if not list(module.children()) and not isinstance(module, UNCHANGED):
+                hooks.append(module.register_forward_hook(hook_of(name or "model")))
+        try:
+            model_outputs(trainer, spread_samples(trainer, self.samples))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, output in outputs.items():
+            log_histogram(trainer, f"activations/{name}", output, step)
 
 
-def log_histogram(trainer: Context, tag: str, tensor: Tensor) -> None:
+def log_histogram(trainer: Context, tag: str, tensor: Tensor, step: int) -> None:
     """Pass the finite values of a tensor to the loggers, unless there are none."""
     values = finite_values(tensor)
     if len(values) == 0:
         return
     for logger in trainer.loggers:
-        logger.histogram(tag, values, trainer.state.step)
+        logger.histogram(tag, values, step)
 
 
 def finite_values(tensor: Tensor) -> Tensor:
@@ -141,7 +193,8 @@ def finite_values(tensor: Tensor) -> Tensor:
 class Augmented(Transform):
     """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
-    It logs them after the first step, and then at its cadence.
+    Below each is its class or number; for mixed targets, the two largest shares. It logs them after
+    the first step, and then at its cadence. List it after the other transforms.
 
     Args:
         count: number of images, at most a batch.
@@ -154,49 +207,30 @@ class Augmented(Transform):
         self.count = count
         self.cadence = Cadence(every)
         self.inputs: Tensor | None = None
+        self.targets: Any = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Copy the first inputs; return the batch unchanged."""
+        """Copy the first inputs and targets; return the batch unchanged."""
         self.inputs = batch[0][: self.count].clone()  # a loader may reuse their memory
+        self.targets = batch[1][: self.count].clone() if len(batch) > 1 else None
         return batch
 
     def on_step_end(self, trainer: Context) -> None:
         state = trainer.state
         due = self.cadence.due(state, epoch_end=state.batch == 0)
         if self.inputs is not None and (due or state.step == 1):
-            image = side_by_side(normalized_images(self.inputs))
+            images = as_pictures(self.inputs)
+            if images is None:
+                shape = tuple(self.inputs.shape[1:])
+                raise SettingError(
+                    f"callbacks.augmented: expected images (C, H, W), got {self.inputs.dtype} "
+                    f"{shape}"
+                )
+            captions = [""] * len(images)
+            if isinstance(self.targets, Tensor):
+                captions = target_texts(self.targets, class_names(trainer.folder))
+            image = drawing.captioned(images, captions)
             for logger in trainer.loggers:
-                logger.images("augmented", image[None], state.step)
+                logger.images("augmented", image, state.step)
         self.inputs = None
-
-
-def normalized_images(inputs: Tensor) -> Tensor:
-    """Return images (N, 1 or 3, H, W) between 0 and 1.
-
-    Raises:
-        SettingError: the inputs are no images.
-    """
-    if inputs.ndim != 4 or not inputs.is_floating_point():
-        shape = tuple(inputs.shape[1:])
-        raise SettingError(
-            f"callbacks.augmented: expected images (C, H, W) of floating-point numbers, got "
-            f"{inputs.dtype} {shape}"
-        )
-    images = inputs.detach().float()
-    if images.shape[1] not in (1, 3):
-        images = images.mean(1, keepdim=True)
-    low, high = images.aminmax()
-    return (images - low) / (high - low).clamp(min=1e-6)
-
-
-def side_by_side(images: Tensor, max_columns: int = 8) -> Tensor:
-    """Return images (N, C, H, W) as one image, in rows, with a gray line after each image.
-
-    The rest of the last row is black.
-    """
-    columns = min(len(images), max_columns)
-    missing = -len(images) % columns
-    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    framed = nn.functional.pad(padded, (0, 1, 0, 1), value=0.5)
-    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
-    return torch.cat(rows, 1)
+        self.targets = None

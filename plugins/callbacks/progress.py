@@ -1,18 +1,27 @@
-"""The progress of a run: a live bar in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live bar in a terminal or notebook, plain lines elsewhere."""
 
 import math
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from torch.utils.data import DataLoader
 
-from framework import Callback, Context, Loader, PositiveFloat, callbacks, slow_data, terminal
+from framework import (
+    Callback,
+    Context,
+    Loader,
+    PositiveFloat,
+    callbacks,
+    notebook,
+    slow_data,
+    terminal,
+)
+from framework.contracts.callback_protocols import LiveCallback
 from framework.contracts.state import State
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.live import Live
 
 SPLITS = ("train/", "val/")
@@ -25,12 +34,12 @@ NOT_LISTED += ("train/communication", "train/waiting", "train/slowest_process")
 class Progress(Callback):
     """Shows epoch, step, losses, metrics, samples/s and the remaining time, on stderr.
 
-    In a terminal it is a live bar; elsewhere a line for each validation and each epoch. It shows
-    logged values and never reads the device. Between two updates of the bar, a step only reads the
-    clock.
+    In a terminal or notebook it is a live bar; elsewhere a line for each validation and each epoch.
+    It shows logged values and never reads the device. Between two updates of the bar, a step only
+    reads the clock.
 
     Args:
-        style: a live bar, plain lines, or auto: the bar if stderr is a terminal.
+        style: a live bar, plain lines, or auto: the bar in a notebook, or if stderr is a terminal.
         per_second: maximum updates of the bar per second.
     """
 
@@ -42,7 +51,7 @@ class Progress(Callback):
     ):
         self.style = style
         self.interval = 1 / per_second
-        self.live: Live | None = None
+        self.live: Live | notebook.NotebookDisplay | None = None
         self.next_update = 0.0
         self.validation_seconds = math.inf  # of the last validation
         self.printed_step: int | None = None
@@ -63,8 +72,13 @@ class Progress(Callback):
         self.first_step = trainer.state.step
         if self.stream is None:  # a process without a console
             return
-        if self.style == "bar" or (self.style == "auto" and is_terminal(self.stream)):
+        if self.style == "lines":
+            return
+        if notebook.in_notebook():
+            self.live = notebook.NotebookDisplay()
+        elif self.style == "bar" or terminal.can_redraw(self.stream):
             self.live = open_live(self.stream)
+        if self.live is not None:
             self._update_bar()
 
     def on_step_end(self, trainer: Context) -> None:
@@ -88,8 +102,8 @@ class Progress(Callback):
         advice = data_loader_advice(trainer)
         if advice is None or self.stream is None:
             return
-        if self.live is not None:
-            self.live.console.print(advice, markup=False, highlight=False)
+        if self.live is not None and not isinstance(self.live, notebook.NotebookDisplay):
+            self.live.console.print(advice, markup=False, highlight=False)  # above the bar
         else:
             terminal.print_line(advice, self.stream, flush=True)
 
@@ -106,7 +120,7 @@ class Progress(Callback):
         self.live.update(self._bar(validating), refresh=True)
 
     def _bar(self, validating: bool) -> "Group":
-        """Return three lines: progress and speed; training values; validation values."""
+        """Return progress and speed, training values, validation values, and a live view."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -121,7 +135,7 @@ class Progress(Callback):
         for _ in range(3):
             progress.add_column(no_wrap=True)
         progress.add_row(Text(self._counts(state)), bar, Text("  ".join(self._speed(state))))
-        lines: list[Table | Text] = [progress]
+        lines: list[RenderableType] = [progress]
         for split in ("train", "val"):
             values = self._values(state, f"{split}/")
             texts = [value.removeprefix(f"{split}/") for value in values]
@@ -132,6 +146,15 @@ class Progress(Callback):
                 lines.append(
                     Text.assemble(title, "  ".join(texts), overflow="ellipsis", no_wrap=True)
                 )
+        assert self.live is not None
+        size = self.live.console.size
+        free = size.height - len(lines) - 2
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, LiveCallback):
+                view = callback.live_view(size.width, free)
+                if view is not None:
+                    lines.append(view)
+                    free = 0
         return Group(*lines)
 
     def _print_line(self, state: State) -> None:
@@ -180,11 +203,6 @@ def data_loader_advice(trainer: Context) -> str | None:
         return None
     spent = f"{share:.0%} of the time was spent waiting for data"
     return f"{spent}: DataLoader(..., num_workers=2) reads ahead"
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can show a live bar."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def open_live(stream: TextIO) -> "Live":

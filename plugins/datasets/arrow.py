@@ -21,6 +21,7 @@ from framework import (
     Rate,
     Scale,
     Shape,
+    Shown,
     datasets,
     memory,
     paths,
@@ -35,7 +36,7 @@ from .arrow_splits import (
     MappedTexts,
     read_numbers,
 )
-from .audio import SoundData
+from .audio import SoundData, show_sounds
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
 from .preparations.arrays import Standardize
 from .preparations.columns import Columns
@@ -75,7 +76,7 @@ from .readers.splits import split_parts
 from .readers.targets import Targets, as_targets, known_classes
 from .readers.tokenizers import TokenizerPart, load_tokenizer
 from .tables import target_cells
-from .text import TextData
+from .text import TextData, decode_texts
 
 SUFFIXES = (".arrow", ".feather", ".ipc")
 MAX_MEASURED = 10_000  # rows from which means and deviations are computed
@@ -562,6 +563,15 @@ class Arrow(Data):
         if kind in ("text", "sequences"):
             return Tokens(facts, in_shape[0], classifies=True)
         return Standardize(facts, in_shape, pixels=kind == "image")
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        kind = facts["kind"]
+        if kind == "audio":
+            return show_sounds(inputs, facts)
+        if kind in ("text", "sequences"):
+            return Shown({"text": decode_texts(inputs, facts)})
+        return ImageFolder.show(inputs, facts) if kind == "image" else super().show(inputs, facts)
 
 
 @datasets.register("hf_dataset")

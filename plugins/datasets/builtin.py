@@ -17,6 +17,7 @@ from framework import (
     Range,
     Rate,
     Shape,
+    Shown,
     datasets,
     memory,
     seeds,
@@ -86,6 +87,11 @@ class Digits(ArrayData):
         if math.prod(in_shape) == 64:
             return Standardize(facts, in_shape)
         return Enlarge(facts, in_shape)
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        """Return inputs as images, also those of shape (64,)."""
+        return super().show(inputs.reshape(-1, 1, 8, 8) if inputs.ndim == 2 else inputs, facts)
 
 
 def resize(pixels: Any, size: int) -> Tensor:
@@ -212,12 +218,14 @@ class Friedman1(ArrayData):
     """Regression with interactions, curves and irrelevant features (Friedman 1991, MARS).
 
     Inputs are drawn uniformly from [0, 1]; the target is `friedman1` of them plus normal noise.
+    Outliers imitate errors of recording: a training target ten times too large.
 
     Args:
         samples: number of rows.
         features: number of inputs, of which the first five are relevant.
         noise: standard deviation of the noise.
-        seed: seed of inputs, noise and splits.
+        outliers: share of the training targets that are ten times too large.
+        seed: seed of inputs, noise, outliers and splits.
         val_fraction: share of the rows for validation.
         test_fraction: share of the rows for the test.
         normalize: standardize each feature; the target is not scaled.
@@ -228,6 +236,7 @@ class Friedman1(ArrayData):
         samples: PositiveInt = 2000,
         features: Annotated[int, Range("[5, inf)")] = 10,
         noise: NonNegativeFloat = 1.0,
+        outliers: Rate = 0.0,
         seed: int = 0,
         val_fraction: Rate = 0.15,
         test_fraction: Rate = 0.15,
@@ -248,6 +257,9 @@ class Friedman1(ArrayData):
             target="value",
             name="friedman1",
         )
+        if outliers:
+            targets = self.train.tensors[-1]
+            targets[torch.rand(len(targets), generator=generator) < outliers] *= 10
 
 
 def friedman1(inputs: Tensor) -> Tensor:

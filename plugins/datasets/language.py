@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework import Data, DataError, PositiveInt, Preparation, Rate, Shape, WindowSplit, datasets
+from framework import (
+    Data,
+    DataError,
+    PositiveInt,
+    Preparation,
+    Rate,
+    Shape,
+    Shown,
+    WindowSplit,
+    datasets,
+)
 
 from .preparations.texts import Tokens
 from .readers.data_files import read_text
@@ -76,6 +86,11 @@ class LanguageData(Data):
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         return Tokens(facts, in_shape[0], classifies=False)
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        tokenizer = load_tokenizer(facts)
+        return Shown({"text": [str(tokenizer.decode(row)) for row in inputs.tolist()]})
 
     @classmethod
     def encode(cls, text: str, facts: dict[str, Any]) -> Tensor:

@@ -20,6 +20,7 @@ from framework import (
     Rate,
     Scale,
     Shape,
+    Shown,
     TensorSplit,
     datasets,
     paths,
@@ -174,6 +175,10 @@ class TableData(Data):
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         return Columns(facts["columns"])
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        return Shown(Columns(facts["columns"]).cells(inputs))
 
 
 @datasets.register("table", aliases=["csv", "parquet"])

@@ -31,6 +31,7 @@ from framework import (
     Rate,
     Scale,
     Shape,
+    Shown,
     datasets,
     did_you_mean,
     memory,
@@ -90,6 +91,7 @@ class TextData(Data):
         self.classes = classes
         self.texts: dict[str, list[str]] = {}
         self.labels: dict[str, list[int]] = {}
+        self.order: dict[str, list[int]] = {}
         self.tokenizer.fit(texts[row] for row in rows["train"].tolist())
         self.vocabulary = self.tokenizer.size
         for part, chosen in rows.items():
@@ -99,10 +101,16 @@ class TextData(Data):
             order = list(range(len(inputs)))
             if part != "train":
                 order.sort(key=lambda row: len(inputs[row]))  # for less padding
+            self.order[part] = order
             split = None
             if inputs:
                 targets = torch.tensor(self.labels[part])[order]
-                split = RaggedSplit([inputs[row] for row in order], targets, bucket=bucket)
+                split = RaggedSplit(
+                    [inputs[row] for row in order],
+                    targets,
+                    bucket=bucket,
+                    tokenizer=self.tokenizer,
+                )
             setattr(self, part, split)
 
     def facts(self) -> dict[str, Any]:
@@ -172,6 +180,30 @@ class TextData(Data):
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         return Tokens(facts, facts["max_length"], classifies=True)
+
+    @classmethod
+    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
+        return Shown({"text": decode_texts(inputs, facts)})
+
+    def sample_names(self, split: str, samples: Sequence[int]) -> dict[str, list[Any]]:
+        """Return the row of each text in the source, counted from 1."""
+        if split not in self.rows:
+            return {}
+        order = self.order[split]  # splits for measurements are sorted by length
+        return {"row": [int(self.rows[split][order[sample]]) + 1 for sample in samples]}
+
+
+def decode_texts(inputs: Tensor, facts: Mapping[str, Any]) -> list[str]:
+    """Return the texts of token ids, shape (texts, length), as the tokenizer of a run reads them.
+
+    Args:
+        inputs: ids, 0 for padding.
+        facts: "tokenizer" and "learned"; without them (a column of ids), the ids are the text.
+    """
+    if "learned" not in facts:
+        return [" ".join(str(number) for number in row if number) for row in inputs.tolist()]
+    tokenizer = load_tokenizer(facts)
+    return [str(tokenizer.decode([n for n in row if n])) for row in inputs.tolist()]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tensor:

@@ -25,6 +25,7 @@ from framework import (
     blocks,
     callbacks,
     class_names,
+    markdown,
     shapes,
 )
 from framework.contracts.state import Cadence
@@ -346,6 +347,9 @@ class Spectrograms(Callback):
         self.samples = samples
         self.cadence = Cadence(every)
 
+    def cost(self) -> str:
+        return f"runs the model on {self.samples:,} samples, {self.cadence}"
+
     def on_validation_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.show(trainer)
@@ -433,8 +437,8 @@ def predictions_table(
     def name(index: int) -> str:
         return names[index] if index < len(names) else str(index)
 
-    lines = ["| sample | is | taken for | probability |", "|---|---|---|---|"]
-    rows = zip(targets, predicted, probability, strict=True)
-    for number, (target, guess, share) in enumerate(rows, 1):
-        lines.append(f"| {number} | {name(target)} | {name(guess)} | {share:.2f} |")
-    return "\n".join(lines)
+    rows = []
+    columns = zip(targets, predicted, probability, strict=True)
+    for number, (target, guess, share) in enumerate(columns, 1):
+        rows.append([number, name(target), name(guess), f"{share:.2f}"])
+    return markdown.table(["sample", "is", "taken for", "probability"], rows)

@@ -1,32 +1,37 @@
 """The TensorBoard logger: one event file in the run folder, written without TensorFlow.
 
+Values of the test split are not charts with one point: the Text page has a table of them, and the
+HParams page a column for each. If they are measured at several steps, they are charts.
+
 TensorBoard is imported when a run opens. Each record is one unbuffered write: a run that ends by
 SIGKILL keeps everything that it logged, and no thread competes with training.
 """
 
 import io
+import math
 import os
 import re
 import socket
 import struct
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+import wave
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from framework import Logger, PositiveInt, files, loggers
-from framework.contracts.alignment import tensors_in
+from framework import Logger, PositiveInt, drawing, files, loggers, markdown, select_rows
 
+from .tensorboard_graph import trace_graph
 from .text import warn_of_no_folder
 
 STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
+WAV = 11  # AudioPluginData.WAV
+THRESHOLDS = 127  # of a curve of precision and recall, as in TensorBoard's own writer
+PROJECTOR_FILE = "projector_config.pbtxt"  # where the Projector page looks for it
 
 
 @loggers.register("tensorboard", aliases=["tb"])
@@ -45,6 +50,11 @@ class TensorBoard(Logger):
         self._step = 0
         self._resumed = False
         self._logged_tags: set[str] = set()
+        self._folder = Path()
+        self._embeddings: dict[str, dict[str, Any]] = {}
+        self._layout: dict[str, dict[str, list[str]]] = {}
+        self._test_step = 0
+        self._test_values: dict[str, float] = {}
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
         """Begin an event file; readers then discard the records of earlier files after `step`."""
@@ -53,21 +63,57 @@ class TensorBoard(Logger):
             return
         self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
         self._file = EventFile(Path(folder))
+        self._folder = Path(folder)
+        self._embeddings = {}
         self._step = step
         self._logged_tags = set()
         if self._resumed:
             self._file.discard_after(step)
-        self._file.write(values=[layout_value(metrics)])
+        self._test_values = {}
+        pairs = {}
+        for name in dict.fromkeys(["loss", *metrics]):
+            pairs[name] = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
+        self._layout = {"training and validation": pairs}
+        self._write(0, [layout_value(self._layout)])
+
+    def charts(self, title: str, charts: Mapping[str, str]) -> None:
+        """Add charts to the Custom Scalars page; the last layout in a file counts."""
+        self._layout[title] = {name: [f"^{re.escape(prefix)}"] for name, prefix in charts.items()}
+        self._write(0, [layout_value(self._layout)])
 
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
     ) -> None:
         """Record values at a step in one event (a seventh of the cost of one event each)."""
         self._step = step
-        self._logged_tags.update(values)
-        self._write(
-            step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
-        )
+        charted = {tag: value for tag, value in values.items() if not tag.startswith("test/")}
+        if len(charted) < len(values):
+            charted |= self._tested_again(values, step)
+        self._logged_tags.update(charted)
+        self._write(step, scalar_values(charted))
+
+    def _tested_again(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+        """Return the values of the test split that belong into charts; keep those of one step."""
+        tested = {tag: value for tag, value in values.items() if tag.startswith("test/")}
+        if tested.keys() & self._logged_tags:
+            return tested
+        if self._test_values and self._test_step != step:
+            self._logged_tags.update(self._test_values)
+            self._write(self._test_step, scalar_values(self._test_values))
+            self._test_values = {}
+            return tested
+        self._test_values |= tested
+        self._test_step = step
+        return {}
+
+    def _write_test_table(self) -> None:
+        """Record the values of the test split that have no chart as a text."""
+        if not self._test_values:
+            return
+        values = self._test_values.items()
+        rows = [[tag.removeprefix("test/"), f"{value:.6g}"] for tag, value in values]
+        self.text("test", markdown.table(["test", "value"], rows, texts=1), self._test_step)
+        self._test_values = {}
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Record a text, shown as markdown."""
@@ -91,16 +137,78 @@ class TensorBoard(Logger):
             return
         height, width = images.shape[-2:]
         strings = [str(width).encode(), str(height).encode()]
-        strings += map(encode_png, images.detach().cpu())
+        strings += map(drawing.encode_png, images.detach())
         value = tensor_value(tag, "images", "DT_STRING", [len(strings)], string_val=strings)
         self._write(step, [value])
 
-    def graph(self, model: nn.Module, inputs: Tensor) -> None:
+    def audio(self, tag: str, waves: Tensor, rate: int, step: int) -> None:
+        """Record sounds (N, samples) in [-1, 1] under one tag, as WAV with 16 bits."""
+        from tensorboard.plugins.audio.plugin_data_pb2 import AudioPluginData
+
+        strings = []
+        for sound in waves.detach().cpu():
+            strings += [encode_wav(sound, rate), b""]  # the sound and its label
+        content = AudioPluginData(encoding=WAV).SerializeToString()
+        shape = [len(waves), 2]
+        value = tensor_value(tag, "audio", "DT_STRING", shape, content, string_val=strings)
+        self._write(step, [value])
+
+    def pr_curve(self, tag: str, labels: Tensor, scores: Tensor, step: int) -> None:
+        """Record precision and recall at evenly spaced thresholds."""
+        from tensorboard.plugins.pr_curve.plugin_data_pb2 import PrCurvePluginData
+
+        curve = precision_and_recall(labels, scores)
+        content = PrCurvePluginData(num_thresholds=THRESHOLDS).SerializeToString()
+        value = tensor_value(
+            tag,
+            "pr_curves",
+            "DT_FLOAT",
+            list(curve.shape),
+            content,
+            tensor_content=curve.float().numpy().tobytes(),
+        )
+        self._write(step, [value])
+
+    def embedding(
+        self,
+        tag: str,
+        vectors: Tensor,
+        labels: Sequence[str],
+        step: int,
+        images: Tensor | None = None,
+    ) -> None:
+        """Write points, labels and thumbnails as files that the Projector page reads."""
+        from google.protobuf.text_format import MessageToString
+        from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+        if self._file is None:
+            return
+        stem = "embeddings/" + re.sub(r"[^\w.-]+", "_", tag)
+        files.make_folder(self._folder / "embeddings")
+        rows = ("\t".join(f"{x:.6g}" for x in row) + "\n" for row in vectors.double().tolist())
+        files.write_file(self._folder, f"{stem}.tsv", "".join(rows))
+        names = (re.sub(r"\s+", " ", label) + "\n" for label in labels)
+        files.write_file(self._folder, f"{stem}.labels.tsv", "".join(names))
+        entry: dict[str, Any] = {
+            "tensor_name": f"{tag} (step {step})",
+            "tensor_shape": list(vectors.shape),
+            "tensor_path": f"{stem}.tsv",
+            "metadata_path": f"{stem}.labels.tsv",
+        }
+        if images is not None:
+            files.write_file(self._folder, f"{stem}.png", drawing.encode_png(sprite_sheet(images)))
+            height, width = images.shape[-2:]
+            entry["sprite"] = {"image_path": f"{stem}.png", "single_image_dim": [width, height]}
+        self._embeddings[tag] = entry
+        config = ProjectorConfig(embeddings=list(self._embeddings.values()))
+        files.write_file(self._folder, PROJECTOR_FILE, MessageToString(config))
+
+    def graph(self, model: nn.Module, inputs: Any) -> None:
         """Record the graph for the first of `inputs`; if the model fails, record its error."""
         if self._file is None or not self.draw_graph:
             return
         try:
-            graph = trace_graph(model, inputs[:1])
+            graph = trace_graph(model, select_rows(inputs, 0, 1))
         except Exception as error:  # a model may fail in any way, and the run does not need a graph
             message = str(error).strip().split("\n")[0][:300]
             name = type(error).__name__
@@ -112,8 +220,9 @@ class TensorBoard(Logger):
         """Record the settings and the success of this run in the same file: no second run appears.
 
         The HParams page reads the metrics from the scalars of the run, so metrics without a scalar
-        are logged now. The page merges the columns of all runs, so runs with different parts and
-        settings can be compared.
+        are logged now. Values of the test split that have no chart are among the settings: the page
+        sorts and filters by them too. The page merges the columns of all runs, so runs with
+        different parts and settings can be compared.
         """
         if self._file is None:
             return
@@ -121,10 +230,11 @@ class TensorBoard(Logger):
 
         new = {tag: value for tag, value in metrics.items() if tag not in self._logged_tags}
         if new and not self._resumed:  # an earlier file may contain them
-            self.scalars(new, step=self._step, epoch=0, wall_seconds=0.0)
+            self.scalars(self._test_values | new, step=self._step, epoch=0, wall_seconds=0.0)
+        tested = {tag: value for tag, value in new.items() if tag.startswith("test/")}
         start = HParamsPluginData()
         start.session_start_info.start_time_secs = self._file.opened
-        for name, value in flatten_settings(settings).items():
+        for name, value in (flatten_settings(settings) | finite(tested)).items():
             setattr(start.session_start_info.hparams[name], value_field(value), value)
         end = HParamsPluginData()
         end.session_end_info.status = STATUS_SUCCESS
@@ -136,6 +246,7 @@ class TensorBoard(Logger):
     def close(self) -> None:
         """Close the file; further calls record nothing."""
         if self._file is not None:
+            self._write_test_table()
             self._file.close()
         self._file = None
 
@@ -177,6 +288,7 @@ class EventFile:
         """Make readers discard the records of earlier files after `step`, for a resumed run."""
         event = self._event(wall_time=time.time(), step=step + 1)
         event.session_log.status = SESSION_START
+        self._append(event)  # TensorBoard takes the first such event for the start of the run
         self._append(event)
 
     def write(
@@ -237,16 +349,29 @@ def tensor_value(
     }
 
 
-def layout_value(metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the layout of the Custom Scalars page: training and validation in one chart."""
+def scalar_values(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the summary values of scalars."""
+    return [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite."""
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def layout_value(layout: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any]:
+    """Return the layout of the Custom Scalars page.
+
+    Args:
+        layout: regular expressions of the tags, by the title of the page's part and of the chart.
+    """
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    charts = []
-    for name in dict.fromkeys(["loss", *metrics]):
-        tags = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
-        charts.append({"title": name, "multiline": {"tag": tags}})
-    layout = Layout(category=[{"title": "training and validation", "chart": charts}])
-    content = [layout.SerializeToString()]
+    categories = []
+    for title, charts in layout.items():
+        named = [{"title": name, "multiline": {"tag": tags}} for name, tags in charts.items()]
+        categories.append({"title": title, "chart": named})
+    content = [Layout(category=categories).SerializeToString()]
     return tensor_value(
         "custom_scalars__config__", "custom_scalars", "DT_STRING", [], string_val=content
     )
@@ -275,108 +400,58 @@ def histogram_bars(values: Tensor, bins: int) -> Tensor:
     return torch.stack([edges[:-1], edges[1:], counts], dim=1)
 
 
-def encode_png(image: Tensor) -> bytes:
-    """Encode an image (1 or 3, H, W) in [0, 1] as a PNG with 8 bits per channel."""
-    from PIL import Image  # TensorBoard requires Pillow
-
-    pixels = (image.float().nan_to_num(0).clamp(0, 1) * 255).round().byte()
-    channels_last = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+def encode_wav(sound: Tensor, rate: int) -> bytes:
+    """Encode amplitudes (samples,) in [-1, 1] as a WAV file with 16 bits per sample."""
+    numbers = (sound.float().nan_to_num(0).clamp(-1, 1) * (2**15 - 1)).round().short()
     buffer = io.BytesIO()
-    Image.fromarray(channels_last.numpy()).save(buffer, format="png")
+    with wave.Wave_write(buffer) as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(numbers.numpy().astype("<i2").tobytes())
     return buffer.getvalue()
 
 
-def trace_graph(model: nn.Module, inputs: Tensor) -> bytes:
-    """Return the graph of a model as a serialized GraphDef.
+def precision_and_recall(labels: Tensor, scores: Tensor) -> Tensor:
+    """Count the decisions "score at least the threshold" at THRESHOLDS values from 0 to 1.
 
-    One forward pass in eval mode records it and leaves the model unchanged.
+    Args:
+        labels: whether a sample is positive, bool of shape (N,).
+        scores: in [0, 1], shape (N,).
+
+    Returns:
+        True positives, false positives, true negatives, false negatives, precision and recall:
+        shape (6, THRESHOLDS), float64 on the CPU. The precision without a positive decision is 1,
+        the recall without a positive sample is 0.
     """
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    positive = labels.bool().cpu()
+    last = THRESHOLDS - 1
+    # the number of thresholds that a score reaches, less one
+    reached = (scores.double().cpu().nan_to_num(0).clamp(0, 1) * last + 1e-9).long()
 
-    from framework import model_undisturbed
+    def at_least(chosen: Tensor) -> Tensor:
+        counts = reached[chosen].bincount(minlength=THRESHOLDS).double()
+        return counts.flip(0).cumsum(0).flip(0)
 
-    recorder = GraphRecorder(model, inputs)
-    hooks: list[RemovableHandle] = []
-    for name, module in model.named_modules():
-        hooks += recorder.add_hooks(name, module)
-    try:
-        with model_undisturbed(model), torch.no_grad(), recorder:
-            outputs = model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for number, tensor in enumerate(tensors_in(outputs)):
-        recorder.add_node(f"output_{number}" if number else "output", "output", [tensor], [])
-    return GraphDef(node=recorder.nodes, versions={"producer": 22}).SerializeToString()
+    true_positives = at_least(positive)
+    false_positives = at_least(~positive)
+    false_negatives = positive.sum() - true_positives
+    true_negatives = (~positive).sum() - false_positives
+    decided = true_positives + false_positives
+    precision = torch.where(decided > 0, true_positives / decided.clamp(min=1), 1.0)
+    recall = true_positives / positive.sum().clamp(min=1)
+    return torch.stack(
+        [true_positives, false_positives, true_negatives, false_negatives, precision, recall]
+    )
 
 
-class GraphRecorder(TorchFunctionMode):
-    """Records each call of a torch function as a node, named after the calling module."""
-
-    def __init__(self, model: nn.Module, inputs: Tensor):
-        super().__init__()
-        named_tensors = [*model.named_parameters(), *model.named_buffers()]
-        self.weight_names = {tensor: name for name, tensor in named_tensors}
-        self.nodes: list[dict[str, Any]] = []
-        self.scopes = [""]  # of the modules whose forward passes run, the innermost last
-        self.scope_of: dict[str, str] = {}
-        self.producers: dict[Tensor, str] = {}  # the node that returns a tensor
-        self.calls: Counter[str] = Counter()
-        self.add_node("input", "input", [], [inputs])
-
-    def add_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        """Make the forward pass of a module use its scope, such as "features/0 (Conv2d)/"."""
-        parent, _, leaf = name.rpartition(".")
-        label = leaf if isinstance(module, nn.Sequential) else f"{leaf} ({type(module).__name__})"
-        scope = f"{self.scope_of.get(parent, '')}{label}/" if name else ""
-        self.scope_of[name] = scope
-
-        def enter(module: nn.Module, inputs: Any) -> None:
-            self.scopes.append(scope)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.scopes.pop()
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        outputs = tensors_in(output)
-        if outputs:
-            operation = function.__name__.strip("_")
-            name = self.unique_name(self.scopes[-1] + operation)
-            self.add_node(name, operation, tensors_in((args, kwargs)), outputs)
-        return output
-
-    def unique_name(self, name: str) -> str:
-        """Return "linear" for the first call with this name, then "linear_2", "linear_3"."""
-        self.calls[name] += 1
-        return name if self.calls[name] == 1 else f"{name}_{self.calls[name]}"
-
-    def add_node(
-        self, name: str, operation: str, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        """Add a node with edges from its inputs; a weight becomes a node at its first use."""
-        for tensor in inputs:
-            if tensor in self.weight_names and tensor not in self.producers:
-                leaf = self.weight_names[tensor].rpartition(".")[2]
-                self.add_node(self.unique_name(self.scopes[-1] + leaf), "parameter", [], [tensor])
-        edges = [self.producers[tensor] for tensor in inputs if tensor in self.producers]
-        node: dict[str, Any] = {"name": name, "op": operation, "input": edges}
-        shapes = []
-        for tensor in outputs:
-            dimensions = [{"size": size} for size in tensor.shape]
-            shapes.append({"dim": dimensions})
-            self.producers[tensor] = name
-        if shapes:
-            node["attr"] = {"_output_shapes": {"list": {"shape": shapes}}}
-        self.nodes.append(node)
+def sprite_sheet(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as one square of images, row by row; the rest is black."""
+    side = math.ceil(math.sqrt(len(images)))
+    missing = side * side - len(images)
+    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+    rows = [torch.cat(list(row), 2) for row in padded.split(side)]
+    return torch.cat(rows, 1)
 
 
 def flatten_settings(

@@ -31,12 +31,13 @@ from framework import (
     RunError,
     SettingError,
     checkpoints,
+    drawing,
     files,
     user_code,
 )
 
 from .journal import Record, is_of_test, journal_name, journal_size, read_journal, rewind_journal
-from .tensorboard import encode_png, flatten_settings, histogram_bars
+from .tensorboard import flatten_settings, histogram_bars
 from .text import warn_of_no_folder
 
 MOST_IMAGES_BYTES = 8 * 2**20  # of the images of one call; more are left out, with a warning
@@ -183,7 +184,7 @@ class Tracker(Logger):
         encoded = []
         size = 0
         for image in images.detach().cpu():
-            content = encode_png(image)
+            content = drawing.encode_png(image)
             size += len(content)
             if size > MOST_IMAGES_BYTES:
                 warnings.warn(

@@ -26,12 +26,15 @@ from framework import (
     TensorSplit,
     blocks,
     callbacks,
+    drawing,
     metrics,
     models,
     shapes,
 )
 from framework.contracts.alignment import same_shape
 from framework.contracts.state import Cadence
+
+RED = (220, 0, 0)
 
 
 class SeasonalNaive(nn.Module):
@@ -254,8 +257,8 @@ def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (values - low) / (high - low).clamp_min(1e-12)
 
 
-def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 160) -> Tensor:
-    """Return an image (1, 3, size, size) of outputs against targets, over the range of targets."""
+def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
+    """Return an image (1, 3, H, W) of outputs against targets, over the range of targets."""
     low = targets.min()
     high = targets.max()
     x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
@@ -263,9 +266,14 @@ def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 160) -> Tensor:
     pixels = (size - 1 - y.round().long()) * size + x.round().long()
     counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
     paper = 1 - counts.log1p() / counts.max().log1p()
-    diagonal = torch.eye(size).flip(1)
-    green_blue = paper * (1 - diagonal)
-    return torch.stack([paper, green_blue, green_blue])[None]
+    ends = (float(low), float(high))
+    axis = drawing.Axis(ends[0], max(ends[1], ends[0] + 1e-6))
+    chart = drawing.Chart(
+        "predictions", axis, axis, "true value", "prediction", height=drawing.CARD
+    )
+    chart.background(paper[None])
+    chart.line([(ends[0], ends[0]), (ends[1], ends[1])], RED)
+    return chart.tensor()
 
 
 def draw_curves(outputs: Tensor, targets: Tensor, height: int = 120, width: int = 320) -> Tensor:

@@ -274,6 +274,9 @@ class TextSamples(Callback):
             "seed": seed,
         }
 
+    def cost(self) -> str:
+        return f"generates {self.sampling['length']:,} tokens, {self.cadence}"
+
     def on_step_end(self, trainer: Context) -> None:
         if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
             self.log_text(trainer)

@@ -309,6 +309,12 @@ class LinearProbe(Callback):
             suggestion = did_you_mean(self.layer, names)
             raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {suggestion}")
 
+    def cost(self) -> str:
+        return (
+            f"runs the model on {self.count:,} training samples and the validation split, in each "
+            "validation"
+        )
+
     @torch.no_grad()
     def on_validation_end(self, trainer: Context) -> None:
         assert trainer.val_batches is not None

@@ -16,7 +16,7 @@ from framework.runs.status_file import Status
 # callbacks and loggers: those of the other contenders, and those of `framework train`
 TYPICAL = (("progress", "checkpoint"), ("tensorboard",))
 DEFAULT = (
-    ("progress", "checkpoint", "non_finite", "gradient_norm"),
+    ("progress", "checkpoint", "non_finite", "gradient_norm", "health"),
     ("tensorboard", "json_lines"),
 )
 

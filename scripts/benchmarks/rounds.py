@@ -29,9 +29,19 @@ class Contender(NamedTuple):
 
 
 class Process:
-    """A running contender; its stderr is a terminal, because only terminals get progress bars."""
+    """A running contender; its stderr is a terminal, because only terminals get progress bars.
 
-    def __init__(self, contender: Contender, threads: int, device: str):
+    Args:
+        program: the module that is started; it calls the function of the contender.
+    """
+
+    def __init__(
+        self,
+        contender: Contender,
+        threads: int,
+        device: str,
+        program: str = "benchmarks.contender",
+    ):
         self.contender = contender
         self.output: deque[bytes] = deque(maxlen=200)
         ours, theirs = pty.openpty()
@@ -42,7 +52,7 @@ class Process:
         }
         if device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""  # peers use any accelerator they find
-        module = [contender.python, "-m", "benchmarks.contender"]
+        module = [contender.python, "-m", program]
         self.child = subprocess.Popen(
             [*module, contender.module, contender.function],
             env=environment,

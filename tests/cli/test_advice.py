@@ -43,7 +43,7 @@ def run(plugin, command, monkeypatch, forget_plugins):
     """Train in a folder with spaces and quotes, and return the output."""
     monkeypatch.setattr(
         "framework.cli.board.serve_board",
-        lambda root, port: 0 if any(root.rglob("config.yaml")) else 1,
+        lambda root, port, selections: 0 if any(root.rglob("config.yaml")) else 1,
     )
     words = f"train {TINY} activation=own_relu run.name=first --plugins 'my parts/own.py'"
     status, out, err = command(f'{words} "run.root=\\"{ROOT}\\""')

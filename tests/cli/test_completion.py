@@ -75,6 +75,8 @@ def index() -> Index:
         ("find lr --js", "--json"),
         ("show opt", "optimizer/"),
         ("show optimizer/", "optimizer/adam optimizer/sgd"),
+        ("show optimizer/sgd optimizer.l", "optimizer.lr="),
+        ("show model/mlp optimizer.l", ""),
         ("completion z", "zsh"),
         ("data c", "convert"),
         ("data convert ", ""),  # the shell completes files

@@ -110,6 +110,8 @@ SMALL = "model.width=8 loader.batch_size=400 trainer.max_epochs=1 callbacks=[che
 LABELS = {"path": str, "tags": [str], "note": Text}
 CHECK = {"passed": bool, "parts": [{"text": str, "seconds": Known}]}
 RATES = {"rates": [Number], "losses": [Number], "suggestion": Number, "lowest": Number}
+EVALUATED = {"run": str, "checkpoint": str, "split": str, "worst": [dict], "curves": dict}
+EVALUATED |= {"files": [str]}
 EXPORTED = {"folder": str, "files": {...: int}, "difference": Number, "samples": int}
 EXPORTED |= {"split": str, "metrics": {...: Number}, "seconds": Number}
 DOCUMENTS = [
@@ -117,6 +119,8 @@ DOCUMENTS = [
     ("rerun default/first run.name=second seed=1", RESULT | {"differences": [str]}),
     ("resume default/first trainer.max_epochs=2", RESULT),
     ("eval default/first", {"metrics": {"test/loss": Number, "test/accuracy": Number}}),
+    ("eval default/first --worst 3 --curves", EVALUATED),
+    ("landscape default/first --points 3", {"landscapes": [dict], "files": [str]}),
     ("predict default/first --input rows.npy --output p.csv", {"output": str, "rows": int}),
     ("export default/first --to safetensors", EXPORTED),
     ("best", BEST),
@@ -141,7 +145,9 @@ DOCUMENTS = [
     ("list", {"parts": {"optimizer": [PART], ...: [PART]}}),
     ("list optimizer", {"parts": {"optimizer": [PART]}}),
     ("list experiment", {"experiments": [{"name": str, "summary": str, "folder": str}]}),
-    ("show optimizer/sgd", PART),
+    ("show optimizer/sgd", PART | {"plots": list}),
+    ("show relu gelu", {"parts": [PART | {"plots": list}]}),
+    ("tour --list", {"lessons": [{"lesson": int, "title": str, "commands": [str]}]}),
     ("schema", {"experiment_schema": dict}),
     ("schema --output experiment.schema.json", {"output": str}),
 ]
@@ -228,7 +234,7 @@ def test_a_failed_check_has_parts_and_an_error(command, one_thread):
 def test_a_part_is_the_same_in_lists(command):
     parts = document(command, "list")["parts"]
     assert document(command, "list optimizer")["parts"] == {"optimizer": parts["optimizer"]}
-    assert document(command, "show optimizer/sgd") in parts["optimizer"]
+    assert document(command, "show optimizer/sgd --no-plot") in parts["optimizer"]
 
 
 def test_the_schema_of_experiment_files_is_the_same_without_the_option(command):

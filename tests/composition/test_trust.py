@@ -443,5 +443,5 @@ def test_a_folder_with_a_name_that_is_not_utf8_can_be_trusted(folder, command):
 def test_commands_that_only_print_do_not_run_parts():
     informing = {name for name, each in COMMANDS.items() if not each.runs_parts}
     reading = {"diff", "watch", "tell", "runs", "best"}
-    printing = {"list", "show", "schema", "completion"}
+    printing = {"list", "show", "schema", "completion", "tour"}
     assert informing == {"data", "trust", "board"} | reading | printing

@@ -493,7 +493,7 @@ def test_metrics_and_confusion_ignore_the_targets_that_the_loss_ignores(way, ind
     )
     assert found["test/perplexity"] == pytest.approx(2.718281828 ** found["test/loss"], rel=1e-5)
     trainer.val_batches = trainer._batches(split, 5)
-    assert count_pairs(trainer).sum() == kept.sum()
+    assert count_pairs(trainer, "confusion").sum() == kept.sum()
 
 
 def test_metrics_receive_the_likeliest_class_of_probabilities():

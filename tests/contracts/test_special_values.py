@@ -158,6 +158,7 @@ CALLBACKS = [
     ("clip_gradients", {"norm": 0.1}),
     ("clip_gradients", {"norm": None, "value": 0.01}),
     ("histograms", {"every": "1steps"}),
+    ("health", {"every": "2steps"}),
     ("non_finite", {"policy": "skip"}),
     ("freeze", {"patterns": ["bias"]}),
 ]

@@ -156,3 +156,13 @@ def test_a_run_may_be_stopped_by_true():
 )
 def test_the_text_of_a_stop_names_the_callback_or_the_signal(stop, text):
     assert str(stop) == text
+
+
+def test_a_notebook_shows_counters_history_and_the_reason_of_an_early_end():
+    state = State(step=1500, epoch=3, total_steps=2000)
+    state.history.add(1500, {"val/loss": 0.5})
+    assert "epoch 3, step 1,500 of 2,000" in state._repr_html_()
+    assert "val/loss" in state._repr_html_()
+    assert "Ended early" not in state._repr_html_()
+    state.stop = "<b>enough</b>"
+    assert "Ended early: &lt;b&gt;enough&lt;/b&gt;" in state._repr_html_()

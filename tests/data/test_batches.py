@@ -267,7 +267,13 @@ def test_a_callback_cannot_take_batches_from_training():
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("swa", {"start": 0}), ("confusion", {}), ("linear_probe", {"layer": "0"})],
+    [
+        ("swa", {"start": 0}),
+        ("confusion", {}),
+        ("linear_probe", {"layer": "0"}),
+        ("worst", {}),
+        ("curves", {}),
+    ],
 )
 def test_a_callback_that_reads_data_again_rejects_an_iterator(name, settings):
     def batches():

@@ -1,6 +1,7 @@
 """Names and values from files cannot control the terminal or forge lines of the output."""
 
 import ast
+import builtins
 import csv
 import fcntl
 import io
@@ -390,6 +391,15 @@ def test_the_console_escapes_texts_of_tables():
     assert list(faults(render_plainly(HOSTILE))), "rich escapes nothing"
 
 
+def test_the_console_writes_to_its_file_in_a_notebook(monkeypatch):
+    class ZMQInteractiveShell:  # by its name, rich knows a notebook
+        pass
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    assert printed("text") == "text\n"
+    assert Console(file=io.StringIO()).is_jupyter, "rich sees no notebook"
+
+
 def render_plainly(text):
     out = io.StringIO()
     Console(file=out, highlight=False).print(text)
@@ -454,6 +464,26 @@ def test_bytes_of_file_names_that_are_not_utf_8_are_kept():
     )
     assert printable("\udcc2\udc9b\udce2\udc80\udcae") == "\\x9b\\u202e", "these bytes are UTF-8"
     assert printable("\ud800") == "\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environment", "expected"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (False, {"TERM": "xterm"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (True, {"TERM": "xterm", "MPLBACKEND": "agg"}, True),
+        (True, {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, False),
+    ],
+    ids=["terminal", "pipe", "dumb terminal", "backend", "cell of a notebook"],
+)
+def test_a_display_is_redrawn_in_terminals_that_move_the_cursor(
+    monkeypatch, is_terminal, environment, expected
+):
+    for name, value in ({"TERM": "xterm", "MPLBACKEND": ""} | environment).items():
+        monkeypatch.setenv(name, value)
+    stream = SimpleNamespace(isatty=lambda: is_terminal)
+    assert terminal.can_redraw(stream) == expected
 
 
 def test_long_texts_are_shortened_in_the_middle():

@@ -67,6 +67,34 @@ def test_a_loaded_run_has_its_model_config_and_history(digits):
     assert digits.history.best["val/accuracy"].value == best
 
 
+def test_a_notebook_shows_the_settings_and_curves_of_a_run(digits):
+    shown = digits._repr_html_()
+    for text in ("digits", "mlp, width=16", "activation=relu", "best", "val/accuracy", "<svg"):
+        assert text in shown
+
+
+def test_a_notebook_escapes_the_texts_of_a_run(folder):
+    run = train(folder, "evil", "model.width=16")
+    run.config["model"] = {"name": "<script>", "<img>": {"name": "<img>"}, "x": {"y": "<img>"}}
+    run.config["data"] = "<img>"
+    run.classes = ["<img>"]
+    shown = run._repr_html_()
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert "&lt;script&gt;, &lt;img&gt;=&lt;img&gt;, x=..." in shown
+
+
+def test_a_notebook_shows_a_run_with_extreme_values(folder):
+    run = train(folder, "extreme", "model.width=16")
+    last = run.history["val/loss"].steps[-1]
+    with (run.path / "metrics.jsonl").open("a") as file:
+        for step, value in ((2**70, "1"), (last + 1, "1e308"), (last + 2, "-1e999")):
+            file.write(f'{{"step": {step}, "epoch": 1, "wall_seconds": 1, "val/loss": {value}}}\n')
+    run = fw.load(run.path)
+    assert run.history["val/loss"].steps[-2:] == [last + 1, last + 2]
+    assert "-inf" in run._repr_html_()
+
+
 def test_arrays_tensors_and_files_give_the_rows_of_predict(digits, tmp_path, capsys):
     pixels = numpy.arange(3 * 64).reshape(3, 64) % 17
     file = tmp_path / "pixels.npy"

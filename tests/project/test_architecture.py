@@ -43,6 +43,16 @@ def test_every_package_is_installed():
     assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
+def test_every_file_of_conf_is_installed():
+    """`package-data` lists all configs, lessons and notebooks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["framework_conf"]
+    for file in shipped(ROOT / "conf", "**/*.*"):
+        path = file.relative_to(ROOT / "conf")
+        if path.suffix != ".py" and path.name != "README.md":
+            assert any(path.match(pattern) for pattern in patterns), path
+
+
 OPENING = {"read_text", "write_text", "read_bytes", "write_bytes", "touch"}
 OF_PACKAGES = {
     "torch.load",
@@ -76,6 +86,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/runtime/memory.py": "/proc/meminfo",
     "framework/experiment/trained/prediction_files.py": "the output that the user names",
     "framework/composition/config_files.py": "`read_bytes` of framework/system/files.py",
+    "framework/cli/tour.py": "the lessons, which are a part of the package",
     "framework/cli/json_output.py": "the null device, and stdout itself",
     "framework/composition/origins.py": "configs of the user's project",
     "framework/composition/sources.py": "configs of the user's project",
@@ -84,6 +95,7 @@ OPENED_ELSEWHERE = {  # modules that open files themselves, and the files
     "framework/training/trainer.py": "loggers are opened",
     "framework/registry/discovery.py": "plugins of the user",
     "framework/tuning/search/search.py": "loggers are opened",
+    "framework/experiment/evaluation/reports.py": "a logger is opened",
 }
 
 

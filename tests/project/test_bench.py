@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     loops,
     machine,
     memory,
+    monitoring,
     ours,
     overhead,
     safety,
@@ -283,6 +284,39 @@ def test_overhead_prints_its_three_tables(capsys):
     assert found["0"][1] == "1.000"
 
 
+class Fits:
+    """A process of `monitoring` in which each callback costs a tenth of the fit."""
+
+    def __init__(self):
+        self.lines = []
+
+    def send(self, line):
+        self.lines.append(line)
+
+    def receive(self):
+        (chosen,) = [each for each in self.lines[-1] if each.startswith("callbacks=")]
+        names = [name for name in chosen.removeprefix("callbacks=").strip("[]").split(",") if name]
+        return {"cpu_seconds": 1 + 0.1 * len(names), "seconds": 2 + 0.4 * len(names)}
+
+
+def test_monitoring_compares_fits_with_and_without_each_callback():
+    fits = Fits()
+    found = rows(monitoring.costs("language_model", fits, None, rounds=2))
+    assert found["none again"] == ["1.000", "1.000", "1.000", "0"]
+    assert found["the default set"] == ["1.500", "1.500", "2.000", "500"]
+    assert found["text_samples"] == ["1.100", "1.100", "1.200", "100"]
+    assert "callbacks.attention.every=100steps" in next(
+        line for line in fits.lines if "callbacks=[attention]" in line
+    )
+
+
+def test_a_fit_of_monitoring_trains_and_measures_it():
+    line = ["data=blobs", "trainer.max_epochs=2", "callbacks=[checkpoint]", "loggers=[]"]
+    times = monitoring.fit(line)
+    assert 0 < times["cpu_seconds"] < 60
+    assert 0 < times["seconds"] < 60
+
+
 def test_sweep_counts_the_trials_of_each_launcher(monkeypatch, capsys):
     launchers = {name: sweep.LAUNCHERS[name] for name in ("vectorized", "Hydra's basic")}
     monkeypatch.setattr(sweep, "LAUNCHERS", launchers)
@@ -371,6 +405,7 @@ def test_bench_offers_every_workload():
     script = importlib.util.module_from_spec(spec)
     loader.exec_module(script)
     assert tuple(WORKLOADS) == script.WORKLOADS
+    assert tuple(monitoring.WORKLOADS) == script.MONITORED
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -157,7 +157,9 @@ def test_a_shell_script_is_executable_and_has_no_syntax_error(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-@pytest.mark.parametrize("script", ["bench", "fault_campaign", "search_campaign", "slurm_campaign"])
+@pytest.mark.parametrize(
+    "script", ["bench", "fault_campaign", "screenshots", "search_campaign", "slurm_campaign"]
+)
 def test_a_python_script_is_executable(script):
     assert os.access(ROOT / "scripts" / script, os.X_OK)
 

@@ -44,6 +44,7 @@ def matches(text, run=RUN):
         "momentum!=0.9",
         "not momentum=0.9",
         "seed<1 or seed<=1",
+        "optimizer=ada* and optimizer!=*x and tags=go* and optimizer.lr=*",
     ],
 )
 def test_matching_expressions(text):
@@ -64,6 +65,9 @@ def test_matching_expressions(text):
         "seed=abc or seed<abc",
         "image<1",
         "tags=bas",
+        "optimizer='ada*'",
+        "momentum=*",
+        "optimizer=*[a-z]",
     ],
 )
 def test_expressions_that_do_not_match(text):

@@ -242,6 +242,8 @@ CALLBACKS = {
     "non_finite": {},
     "linear_probe": {"layer": "0"},
     "confusion": {},
+    "worst": {"count": 5},
+    "curves": {},
 }
 
 

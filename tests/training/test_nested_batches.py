@@ -310,7 +310,7 @@ def test_resumed_bit_for_bit(settings, tmp_path):
 
 
 def test_the_callbacks_that_read_batches():
-    names = ["swa", "sam", "noise_scale", "confusion"]
+    names = ["swa", "sam", "noise_scale", "confusion", "worst", "curves"]
     callbacks = [fw.callbacks.build(name) for name in names]
     torch.manual_seed(0)
     model = Net()

@@ -21,6 +21,7 @@ CLASSES = torch.arange(12) % 3
 SPLIT = TensorSplit(IMAGES, CLASSES)
 VALUES = TensorSplit(IMAGES.flatten(1)[:, :3], IMAGES.flatten(1)[:, 3:4])
 TIMES = ("train/samples_per_second", "train/seconds_per_epoch")
+TIMES += ("speed/data_wait", "speed/memory_gib", "speed/mfu")
 LOSS = nn.CrossEntropyLoss()
 
 SETTINGS = {
@@ -32,6 +33,7 @@ SETTINGS = {
     "non_finite": {"policy": "skip"},
     "linear_probe": {"layer": "1"},
     "noise_scale": {"every": "1steps", "parts": 2},
+    "health": {"every": "2steps", "scalars": True},
     "histograms": {"every": "1steps"},
     "augmented": {"every": "2steps"},
     "ema": {"decay": 0.5},
@@ -39,16 +41,22 @@ SETTINGS = {
     "lookahead": {"k": 2},
     "progress": {"style": "lines"},
     "confusion": {"every": "2epochs"},
+    "curves": {"every": "2epochs"},
+    "worst": {"count": 3, "every": "2epochs"},
 }
 OTHER_TASKS = {
+    "boundary",
     "pictures",
     "sample_distance",
     "predictions",
     "text_samples",
     "spectrograms",
     "prune",
+    "attention",
+    "filters",
+    "sounds",
 }
-"""Callbacks that need another task or a search; a test below covers those that keep state."""
+"""Callbacks that need another task, model or search; a test below covers those that keep state."""
 
 
 class Record(Logger):

@@ -17,7 +17,7 @@ from framework.experiment.experiment import Experiment
 from framework.experiment.plan import base_rate
 from framework.experiment.plan_text import CURVE_COLUMNS, CURVE_ROWS
 from framework.runtime.memory import OutOfMemory
-from framework.runtime.plot import braille
+from framework.runtime.plot import braille, ends, with_labels
 from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate
@@ -227,12 +227,11 @@ def show_learning_rates(spec: Spec) -> dict[str, Any]:
     top = min(max(found.losses), 2 * found.losses[0])
     losses = [min(loss, top) for loss in found.losses]
     lines = braille(losses, CURVE_COLUMNS, CURVE_ROWS)
-    labels = [f"{top:.3g}", "", "loss", "0"]
-    for label, line in zip(labels, lines, strict=True):
-        print(f"{label:>9} {line}")
-    first = found.rates[0]
-    last = found.rates[-1]
-    print(f"{'':>9} {first:<10.1g}{'learning rate, logarithmic':^40}{last:>10.2g}")
+    first = f"{found.rates[0]:.1g}"
+    last = f"{found.rates[-1]:.2g}"
+    below = ends(first, last, CURVE_COLUMNS, "loss over the learning rate, logarithmic")
+    for line in with_labels(lines, f"{top:.3g}", "0", below):
+        print(line.plain)
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss decreases fastest")
     print(f"         the loss is lowest at {found.lowest:.2g}; do not use a larger learning rate")
     return asdict(found)

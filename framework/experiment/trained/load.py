@@ -119,6 +119,19 @@ class Trained:
     def evaluate_file(self, path: Path) -> dict[str, float]:
         """Return the loss and metrics on a file or folder of other data with targets.
 
+        Raises:
+            DataError: as `read_labelled` does.
+        """
+        data = self.read_labelled(path)
+        loader = build_loader(self.spec, self.model, data, "test")
+        metrics = build_metrics(self.spec, data, self.task)
+        return self.trainer().evaluate(
+            loader, model=self.model, task=self.task, metrics=metrics, name="data"
+        )
+
+    def read_labelled(self, path: Path) -> Data:
+        """Return a file or folder of other data with targets, as the test split of a data set.
+
         Args:
             path: in the format of the run's data.
 
@@ -142,11 +155,7 @@ class Trained:
         data.scale = self.scale
         depends_on_training = isinstance(self.task.criterion, DataDependentLoss)
         self.task.check(build_data(self.spec) if depends_on_training else data)
-        loader = build_loader(self.spec, self.model, data, "test")
-        metrics = build_metrics(self.spec, data, self.task)
-        return self.trainer().evaluate(
-            loader, model=self.model, task=self.task, metrics=metrics, name="data"
-        )
+        return data
 
     @property
     def scale(self) -> Scale | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.runs.run_files import RunFiles
+from framework.runtime import markdown
 
 from .load import Trained
 
@@ -48,19 +49,19 @@ def model_card(files: RunFiles, trained: Trained, about: Mapping[str, Any], spli
         "## Inputs and outputs",
         "",
     ]
-    lines += table(("", "name", "type", "shape", "content"), tensors(about))
+    lines.append(table(("", "name", "type", "shape", "content"), tensors(about)))
     lines += class_lines(about["classes"])
     lines += ["", "## Metrics", ""]
     lines.append(f"Of these weights, measured on the {split} split when they were exported:")
     lines.append("")
     values = [(name, f"{value:.6g}") for name, value in about["metrics"].items()]
-    lines += table(("metric", "value"), values)
+    lines.append(table(("metric", "value"), values))
     lines += ["", "## Data", ""]
-    lines += table(("split", "samples", "sha256 of its content"), splits(trained.facts))
+    lines.append(table(("split", "samples", "sha256 of its content"), splits(trained.facts)))
     lines += ["", "## Settings", ""]
-    lines += table(("setting", "value"), settings(files))
+    lines.append(table(("setting", "value"), settings(files)))
     lines += ["", "## Software", ""]
-    lines += table(("", ""), software(files))
+    lines.append(table(("", ""), software(files)))
     lines += ["", "## Limits", ""]
     lines += [f"- {text}" for text in limits(about, split)]
     for problem in files.problems:
@@ -143,11 +144,9 @@ def limits(about: Mapping[str, Any], split: str) -> Iterator[str]:
     yield "The metrics hold for data of the same source; nothing is known about other data."
 
 
-def table(header: tuple[str, ...], rows: Any) -> list[str]:
-    """Return a table in Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(cell(each) for each in row) + " |" for row in rows]
-    return lines
+def table(header: tuple[str, ...], rows: Any) -> str:
+    """Return a table whose cells are shortened."""
+    return markdown.table(header, [[shortened(each) for each in row] for row in rows])
 
 
 def code(text: str) -> str:
@@ -157,7 +156,10 @@ def code(text: str) -> str:
 
 def cell(text: str) -> str:
     """Return a text for a cell: on one line, shortened, without markup of tables and HTML."""
+    return markdown.cell(shortened(text))
+
+
+def shortened(text: str) -> str:
+    """Return a text on one line, cut to MOST_TEXT characters."""
     text = " ".join(text.split())
-    if len(text) > MOST_TEXT:
-        text = text[:MOST_TEXT] + "..."
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "..."

@@ -18,6 +18,7 @@ from framework.errors.paths import expanded
 from framework.experiment.build import build_data, build_metrics
 from framework.runs.folder import read_config
 from framework.runs.run_files import RunFiles
+from framework.runtime import html
 from framework.runtime.batch import join_rows
 
 from .load import Trained, open_run
@@ -37,6 +38,8 @@ FILES = {
     ARROW_FILE: "the table",
 }
 """What the temporary files contain, for messages."""
+SHOWN = ("data", "model", "task", "loss", "optimizer", "scheduler")
+"""Sections of the config that a notebook shows."""
 
 
 class TrainedModel:
@@ -61,6 +64,19 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         return f"TrainedModel({str(self.path)!r}, checkpoint={self.checkpoint.name!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the parts of the run with their settings, and its curves, for notebooks."""
+        rows = [("checkpoint", self.checkpoint.name)]
+        for name in SHOWN:
+            section = self.config.get(name)
+            if section is not None:
+                rows.append((name, section_text(section)))
+        rows.append(("parameters", f"{sum(each.numel() for each in self.model.parameters()):,}"))
+        if self.classes:
+            rows.append(("classes", ", ".join(map(str, self.classes))))
+        heading = html.paragraph(f"TrainedModel {self.path}", bold=True)
+        return heading + html.table(rows) + self.history._repr_html_()
 
     @property
     def history(self) -> History:
@@ -123,6 +139,20 @@ class TrainedModel:
             metrics=build_metrics(spec, known, self._trained.task),
             batch_size=spec.sections["loader"]["eval_batch_size"],
         )
+
+
+def section_text(section: Any) -> str:
+    """Return a section of the config on one line: the name of the part, then its settings."""
+    if not isinstance(section, Mapping):
+        return str(section)
+    texts = []
+    if "name" in section:
+        texts.append(str(section["name"]))
+    for key, value in section.items():
+        shown = value.get("name", "...") if isinstance(value, Mapping) else value
+        if key != "name" and shown is not None:
+            texts.append(f"{key}={shown}")
+    return ", ".join(texts)
 
 
 def load(run: str | Path, checkpoint: str | None = None) -> TrainedModel:

@@ -7,13 +7,15 @@
     operator    = "=" | "!=" | "<" | "<=" | ">" | ">=" | "~" (contains)
 
 A column or value is a word or a text in quotes. Numbers are compared as numbers, everything else
-as text; `null`, `true` and `false` are those of a config. A list, such as that of the tags, equals
-each of its items. If a run has no value in a column, the comparison is false, and != is true.
+as text; `null`, `true` and `false` are those of a config. In a word, `*` is any text: model=cnn*. A
+list, such as that of the tags, equals each of its items. If a run has no value in a column, the
+comparison is false, and != is true.
 """
 
 import math
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from framework.errors import SettingError
@@ -43,29 +45,33 @@ class Token(NamedTuple):
     position: int
 
 
-def parse_filter(text: str, resolve: Callable[[str, str], str]) -> Predicate:
+def parse_filter(
+    text: str, resolve: Callable[[str, str], str], option: str = "--where"
+) -> Predicate:
     """Return the predicate of an expression.
 
     Args:
         text: the expression.
         resolve: returns the full name of a column. Its second argument is the beginning of a
             message, with the position, for the error of an unknown column.
+        option: the option that has the expression, for messages.
 
     Raises:
         SettingError: the expression is wrong; the message has the position.
     """
-    return Parser(text, resolve).parse()
+    return Parser(text, resolve, option).parse()
 
 
 class Parser:
     """A recursive descent parser of expressions."""
 
-    def __init__(self, text: str, resolve: Callable[[str, str], str]):
+    def __init__(self, text: str, resolve: Callable[[str, str], str], option: str):
         self.text = text
+        self.option = option
         self.resolve = resolve
         self.nested = 0
         if len(text) > MOST_CHARACTERS:
-            raise SettingError(f"--where: expected at most {MOST_CHARACTERS:,} characters")
+            raise SettingError(f"{option}: expected at most {MOST_CHARACTERS:,} characters")
         self.tokens = self.split()
         self.next = 0
 
@@ -103,7 +109,7 @@ class Parser:
 
     def place(self, position: int) -> str:
         """Return the beginning of a message on a position."""
-        return f"--where {self.text!r}, position {position}"
+        return f"{self.option} {self.text!r}, position {position}"
 
     @property
     def token(self) -> Token:
@@ -190,13 +196,16 @@ def comparison_of(operator: str, text: str, is_text: bool) -> Callable[[Any], bo
         is_text: it is in quotes, and so neither a number nor null.
     """
     number = None if is_text else number_of(text)
+    pattern = None if is_text else text.replace("[", "[[]").replace("?", "[?]")
 
     def equal(value: Any) -> bool:
         if isinstance(value, list):
             return any(equal(item) for item in value)
-        if is_number(value):
-            return number is not None and bool(value == number)
-        return plain_text(value) == text
+        if number is not None and is_number(value):
+            return bool(value == number)
+        if pattern is not None and "*" in pattern:
+            return fnmatchcase(plain_text(value), pattern)
+        return not is_number(value) and plain_text(value) == text
 
     def contains(value: Any) -> bool:
         if isinstance(value, list):

@@ -8,7 +8,7 @@ torch runs the same loop as the fallback. The numbers are the same, bit for bit.
 import torch
 from torch import Tensor
 
-from framework.runtime.dtensors import is_dtensor
+from framework.runtime.dtensors import full_tensor, is_dtensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -59,3 +59,10 @@ def lerp_(tensors: Tensors, ends: Tensors, weight: float) -> None:
         return
     for tensor, end in zip(tensors, ends, strict=True):
         tensor.lerp_(end, weight)
+
+
+def norms(tensors: Tensors) -> Tensors:
+    """Return the 2-norm of each tensor, shape (); of a sharded one over all of its parts."""
+    if hasattr(torch, "_foreach_norm") and not any(map(is_dtensor, tensors)):
+        return torch._foreach_norm(tensors)
+    return [full_tensor(torch.linalg.vector_norm(tensor)) for tensor in tensors]

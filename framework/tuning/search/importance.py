@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import get_param_importances
 from optuna.study import Study, StudyDirection
@@ -14,11 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from framework.contracts.direction import direction_sign
+from framework.runtime.drawing import BLACK, Canvas, Color
 
 MIN_TRIALS = 4  # finished trials for an estimate of importances
 BAR_WIDTH = 20  # characters
-Color = tuple[int, int, int]
-BLACK = (40, 40, 40)
 WORST = (196, 206, 222)
 BEST = (178, 24, 43)
 HEIGHT = 380  # pixels of the chart of parallel coordinates
@@ -131,36 +129,6 @@ def charts(study: Study, metrics: Sequence[str]) -> dict[str, Tensor]:
         parallel = draw_parallel(study, list(shares), metric, objective)
         drawn[f"search/parallel coordinates, {metric}"] = parallel
     return drawn
-
-
-class Canvas:
-    """A white image, drawn at twice its size for smooth lines."""
-
-    def __init__(self, width: int, height: int):
-        from PIL import Image, ImageDraw, ImageFont  # not needed before the end of a search
-
-        self.image = Image.new("RGB", (2 * width, 2 * height), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(24)
-
-    def line(self, points: Sequence[tuple[float, float]], color: Color, width: int = 2) -> None:
-        """Draw a line through points (x, y)."""
-        scaled = [(2 * x, 2 * y) for x, y in points]
-        self.draw.line(scaled, fill=color, width=width, joint="curve")
-
-    def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
-        """Draw a filled rectangle."""
-        self.draw.rectangle((2 * left, 2 * top, 2 * right, 2 * bottom), fill=color)
-
-    def text(self, x: float, y: float, text: str, anchor: str = "mm") -> None:
-        """Write a text, with its position as an anchor of PIL ("mm" is the middle)."""
-        self.draw.text((2 * x, 2 * y), text, fill=BLACK, anchor=anchor, font=self.font)
-
-    def tensor(self) -> Tensor:
-        """Return the image as (1, 3, H, W) in [0, 1]."""
-        small = self.image.reduce(2)
-        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        return pixels.reshape(1, small.height, small.width, 3).permute(0, 3, 1, 2) / 255
 
 
 def draw_bars(shares: dict[str, float]) -> Tensor:

@@ -1,7 +1,6 @@
 """The display of a running sweep: a live table at a terminal, otherwise a line for each trial."""
 
 import io
-import os
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from framework.errors import RunError
-from framework.errors.terminal import message_line, print_line, printable
+from framework.errors.terminal import can_redraw, message_line, print_line, printable
 from framework.runs.sweep_files import Trial
 from framework.system.files import AppendFile
 
@@ -181,7 +180,7 @@ def make_display(
     objectives: Objectives, earlier: Sequence[Trial], planned: int | None
 ) -> LineDisplay | LiveTable:
     """Return a live table if stderr is a terminal, otherwise a display of lines."""
-    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    if can_redraw(sys.stderr):
         return LiveTable(objectives, earlier, planned)
     return LineDisplay(objectives)
 

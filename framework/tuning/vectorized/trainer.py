@@ -218,10 +218,11 @@ class StackedTrainer:
             trainer.at_boundary = False
             trainer.emit("step_start")
             set_learning_rates(trainer.optimizer, trainer.schedule, trainer.state.step)
-        self._compute_gradients([move_batch(batch, self.first.device) for batch, _ in window])
+        batches = [move_batch(batch, self.first.device) for batch, _ in window]
+        self._compute_gradients(batches)
         for trial, loss in zip(self.trials, self.losses.unbind(), strict=True):
             trial.trainer.loss = loss
-        self.state.update(skipped=self._call_gradient_callbacks())
+        self.state.update(skipped=self._call_gradient_callbacks(batches))
         failed = self.failed
         self.failed = {}
         for row, error in failed.items():
@@ -317,8 +318,11 @@ class StackedTrainer:
         tensors = [torch.as_tensor(each, device=self.first.device) for each in counts]
         return torch.stack(tensors)
 
-    def _call_gradient_callbacks(self) -> list[int]:
+    def _call_gradient_callbacks(self, batches: Sequence[Batch]) -> list[int]:
         """Call the callbacks that listen to `gradients`, if they need to see or change them.
+
+        Args:
+            batches: those of the step, on the device.
 
         Returns:
             The rows that get no update.
@@ -331,6 +335,7 @@ class StackedTrainer:
             if not finite[row] or trial.for_one_trial.need_gradients():
                 attached.append(row)
                 self.state.attach_gradients(row)
+                trial.trainer.batches = [self._batch_of(row, batch) for batch in batches]
         for position, clip_rows in enumerate(self.trials[0].clip_rows):
             if clip_rows is None:
                 for row in attached:
@@ -341,7 +346,15 @@ class StackedTrainer:
                     self.state.attach_gradients(row)
             callbacks = [trial.gradient_callbacks[position] for trial in self.trials]
             clip_rows(callbacks, self.state.gradients)
+        for row in attached:
+            self.trials[row].trainer.batches = ()
         return [row for row in attached if not self._detach_gradients(row) or row in self.failed]
+
+    def _batch_of(self, row: int, batch: Batch) -> Batch:
+        """Return the batch of a trial from a batch for all trials."""
+        if self.orders is None:
+            return batch
+        return batches_of_trials(batch, len(self.trials))[row]
 
     def _detach_gradients(self, row: int) -> bool:
         try:

@@ -91,6 +91,27 @@ class Columns(Preparation):
         groups = [torch.stack(group, dim=1) for group in (numbers, categories) if group]
         return tuple(groups)
 
+    def cells(self, inputs: Tensor) -> dict[str, list[Any]]:
+        """Return the cells of each column; None for an empty cell or a text unknown in training.
+
+        Args:
+            inputs: shape (rows, inputs).
+        """
+        decoded = dict(zip(self.raw, self.recover(inputs.cpu()), strict=True))
+        texts = iter(decoded["categories"].unbind(1) if "categories" in decoded else ())
+        numbers = iter(decoded["numbers"].unbind(1) if "numbers" in decoded else ())
+        cells: dict[str, list[Any]] = {}
+        for column in self.columns:
+            name = column["name"]
+            if "texts" in column:
+                known = column["texts"]
+                indices = next(texts).tolist()
+                cells[name] = [known[index - 1] if index > 0 else None for index in indices]
+            else:
+                values = next(numbers).tolist()
+                cells[name] = [None if math.isnan(value) else value for value in values]
+        return cells
+
     def knots(self, index: int) -> Tensor | None:
         """Return the quantiles that scale a column; None for a column that has none."""
         return dict(self.named_buffers()).get(f"knots{index}")

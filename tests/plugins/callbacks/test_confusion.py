@@ -1,15 +1,24 @@
-"""The confusion matrix, compared with scikit-learn's."""
+"""The confusion matrix and the scores of each class, compared with scikit-learn's."""
 
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import framework as fw
 from framework.errors import SettingError
 
 
 class LastLogged(fw.Logger):
-    """Stores the last image and text."""
+    """Stores the last image and text, and all scalars."""
+
+    def __init__(self):
+        self.values = {}
+
+    def scalars(self, values, *, step, epoch, wall_seconds):
+        self.values |= values
+
+    def charts(self, title, charts):
+        self.prefixes = charts
 
     def images(self, tag, images, step):
         self.image = images
@@ -18,10 +27,11 @@ class LastLogged(fw.Logger):
         self.table = markdown
 
 
-def fit(data, task, outputs, **more):
+def fit(data, task, outputs, names=("confusion",), **more):
     logged = LastLogged()
     model = torch.nn.Linear(data.in_shape[0], outputs)
-    trainer = fw.Trainer(callbacks=[fw.callbacks.build("confusion")], loggers=[logged], **more)
+    callbacks = [fw.callbacks.build(name) for name in names]
+    trainer = fw.Trainer(callbacks=callbacks, loggers=[logged], **more)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=20)
     return logged, trainer
@@ -37,9 +47,11 @@ def test_it_equals_that_of_scikit_learn():
         _, *counts = line.strip("| ").split(" | ")
         rows.append([int(count) for count in counts])
     assert rows == expected.tolist()
-    assert logged.image.shape == (1, 1, 48, 48)
+    assert logged.image.shape == (1, 3, 348, 350)
     shares = torch.tensor(expected / expected.sum(1, keepdims=True))
-    torch.testing.assert_close(logged.image[0, 0, 8::16, 8::16].double(), shares)
+    corners = logged.image[0, 0, 50:348:100, 50:348:100].double()  # of the cells, without texts
+    white, full = 1.0, 8 / 255
+    torch.testing.assert_close((white - corners) / (white - full), shares, atol=0.003, rtol=0)
 
 
 def test_it_does_not_change_training():
@@ -61,3 +73,49 @@ def test_targets_without_classes_are_an_error():
     data = fw.datasets.build("friedman1", samples=60)
     with pytest.raises(SettingError, match="needs one class for each sample"):
         fit(data, torch.nn.MSELoss(), 1, max_epochs=1)
+
+
+def test_the_scores_of_each_class_equal_those_of_scikit_learn():
+    data = fw.datasets.build("blobs", samples=400, noise=4.0, val_fraction=0.4)
+    loss = torch.nn.CrossEntropyLoss()
+    logged, trainer = fit(data, loss, 4, ["per_class"], max_epochs=2)  # one class has no sample
+    predicted = trainer.predict(data.val).argmax(1)
+    targets = data.val.tensors[1]
+    expected = precision_recall_fscore_support(targets, predicted, labels=range(4), zero_division=0)
+    for quantity, values in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+        assert logged.prefixes[quantity] == f"val_per_class/{quantity}/"
+        for index, value in enumerate(values):
+            assert logged.values[f"val_per_class/{quantity}/{index}"] == pytest.approx(value)
+    rows = [line.strip("| ").split(" | ") for line in logged.table.splitlines()[2:]]
+    assert rows[0] == ["3", "0.000", "0.000", "0.000", "0"]  # the worst one first
+    assert sorted(int(row[4]) for row in rows) == sorted(targets.bincount(minlength=4).tolist())
+
+
+def test_with_many_classes_there_is_only_the_table():
+    inputs = torch.randn(42, 2)
+    split = fw.TensorSplit(inputs, torch.arange(42) % 21)
+    data = fw.Data()
+    data.train = data.val = split
+    data.in_shape = (2,)
+    logged, _ = fit(data, torch.nn.CrossEntropyLoss(), 21, ["per_class", "confusion"], max_epochs=1)
+    assert not any(tag.startswith("val_per_class") for tag in logged.values)
+
+
+def test_both_callbacks_read_the_split_once(monkeypatch):
+    data = fw.datasets.build("blobs", samples=100)
+    calls = []
+    from framework_plugins.callbacks import confusion
+
+    count_pairs = confusion.count_pairs
+    monkeypatch.setattr(
+        confusion, "count_pairs", lambda *args: calls.append(1) or count_pairs(*args)
+    )
+    fit(data, torch.nn.CrossEntropyLoss(), 3, ["confusion", "per_class"], max_epochs=3)
+    assert len(calls) == 3
+
+
+def test_without_a_validation_split_the_error_names_the_callback():
+    data = fw.datasets.build("blobs", samples=100)
+    data.val = None
+    with pytest.raises(SettingError, match=r"callbacks\.per_class: expected .* validation split"):
+        fit(data, torch.nn.CrossEntropyLoss(), 3, ["per_class"], max_epochs=1)

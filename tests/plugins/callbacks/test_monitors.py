@@ -47,8 +47,8 @@ def test_histograms_show_weights_and_gradients_from_the_start_to_the_end():
     _, record = fit(build("histograms"), epochs=2)
     weights = ["weights/weight", "weights/bias"]
     gradients = ["gradients/weight", "gradients/bias"]
-    tags_by_step = {0: [], 3: [], 6: []}
+    tags_by_step = {1: [], 4: [], 6: []}
     for step, tag, _ in record.histograms:
         tags_by_step[step].append(tag)
-    assert tags_by_step == {0: weights + gradients, 3: weights + gradients, 6: weights}
+    assert tags_by_step == {1: weights + gradients, 4: weights + gradients, 6: weights}
     assert torch.equal(record.histograms[0][2], linear().weight.detach().flatten())

@@ -6,6 +6,7 @@ import pty
 import re
 import sys
 import threading
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -137,6 +138,100 @@ def test_a_dumb_terminal_shows_plain_lines_without_rich(monkeypatch):
     assert "\x1b" not in screen[0]
 
 
+def test_a_command_in_a_cell_of_a_notebook_prints_lines(monkeypatch):
+    with terminal(monkeypatch) as screen:
+        monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        fit(fw.callbacks.build("progress"))
+    assert screen[0].count("\r\n") == 2
+    assert "\x1b" not in screen[0]
+
+
+class Notebook:
+    """Stands for IPython in a kernel; `outputs` are those below the cell."""
+
+    def __init__(self):
+        self.outputs = []
+        self.updates = 0
+        self.kernel = object()
+
+    def display(self, bundle, raw, display_id):
+        assert raw
+        assert display_id
+        self.outputs.append(bundle)
+        return Output(self, len(self.outputs) - 1)
+
+
+class Output:
+    def __init__(self, notebook, index):
+        self.notebook = notebook
+        self.index = index
+
+    def update(self, bundle, raw):
+        assert raw
+        self.notebook.updates += 1
+        self.notebook.outputs[self.index] = bundle
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    found = Notebook()
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: found
+    ipython.display = types.ModuleType("IPython.display")
+    ipython.display.display = found.display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
+    return found
+
+
+def test_a_notebook_shows_one_bar_for_each_fit(notebook, capsys):
+    for _ in range(2):
+        fit(fw.callbacks.build("progress", per_second=1e6))
+    assert len(notebook.outputs) == 2
+    assert notebook.updates >= 12  # of six steps each
+    for output in notebook.outputs:
+        assert "step 6/6" in output["text/html"]
+        assert "step 6/6" in output["text/plain"]
+        assert "step 5/6" not in output["text/html"]
+        assert "━" in output["text/html"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebook_keeps_the_bar_of_a_fit_that_fails(notebook):
+    class Fail(Callback):
+        def on_gradients(self, trainer):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(fw.callbacks.build("progress"), Fail())
+    assert len(notebook.outputs) == 1
+    assert "step 0/6" in notebook.outputs[0]["text/html"]
+
+
+def test_names_are_escaped_in_a_notebook(notebook):
+    class Log(Callback):
+        def on_step_end(self, trainer):
+            trainer.log({"train/<script>": 1.0})
+
+    fit(fw.callbacks.build("progress"), Log())
+    assert "&lt;script&gt;" in notebook.outputs[0]["text/html"]
+    assert "<script>" not in notebook.outputs[0]["text/html"]
+
+
+def test_lines_are_printed_in_a_notebook_too(notebook, monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    fit(fw.callbacks.build("progress", style="lines"))
+    assert written.getvalue().count("\n") == 2
+    assert notebook.outputs == []
+
+
+def test_ipython_in_a_terminal_is_no_notebook(notebook, monkeypatch):
+    notebook.kernel = None
+    assert len(lines(monkeypatch)) == 2
+    assert notebook.outputs == []
+
+
 def test_a_process_without_stderr_shows_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     assert fit(fw.callbacks.build("progress")).state.epoch == 2
@@ -153,3 +248,27 @@ def test_a_slow_data_loader_without_workers_gives_advice(workers, advised, monke
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer.fit(model, loader, task=nn.MSELoss(), optimizer=optimizer)
     assert ("DataLoader(..., num_workers=2) reads ahead" in capsys.readouterr().err) == advised
+
+
+def test_a_callback_with_a_live_view_is_shown_below_the_bar(monkeypatch):
+    class Counts(Callback):
+        changes_training = False
+
+        def live_view(self, columns, rows):
+            self.size = (columns, rows)
+            return "shown below"
+
+    class Nothing(Counts):
+        def live_view(self, columns, rows):
+            return None
+
+    counts = Counts()
+    with terminal(monkeypatch) as result:
+        fit(fw.callbacks.build("progress"), Nothing(), counts)
+    output = result[0]
+    assert "shown below" in output
+    assert output.rindex("val") < output.rindex("shown below")
+    columns, rows = counts.size
+    assert columns == 140
+    assert 0 < rows < 24
+    fit(fw.callbacks.build("progress", style="lines"), counts)

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 
 import numpy
 import pytest
 import torch
+from google.protobuf.text_format import Parse
+from PIL import Image
+from sklearn.metrics import precision_recall_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
@@ -97,6 +102,16 @@ def test_each_chart_shows_training_and_validation(tmp_path):
     }
 
 
+def test_test_values_of_several_steps_are_a_chart(tmp_path):
+    board = log(tmp_path)
+    for step in (10, 20, 30):
+        scalars(board, {"test/loss": 1 / step, "val/loss": 0.5}, step=step)
+    board.close()
+    events = read(tmp_path)
+    assert [event.step for event in events.Scalars("test/loss")] == [10, 20, 30]
+    assert "test" not in events.Tags()["tensors"]
+
+
 def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     board = log(tmp_path)
     scalars(board, {"val/loss": 0.1}, step=40)
@@ -112,9 +127,10 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 1  # one file, no folder for a second run
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(40, pytest.approx(0.1))]
-    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [
-        (40, pytest.approx(0.9))
-    ]
+    assert events.Tags()["scalars"] == ["val/loss"]  # no chart with one point
+    assert "test" in events.Tags()["tensors"]
+    table = tensors(events, "test")[0].string_val[0].decode()
+    assert table.splitlines()[2:] == ["| accuracy | 0.9 |"]
     content = {
         tag: HParamsPluginData.FromString(c)
         for tag, c in events.PluginTagToContent("hparams").items()
@@ -129,13 +145,12 @@ def test_hparams_are_in_the_same_run_with_their_types(tmp_path):
         "optimizer.betas": ("string_value", "[0.9, 0.999]"),
         "optimizer.amsgrad": ("bool_value", False),
         "seed": ("number_value", 3),
+        "test/accuracy": ("number_value", 0.9),
     }
     assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
 
 def test_texts_images_and_histograms(tmp_path):
-    from PIL import Image
-
     board = log(tmp_path, bins=10)
     board.text("config", "# Title", step=3)
     pictures = torch.rand(2, 3, 5, 7)
@@ -161,6 +176,50 @@ def test_texts_images_and_histograms(tmp_path):
     assert numpy.allclose(bars[:, 0], edges[:-1])
     assert numpy.frombuffer(tensors(events, "same")[0].tensor_content).tolist() == [1, 1, 4]
     assert tensors(events, "nothing")[0].tensor_content == b""
+
+
+def test_a_curve_of_precision_and_recall_is_that_of_scikit_learn(tmp_path):
+    labels = torch.rand(2000) < 0.3
+    scores = (torch.rand(2000) + labels * 0.3).clamp(0, 1)
+    scores = (scores.double() * 126).round() / 126  # on the thresholds, where both count the same
+    board = log(tmp_path)
+    board.pr_curve("spam", labels, scores, 5)
+    board.close()
+    value = tensors(read(tmp_path), "spam")[0]
+    rows = numpy.frombuffer(value.tensor_content, numpy.float32).reshape(6, 127)
+    found = precision_recall_curve(labels.numpy(), scores.numpy())
+    for precision, recall, threshold in zip(*found, strict=False):
+        column = rows[:, round(threshold * 126)]
+        assert column[4:].tolist() == pytest.approx([precision, recall], abs=1e-6)
+        assert column[:4].sum() == 2000
+
+
+def test_a_sound_is_a_wav_file(tmp_path):
+    board = log(tmp_path)
+    board.audio("tone", torch.tensor([[0.0, 1.0, -1.0, 2.0, math.nan]]), 8000, 3)
+    board.close()
+    sound, label = tensors(read(tmp_path), "tone")[0].string_val
+    with wave.open(io.BytesIO(sound)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (8000, 1, 2)
+        samples = numpy.frombuffer(file.readframes(9), "<i2")
+    assert samples.tolist() == [0, 32767, -32767, 32767, 0]
+    assert label == b""
+
+
+def test_an_embedding_is_written_for_the_projector(tmp_path):
+    board = log(tmp_path)
+    for step in (1, 2):  # the second one replaces the first one
+        board.embedding(
+            "val/x", torch.eye(3) * step, ["a", "b\tc", "d"], step, torch.rand(3, 1, 4, 6)
+        )
+    board.close()
+    config = Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (entry,) = config.embeddings
+    assert list(entry.tensor_shape) == [3, 3]
+    assert (tmp_path / entry.tensor_path).read_text() == "2\t0\t0\n0\t2\t0\n0\t0\t2\n"
+    assert (tmp_path / entry.metadata_path).read_text() == "a\nb c\nd\n"
+    assert list(entry.sprite.single_image_dim) == [6, 4]
+    assert Image.open(tmp_path / entry.sprite.image_path).size == (12, 8)
 
 
 class Residual(nn.Module):
@@ -193,6 +252,30 @@ def test_the_graph_shows_modules_and_tracing_changes_nothing(tmp_path):
     assert model.training
     assert not model.body[1].training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Sum(nn.Module):
+    def forward(self, ids, mask):
+        return ids.float() * mask
+
+
+@pytest.mark.parametrize(
+    ("as_inputs", "names"),
+    [
+        (lambda ids, mask: {"mask": mask, "ids": ids}, ["input/ids", "input/mask"]),
+        (lambda ids, mask: (ids, mask), ["input/0", "input/1"]),
+    ],
+)
+def test_the_graph_of_a_model_with_several_inputs(tmp_path, as_inputs, names):
+    board = log(tmp_path)
+    board.graph(Sum(), as_inputs(torch.arange(6).reshape(2, 3), torch.ones(2, 3)))
+    board.close()
+    graph = GraphDef.FromString(read(tmp_path)._graph)
+    nodes = {node.name: list(node.input) for node in graph.node}
+    assert nodes["float"] == [names[0]]
+    assert nodes["mul"] == ["float", names[1]]
+    shapes = [d.size for d in graph.node[0].attr["_output_shapes"].list.shape[0].dim]
+    assert shapes == [1, 3]
 
 
 def test_a_model_that_fails_in_tracing_leaves_a_text(tmp_path):

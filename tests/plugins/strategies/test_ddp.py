@@ -440,7 +440,9 @@ def callbacks_that_read_batches(folder):
     images = TensorSplit(torch.rand(33, 1, 4, 4), torch.arange(33) % 3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     names = ["confusion", "timer", "learning_rate", "histograms", "augmented", "early_stop"]
+    names += ["per_class", "embeddings", "speed", "health"]
     parts = [fw.callbacks.build(name) for name in names]
+    parts.append(fw.callbacks.build("histograms", activations=True))
     parts.append(fw.callbacks.build("linear_probe", layer="0"))
     parts.append(fw.callbacks.build("checkpoint", monitor="train/samples_per_second", mode="max"))
     parts.append(fw.callbacks.build("non_finite", policy="rewind"))
@@ -464,16 +466,36 @@ def count_pairs_of(foreign, model):
     return table.texts
 
 
+def mistakes_of(strategy):
+    """Fit with the callbacks of mistakes; return their last table, and the number of curves."""
+    torch.manual_seed(3)
+    split = TensorSplit(torch.randn(33, 4), torch.arange(33) % 3)
+    model = nn.Linear(4, 3)
+    logged = Table()
+    callbacks = [fw.callbacks.build("worst", count=5), fw.callbacks.build("curves")]
+    parts = {"callbacks": callbacks, "loggers": [logged], "strategy": strategy}
+    trainer = Trainer(max_epochs=1, device="cpu", **parts)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {"task": nn.CrossEntropyLoss(), "optimizer": optimizer, "batch_size": 7}
+    trainer.fit(model, split, val=split, **settings)
+    return logged.texts, logged.curves
+
+
 class Table(Record):
     def __init__(self):
         super().__init__()
         self.texts = []
+        self.curves = []
 
     def images(self, tag, images, step):
         pass
 
     def text(self, tag, text, step):
         self.texts.append(text)
+
+    def pr_curve(self, tag, labels, scores, step):
+        order = scores.argsort(stable=True)
+        self.curves.append((tag, labels[order].tolist(), scores[order].tolist()))
 
 
 class NanAt(Callback):
@@ -587,6 +609,7 @@ def several_processes(folder):
         "resumed": interrupted(batches_in_order),
         "bad": bad_samples_are_skipped(),
         "table": callbacks_that_read_batches(folder / "read"),
+        "mistakes": mistakes_of(fw.strategies.build("ddp")),
         "skip": not_finite(folder / "skip", "skip"),
         "rewind": not_finite(folder / "rewind", "rewind"),
         "refused": refusals(),
@@ -703,6 +726,22 @@ def test_the_confusion_matrix_counts_the_samples_of_all_processes(two):
     rows = [line.split("|")[2:-1] for line in table.splitlines()[2:]]
     assert sum(int(cell) for row in rows for cell in row) == 33
     assert not two[1]["table"]
+
+
+def test_the_worst_samples_and_curves_are_those_of_a_single_process(two):
+    (table,), curves = two[0]["mistakes"]
+    (expected,), expected_curves = mistakes_of(fw.strategies.build("single"))
+    assert [row.split(" | ")[0] for row in table.splitlines()] == [
+        row.split(" | ")[0] for row in expected.splitlines()
+    ]
+    assert len(table.splitlines()) == 2 + 5
+    assert [tag for tag, _, _ in curves] == ["curves/0", "curves/1", "curves/2"]
+    for (_, labels, scores), (_, own_labels, own_scores) in zip(
+        curves, expected_curves, strict=True
+    ):
+        assert labels == own_labels
+        assert scores == pytest.approx(own_scores, rel=1e-5)
+    assert two[1]["mistakes"] == ([], [])
 
 
 def test_copies_of_a_model_in_training_are_ordinary_models(two):

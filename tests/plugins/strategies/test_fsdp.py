@@ -26,7 +26,9 @@ CALLBACKS = {
     "swa": [("swa", {"start": 1})],
     "freeze": [("freeze", {"patterns": ["0.*"], "epochs": 1})],
     "histograms": [("histograms", {})],
-    "confusion": [("confusion", {})],
+    "confusion": [("confusion", {}), ("per_class", {}), ("worst", {"count": 3}), ("curves", {})],
+    "embeddings": [("embeddings", {}), ("histograms", {"activations": True})],
+    "health": [("health", {"every": "2steps"})],
 }
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "lion", "muon", "nadam")
 OPTIMIZERS = (*OPTIMIZERS, "radam", "rmsprop", "sgd")
@@ -186,12 +188,23 @@ def two_processes(folder):
         found["differences"][name] = difference(two, fit(**trainer))
     found["bf16"] = difference(fit(fsdp(param_dtype="bf16", reduce_dtype="fp32")), fit())
     found["gradients"] = gradients()
+    found["health"] = health()
     found["tied"] = tied()
     found["resumed"] = resumed(folder)
     found["evaluated"] = evaluated()
     found["errors"] = errors(folder)
     found["checkpoint"] = saved(folder)
     return found
+
+
+def health():
+    """Return what `health` observed with one process and with this one of two."""
+    histories = []
+    for strategy in (None, fsdp()):
+        callback = fw.callbacks.build("health", every="4steps")
+        fit(strategy, callbacks=[callback])
+        histories.append(callback.history)
+    return histories
 
 
 def gradients():
@@ -327,6 +340,14 @@ def test_computing_in_bf16_differs_by_its_rounding(found):
     weights, _, logged = found["bf16"]
     assert 1e-5 < weights < 1e-2
     assert 0 < logged < 0.1
+
+
+def test_health_measures_sharded_layers_as_whole_ones(found):
+    """The activations are those of the rows of the main process."""
+    one, two = found["health"]
+    assert one.isfinite().any(0).any(1).all()
+    torch.testing.assert_close(two[:, 3:], one[:, 3:], rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(two[:, :2], one[:, :2], rtol=0.9, atol=0.9, equal_nan=True)
 
 
 @pytest.mark.parametrize("task", ["forward", "features"])

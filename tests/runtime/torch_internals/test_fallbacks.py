@@ -29,7 +29,7 @@ def names(request, monkeypatch):
     if request.param == "fallback":
         monkeypatch.setattr(pytree, "torch_pytree", None)
         monkeypatch.setattr(module_contents, "HAS_DICTIONARIES", False)
-        for name in ("copy_", "add_", "sub", "mul", "lerp", "lerp_"):
+        for name in ("copy_", "add_", "sub", "mul", "lerp", "lerp_", "norm"):
             monkeypatch.delattr(torch, f"_foreach_{name}")
         monkeypatch.delattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
     return request.param
@@ -72,6 +72,12 @@ def test_operations_on_lists_are_those_on_each_tensor_bit_for_bit(name, names):
     assert (result is None) == name.endswith("_")
     for found, wanted in zip(tensors if result is None else result, expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_norms_are_those_of_each_tensor(names):
+    tensors, _ = lists()
+    for found, tensor in zip(foreach.norms(tensors), tensors, strict=True):
+        torch.testing.assert_close(found, torch.linalg.vector_norm(tensor))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -185,6 +185,24 @@ def test_gradient_norms_are_those_of_the_eager_run(uncompiled):
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
+def test_health_observes_a_compiled_step_as_an_eager_one(uncompiled):
+    observed = []
+    for mode in ("step", "off"):
+        callback = fw.callbacks.build("health", every="4steps")
+        fit(callback, compile=mode)
+        observed.append(callback.history)
+        if mode == "step":
+            names = [call.__name__ for call in uncompiled]
+            assert [step for step, name in enumerate(names, 1) if name == "_gradients"] == [
+                1,
+                4,
+                8,
+                12,
+            ]
+    assert observed[0].isfinite().any(0).any(1).all()
+    torch.testing.assert_close(*observed, equal_nan=True)
+
+
 def data_with_nan(row=40):
     inputs = DATA[:][0].clone()
     inputs[row] = float("nan")

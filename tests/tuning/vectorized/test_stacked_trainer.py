@@ -418,6 +418,7 @@ STATEFUL = [
     "early_stop",
     "clip_gradients",
     "gradient_norm",
+    "health",
     "non_finite",
     "freeze",
     "accumulation",

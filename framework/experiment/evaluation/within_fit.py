@@ -1,0 +1,117 @@
+"""Worst samples and curves of the validation split during a fit, for callbacks."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from framework.contracts.context import Context
+from framework.data.dataset import (
+    Scale,
+    Shown,
+    check_has_validation,
+    class_names,
+    file_names,
+)
+from framework.errors import RunError, SettingError
+from framework.registry.kinds import datasets
+from framework.runs.folder import read_config, read_facts
+
+from .decisions import NO_CLASSES, decide, read_decisions
+from .reports import log_curves, log_worst
+from .samples import read_rows as read_rows
+from .worst import describe, find_worst, shower
+
+
+def check_worst(trainer: Context) -> None:
+    """Check at the start of a fit that its samples have a loss of their own.
+
+    Raises:
+        SettingError: there is no validation split, or the task compares samples with each other.
+    """
+    check_has_validation(trainer.val_batches, "callbacks.worst")
+    if not trainer.task.splits_batches:
+        name = type(trainer.task).__name__
+        raise SettingError(
+            f"callbacks.worst: {name} compares the samples of a batch with each other: a sample "
+            "has no loss of its own"
+        )
+
+
+def check_curves(trainer: Context) -> None:
+    """Check at the start of a fit that the task has classes or labels, with one batch (collective).
+
+    Raises:
+        SettingError: there is no validation split, or the task has neither.
+    """
+    check_has_validation(trainer.val_batches, "callbacks.curves")
+    assert trainer.val_batches is not None
+    results = read_rows(trainer, trainer.val_batches)
+    try:
+        for rows in results:
+            outputs, targets = rows.outputs, rows.targets
+            is_known = outputs is not None and targets is not None
+            if not is_known or decide(trainer.task, outputs, targets) is None:  # type: ignore[arg-type]
+                name = type(trainer.task).__name__
+                raise SettingError(f"callbacks.curves: {NO_CLASSES}; got {name}")
+            return
+    finally:
+        results.close()  # type: ignore[attr-defined]  # a generator
+
+
+def record_worst(trainer: Context, count: int) -> None:
+    """Log the samples of the validation split with the highest loss (collective)."""
+    assert trainer.val_batches is not None
+    found = find_worst(trainer, trainer.val_batches, count)
+    if not trainer.strategy.is_main:
+        return
+    facts = facts_of(trainer.folder)
+    scale = facts.get("scale")
+    worst = describe(
+        found,
+        trainer.task,
+        class_names(trainer.folder),
+        None if scale is None else Scale(*scale),
+        readable_inputs(trainer.folder, facts),
+        partial(file_names, getattr(trainer.val_batches, "split", None)),
+    )
+    for logger in trainer.loggers:
+        log_worst(logger, worst, "worst", trainer.state.step)
+
+
+def record_curves(trainer: Context) -> None:
+    """Log PR, ROC and calibration of the validation split (collective)."""
+    from .curves import compute_curves
+
+    assert trainer.val_batches is not None
+    decision = read_decisions(trainer, trainer.val_batches)
+    if not trainer.strategy.is_main:
+        return
+    curves = compute_curves(decision, class_names(trainer.folder))
+    for logger in trainer.loggers:
+        log_curves(logger, curves, decision, "curves", trainer.state.step)
+
+
+def facts_of(folder: Path | None) -> Mapping[str, Any]:
+    """Return the facts of the data in the folder of a run; empty without one."""
+    if folder is None:
+        return {}
+    try:
+        return read_facts(folder)
+    except (OSError, RunError):
+        return {}
+
+
+def readable_inputs(folder: Path | None, facts: Mapping[str, Any]) -> Callable[[Tensor], Shown]:
+    """Return the function that makes inputs readable, by the data set of a run."""
+    part: Any = None
+    if folder is not None and facts:
+        try:
+            data = read_config(folder)["data"]
+            name = data["name"] if isinstance(data, Mapping) else data
+            part = datasets.get(name).part if name in datasets else None
+        except (OSError, RunError, LookupError, TypeError):
+            part = None
+    return shower(part, facts.get("data", {}))

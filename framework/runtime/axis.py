@@ -1,0 +1,46 @@
+"""The axes of charts, in images (`drawing.py`) and in the terminal (`plot.py`)."""
+
+import math
+
+
+class Axis:
+    """The range of an axis, linear or logarithmic.
+
+    Args:
+        low: the value at its beginning.
+        high: the value at its end.
+        log: whether equal distances are equal factors. Both ends must be positive then.
+    """
+
+    def __init__(self, low: float, high: float, log: bool = False):
+        if log and low <= 0:
+            raise ValueError(f"a logarithmic axis begins above 0, not at {low}")
+        if high <= low:
+            high = low * 2 if log else low + 1
+        self.low = low
+        self.high = high
+        self.log = log
+
+    def position(self, value: float) -> float:
+        """Return the position of a value: 0 at the beginning of the axis, 1 at its end."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """Return about `count` round values in the range, with their labels."""
+        if self.log:
+            first = math.ceil(math.log10(self.low) - 1e-9)
+            last = math.floor(math.log10(self.high) + 1e-9)
+            step = max(1, math.ceil((last - first + 1) / count))
+            powers = [10.0**power for power in range(first, last + 1, step)]
+            values = powers if len(powers) > 1 else [self.low, self.high]
+            return [(value, f"{value:.3g}") for value in values]
+        rough = (self.high - self.low) / count
+        power = 10.0 ** math.floor(math.log10(rough))
+        step_size = min((m * power for m in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
+        first = math.ceil(self.low / step_size - 1e-9)
+        last = math.floor(self.high / step_size + 1e-9)
+        return [(k * step_size, f"{k * step_size:.6g}") for k in range(first, last + 1)]

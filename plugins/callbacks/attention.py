@@ -1,0 +1,190 @@
+"""A callback that shows where the attention layers of a model look."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from framework import (
+    Callback,
+    Context,
+    Every,
+    PositiveInt,
+    SettingError,
+    callbacks,
+    check_has_validation,
+    drawing,
+    map_rows,
+)
+from framework.contracts.state import Cadence
+
+from .samples import (
+    as_pictures,
+    is_due,
+    labels_of,
+    model_outputs,
+    spread_samples,
+    token_texts,
+)
+
+MAP = 80  # pixels of a map at least, so that four fit into a card of TensorBoard
+MOST_NAMED = 24  # tokens beside a map
+MOST_HEADS = 8
+MOST_LAYERS = 12
+GAP = 6
+NAME = 12  # pixels of a token's name
+PICTURE = 64  # pixels of the sample
+LINE = 14  # pixels of a line of text
+MARGIN = 64  # pixels for the names of tokens
+
+
+@callbacks.register("attention")
+class AttentionMaps(Callback):
+    """Shows the attention weights of all layers and heads for some validation samples.
+
+    An image for each sample: a row for each layer, a map for each head. A row of a map is a query,
+    a column a key; white is the largest weight of its row. The weights are computed again from the
+    queries and keys of `scaled_dot_product_attention`, which all attention layers of the framework
+    call; layers that compute attention otherwise are not shown.
+
+    Args:
+        count: number of samples, evenly spaced in the validation split.
+        every: how often to show them.
+    """
+
+    changes_training = False
+
+    def __init__(self, count: PositiveInt = 2, every: Every = "1epoch"):
+        self.count = count
+        self.cadence = Cadence(every)
+
+    def on_fit_start(self, trainer: Context) -> None:
+        check_has_validation(trainer.val_batches, "callbacks.attention")
+
+    def on_validation_end(self, trainer: Context) -> None:
+        if is_due(self.cadence, trainer.state):
+            self._show(trainer)
+
+    def cost(self) -> str:
+        return f"runs the model on {self.count:,} samples, {self.cadence}"
+
+    def _show(self, trainer: Context) -> None:
+        batch = spread_samples(trainer, self.count)
+        labels = labels_of(trainer, batch)
+        for number, label in enumerate(labels):
+            sample = map_rows(lambda rows, n=number: rows[n : n + 1], batch)  # type: ignore[misc]
+            with AttentionRecorder() as recorder:
+                model_outputs(trainer, sample)
+            if not recorder.weights:
+                raise SettingError(
+                    f"callbacks.attention: model {type(trainer.model).__name__} calls no "
+                    "scaled_dot_product_attention"
+                )
+            inputs = trainer.task.fields.only_input(sample)
+            names = None
+            if not inputs.is_floating_point() and inputs.ndim == 2:
+                names = token_texts(trainer, inputs[0].tolist())
+            image = attention_image(recorder.weights, names, as_pictures(inputs), label)
+            for logger in trainer.loggers:
+                logger.images(f"attention/{number}", image, trainer.state.step)
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """Records the weights of each call of `scaled_dot_product_attention` in a block.
+
+    Attributes:
+        weights: of the first sample, each of shape (heads, queries, keys), on the CPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.weights.append(attention_weights(*args, **kwargs))
+        return function(*args, **kwargs)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return the weights of the first sample: softmax(query keyᵀ / √D), shape (heads, T, S).
+
+    The arguments are those of `scaled_dot_product_attention`.
+    """
+    query = query[0].float()
+    key = key[0].float()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = factor * query @ key.mT
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    if attn_mask is not None:
+        mask = attn_mask[0] if attn_mask.ndim == value.ndim else attn_mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+        scores = scores.masked_fill(hidden, -math.inf)
+        if mask.is_floating_point():
+            scores = scores + mask
+    weights = scores.softmax(-1).nan_to_num(0)
+    return weights.reshape(-1, *weights.shape[-2:]).detach().cpu()
+
+
+def attention_image(
+    layers: list[Tensor], names: list[str] | None, pictures: Tensor | None, label: str
+) -> Tensor:
+    """Return the weights of all layers as one image (1, 3, height, width).
+
+    Args:
+        layers: of each layer, shape (heads, T, S).
+        names: of the tokens; written beside the maps if there are at most MOST_NAMED.
+        pictures: the image of the sample, (1, channels, H, W), or None.
+        label: of the sample.
+    """
+    layers = layers[:MOST_LAYERS]
+    named = names is not None and len(names) <= MOST_NAMED
+    heads = min(MOST_HEADS, max(len(weights) for weights in layers))
+    left = MARGIN if named else GAP
+    size = max(MAP, (drawing.CARD - left) // heads - GAP)
+    if named and names is not None:
+        size = max(size, NAME * len(names))
+    top = LINE + (PICTURE if pictures is not None else 0) + 2 * GAP
+    height = size + GAP + LINE
+    width = max(drawing.CARD, left + heads * (size + GAP))
+    canvas = drawing.Canvas(width, top + len(layers) * height, 10)
+    if pictures is not None:
+        canvas.paste(pictures[0], left, GAP, PICTURE, PICTURE)
+    canvas.text(left, top - LINE, label, "lm")
+    for row, weights in enumerate(layers):
+        upper = top + row * height + LINE
+        canvas.text(left, upper - 7, f"layer {row + 1}, {len(weights)} heads", "lm")
+        for column, weight in enumerate(weights[:heads]):
+            shown = weight / weight.amax(1, keepdim=True).clamp(min=1e-12)
+            canvas.paste(shown[None], left + column * (size + GAP), upper, size, size)
+        if not named or names is None or weights.shape[1] != len(names):
+            continue
+        cell = size / len(names)
+        for number, name in enumerate(names):
+            text = drawing.cut_to_width(canvas, name, MARGIN - 6)
+            canvas.text(left - 4, upper + (number + 0.5) * cell, text, "rm")
+    return canvas.tensor()

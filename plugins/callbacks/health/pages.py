@@ -1,0 +1,60 @@
+"""The numbers of all layers as a table in Markdown, and as images over the steps of the run."""
+
+from collections.abc import Sequence
+from math import isnan
+
+from torch import Tensor
+
+from framework import drawing, markdown, terminal
+
+from .layers import QUANTITIES
+from .problems import Observation
+
+TITLES = {
+    "mean": "mean of activations",
+    "std": "standard deviation of activations",
+    "stuck": "share of saturated activations or dead units",
+    "gradient": "norm of the gradient",
+    "update": "change of the weights in a step / weights",
+    "weight": "norm of the weights",
+}
+MOST_CHARACTERS = 26  # of the label of a layer
+LOGARITHMIC = ("std", "gradient", "update", "weight")
+
+
+def layer_table(seen: Observation, messages: Sequence[str]) -> str:
+    """Return the numbers of an observation, with a row for each layer, and all warnings."""
+    columns = ["mean", "std", "saturated or dead", "gradient", "update / weight", "weight"]
+    rows = []
+    for row, layer in enumerate(seen.layers):
+        cells = [f"{row + 1} `{layer.name}`", layer.activation]
+        for quantity in QUANTITIES:
+            value = seen.numbers[quantity][row]
+            cells.append("" if isnan(value) else f"{value:.3g}")
+        rows.append(cells)
+    table = markdown.table(["layer", "activation", *columns], rows)
+    return "\n".join(f"- {message}" for message in messages) + "\n\n" * bool(messages) + table
+
+
+def heat_maps(seen: Observation, steps: Sequence[int], history: Tensor) -> dict[str, Tensor]:
+    """Return an image for each quantity that is known: a row for each layer, a column for a step.
+
+    Args:
+        seen: the last observation.
+        steps: those of the columns.
+        history: shape (steps, quantities, layers).
+    """
+    labels = []
+    for row, layer in enumerate(seen.layers):
+        label = f"{row + 1} {layer.name} {layer.activation}".strip()
+        labels.append(terminal.shortened(label, MOST_CHARACTERS))
+    images = {}
+    for number, quantity in enumerate(QUANTITIES):
+        values = history[:, number].T
+        if values.isfinite().any():
+            log = quantity in LOGARITHMIC
+            columns = [str(step) for step in steps]
+            images[f"health/{quantity}"] = drawing.heat_map(
+                TITLES[quantity], values, labels, columns, log
+            )
+    return images

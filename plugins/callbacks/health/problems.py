@@ -1,0 +1,379 @@
+"""Problems of training that the numbers of the layers show, and what helps against them.
+
+Each threshold is far from what healthy runs reach, and must be exceeded in several observations in
+a row.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from typing import Any
+
+from torch import Tensor
+
+from .layers import Layer
+
+PATIENCE = 3  # observations in a row,
+LEAST_STEPS = 20  # and steps from the first of them to the last
+SATURATED = 0.5
+"""Share of saturated activations (Glorot & Bengio 2010, sections 3.2 and 3.3)."""
+DEAD = 0.75
+"""Share of units that are dead for all samples of `PATIENCE` observations. CS231n (Karpathy 2016,
+"Commonly used activation functions") reports 0.4 with a rate that is too large, for all samples of
+the data; with 100 samples, healthy layers of the shipped experiments reach 0.53."""
+FEWEST_UNITS = 8  # of a layer whose share of dead units counts
+VANISHING = 1e-4
+"""Gradient norm of a layer, relative to the largest of all layers (Glorot & Bengio 2010, section
+4.2; fastai's `ActivationStats` shows the same in colors)."""
+EXPLODING_ACTIVATIONS = 100.0
+"""Root mean square of the activations of a layer, relative to that of the inputs, or to 1 (He et
+al. 2015, section 2.2: it is about equal in all layers)."""
+EXPLODING_GRADIENTS = 1000.0
+"""Gradient norm of a layer, relative to the norm of its weights (Pascanu et al. 2013,
+arXiv:1211.5063)."""
+TYPICAL_UPDATE = 1e-3
+"""Change of the weights in a step, relative to the weights (Karpathy, CS231n: "ratio of weights
+to updates")."""
+SMALL_UPDATE = 1e-6
+LARGE_UPDATES = ((1e-2, 1.5), (1e-1, 1.2))
+"""Relative changes of the weights that are too large, if the loss is this factor above the first
+one."""
+UNSCALED = 10.0  # root mean square of the inputs, and of what the first layer makes of them
+COLLAPSED = 0.01  # standard deviation of samples over the batch, relative to that of the inputs
+SEPARATED = 0.01
+"""Loss of a discriminator that recognizes all samples, so that the generator gets no gradient
+(Arjovsky & Bottou 2017, arXiv:1701.04862, section 2)."""
+
+
+@dataclass
+class Observation:
+    """The numbers of a step.
+
+    Attributes:
+        step: the number of the step.
+        layers: those of the model.
+        numbers: of each layer, by quantity (see `layers.QUANTITIES`); nan for unknown ones.
+        loss: of the step.
+        rate: the largest learning rate of the optimizer's groups, without the schedule.
+        factor: that of the schedule on the learning rate.
+        inputs: mean and standard deviation of the model's inputs; nan if they are no numbers.
+        spread: standard deviation over the batch of samples of a generator, relative to that of the
+            inputs; nan without one.
+        discriminator_loss: the last one that was logged; nan without one.
+        has_phases: whether a step has several updates with a loss each.
+    """
+
+    step: int
+    layers: Sequence[Layer]
+    numbers: dict[str, list[float]]
+    loss: float
+    rate: float
+    factor: float
+    inputs: tuple[float, float] = (nan, nan)
+    spread: float = nan
+    discriminator_loss: float = nan
+    has_phases: bool = False
+
+    def root_mean_square(self, row: int) -> float:
+        """Return the root mean square of the activations of a layer."""
+        return math.hypot(self.numbers["mean"][row], self.numbers["std"][row])
+
+    def trained(self) -> list[int]:
+        """Return the rows of layers with a gradient."""
+        gradients = enumerate(self.numbers["gradient"])
+        return [row for row, gradient in gradients if not math.isnan(gradient)]
+
+
+@dataclass
+class Watch:
+    """Finds problems that persist.
+
+    Attributes:
+        first_loss: of the first step; nan if it is unknown.
+        losses: of the last observations.
+        streaks: the number of observations in a row with a problem, and the step of the first one,
+            by the problem's name and layer.
+        reported: the problems that a warning was given for, with their layers.
+        dead: the dead units of each layer in the last observations.
+    """
+
+    first_loss: float = nan
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=PATIENCE))
+    streaks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    reported: set[tuple[str, int]] = field(default_factory=set)
+    dead: dict[int, deque[Tensor]] = field(default_factory=dict)
+
+    def messages(self, seen: Observation) -> list[str]:
+        """Count an observation; return a message for each new problem."""
+        self.losses.append(seen.loss)
+        found = {
+            "inputs": unscaled_inputs(seen),
+            "activations": exploding_activations(seen),
+            "gradients": exploding_gradients(seen),
+            "vanishing": vanishing_gradients(seen),
+            "saturated": saturated_layers(seen),
+            "dead": dead_layers(seen),
+            "small": [0] if self._small_updates(seen) else [],
+            "large": [0] if self._large_updates(seen) else [],
+            "collapsed": [0] if seen.spread < COLLAPSED else [],
+            "separated": [0] if seen.discriminator_loss < SEPARATED else [],
+        }
+        if found["inputs"]:
+            found["activations"] = []  # the same problem
+        if found["dead"]:
+            found["vanishing"] = []  # no gradient passes a dead layer
+        texts = []
+        for name, rows in self._persistent(found, seen.step).items():
+            unknown = [row for row in rows if (name, row) not in self.reported]
+            new = [row for row in unknown if self._is_confirmed(name, row, seen)]
+            if new:
+                self.reported.update((name, row) for row in new)
+                texts.append(self._text(name, new, seen))
+        return texts
+
+    def _persistent(self, found: dict[str, list[int]], step: int) -> dict[str, list[int]]:
+        """Count the observations with each problem; return the layers of those that persist."""
+        streaks: dict[tuple[str, int], tuple[int, int]] = {}
+        persistent: dict[str, list[int]] = {}
+        for name, rows in found.items():
+            for row in rows:
+                count, first = self.streaks.get((name, row), (0, step))
+                streaks[name, row] = (count + 1, first)
+                if count + 1 >= PATIENCE and step - first >= LEAST_STEPS:
+                    persistent.setdefault(name, []).append(row)
+        self.streaks = streaks
+        return persistent
+
+    def _small_updates(self, seen: Observation) -> bool:
+        return not seen.has_phases and seen.factor >= 0.1 and largest_update(seen) < SMALL_UPDATE
+
+    def _large_updates(self, seen: Observation) -> bool:
+        return not seen.has_phases and largest_update(seen) > LARGE_UPDATES[0][0]
+
+    def _is_confirmed(self, name: str, row: int, seen: Observation) -> bool:
+        """Return whether the last observations together show a problem that each of them has."""
+        if name == "dead":
+            return self._dead_share(row) > DEAD
+        return name not in ("small", "large") or self._loss_confirms(name, seen)
+
+    def _loss_confirms(self, name: str, seen: Observation) -> bool:
+        """Return whether the loss agrees that the updates are too small or too large."""
+        change = self.recent_loss - self.first_loss
+        scale = abs(self.first_loss)
+        if name == "small":
+            return change > -0.01 * scale
+        for update, factor in LARGE_UPDATES:
+            if largest_update(seen) > update and change > (factor - 1) * scale:
+                return True
+        return False
+
+    @property
+    def recent_loss(self) -> float:
+        """The mean loss of the last observations."""
+        return sum(self.losses) / len(self.losses)
+
+    def _dead_share(self, row: int) -> float:
+        """Return the share of units of a layer that were dead in all of the last observations."""
+        masks = self.dead.get(row, deque())
+        if len(masks) < PATIENCE:
+            return 0.0
+        dead = masks[0]
+        if len(dead) < FEWEST_UNITS:
+            return 0.0
+        for mask in masks:
+            dead = dead & mask
+        return float(dead.float().mean())
+
+    def _text(self, name: str, rows: list[int], seen: Observation) -> str:
+        losses = f"the loss went from {self.first_loss:.3g} to {self.recent_loss:.3g}"
+        worst = rows[0]
+        gradients = seen.numbers["gradient"]
+        if name == "vanishing":
+            worst = min(rows, key=gradients.__getitem__)
+        if name == "gradients":
+            worst = max(rows, key=gradients.__getitem__)
+        where = describe_layer(seen, worst) + describe_others(rows, worst)
+        gradient = gradients[worst]
+        stuck = percent(seen.numbers["stuck"][worst])
+        weight = seen.numbers["weight"][worst]
+        update = largest_update(seen)
+        size = seen.root_mean_square(worst)
+        typical = TYPICAL_UPDATE
+        match name:
+            case "inputs":
+                mean, std = seen.inputs
+                return (
+                    f"the inputs have mean {mean:.3g} and standard deviation {std:.3g}, the "
+                    f"outputs of {where} {size:.3g} (root mean square); try data.normalize=true"
+                )
+            case "activations":
+                return (
+                    f"{where}: exploding activations, root mean square {size:.3g}; try "
+                    "initializer=kaiming_normal, norm=batch, or a lower optimizer.lr "
+                    f"(now {seen.rate:.3g})"
+                )
+            case "gradients":
+                return (
+                    f"{where}: exploding gradients, norm {gradient:.3g} (weights {weight:.3g}); "
+                    "try +callbacks=clip_gradients, initializer=kaiming_normal, or norm=batch"
+                )
+            case "vanishing":
+                top = max(each for each in gradients if isfinite(each))
+                response = seen.layers[worst].response
+                saturates = response is not None and response.kind == "saturates"
+                other = "activation=relu, " if saturates else ""
+                return (
+                    f"{where}: vanishing gradients, norm {gradient:.3g} (largest of a layer "
+                    f"{top:.3g}); try {other}norm=batch, or initializer=kaiming_normal"
+                )
+            case "saturated":
+                return (
+                    f"{where}: {stuck} of its outputs saturated, gradient norm {gradient:.3g}; "
+                    "try activation=relu, norm=batch, or initializer=xavier_uniform"
+                )
+            case "dead":
+                return (
+                    f"{where}: {percent(self._dead_share(worst))} of its units dead, gradient norm "
+                    f"{gradient:.3g}; try a lower optimizer.lr (now {seen.rate:.3g}), "
+                    "activation=leaky_relu, or norm=batch"
+                )
+            case "small":
+                proposed = rounded_rate(seen.rate * typical / update if update else 1e-3)
+                return (
+                    f"the learning rate is too small: a step changes no layer by more than "
+                    f"{update:.1e} of its weights (typical: {typical:g}), and {losses}; try "
+                    f"optimizer.lr={proposed:g} (now {seen.rate:.3g})"
+                )
+            case "large":
+                proposed = rounded_rate(seen.rate * typical / update)
+                return (
+                    f"the learning rate is too large: a step changes a layer by {update:.2g} of "
+                    f"its weights (typical: {typical:g}), and {losses}; try "
+                    f"optimizer.lr={proposed:g} (now {seen.rate:.3g})"
+                )
+            case "separated":
+                return (
+                    f"the discriminator recognizes all samples, its loss is "
+                    f"{seen.discriminator_loss:.2g}; try task.penalty=1, or a lower optimizer.lr "
+                    f"(now {seen.rate:.3g})"
+                )
+        return (
+            f"the generator has collapsed: its samples vary {percent(seen.spread)} as much as the "
+            f"inputs; try task.penalty=1, or a lower optimizer.lr (now {seen.rate:.3g})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts as plain types, without the dead units of the last observations."""
+        streaks = [[*problem, *streak] for problem, streak in self.streaks.items()]
+        return {
+            "first_loss": None if math.isnan(self.first_loss) else self.first_loss,
+            "losses": list(self.losses),
+            "streaks": streaks,
+            "reported": [list(each) for each in sorted(self.reported)],
+        }
+
+
+def unscaled_inputs(seen: Observation) -> list[int]:
+    """Return the first layer if the inputs are far from mean 0 and deviation 1."""
+    measured = [row for row, mean in enumerate(seen.numbers["mean"]) if not math.isnan(mean)]
+    if math.hypot(*seen.inputs) > UNSCALED and measured:
+        first = measured[0]
+        if seen.root_mean_square(first) > UNSCALED:
+            return [first]
+    return []
+
+
+def exploding_activations(seen: Observation) -> list[int]:
+    """Return the hidden layers with activations much larger than the inputs."""
+    inputs = math.hypot(*seen.inputs)
+    limit = EXPLODING_ACTIVATIONS * max(1.0, 1.0 if math.isnan(inputs) else inputs)
+    rows = []
+    for row, layer in enumerate(seen.layers):
+        if not layer.is_output and seen.root_mean_square(row) > limit:
+            rows.append(row)
+    return rows
+
+
+def exploding_gradients(seen: Observation) -> list[int]:
+    """Return the layers with a gradient much larger than their weights."""
+    rows = []
+    for row in seen.trained():
+        weight = seen.numbers["weight"][row]
+        if weight > 0 and seen.numbers["gradient"][row] > EXPLODING_GRADIENTS * weight:
+            rows.append(row)
+    return rows
+
+
+def vanishing_gradients(seen: Observation) -> list[int]:
+    """Return the layers with a gradient much smaller than the largest one of a layer."""
+    if seen.has_phases:  # the gradients are those of one phase
+        return []
+    gradients = seen.numbers["gradient"]
+    rows = seen.trained()
+    largest = max((gradients[row] for row in rows), default=0.0)
+    return [row for row in rows if 0 < gradients[row] < VANISHING * largest]
+
+
+def saturated_layers(seen: Observation) -> list[int]:
+    """Return the hidden layers with many saturated activations."""
+    return stuck_layers(seen, "saturates", SATURATED)
+
+
+def dead_layers(seen: Observation) -> list[int]:
+    """Return the layers with many units that are dead in this observation."""
+    return stuck_layers(seen, "dies", DEAD)
+
+
+def stuck_layers(seen: Observation, kind: str, share: float) -> list[int]:
+    """Return the layers with a kind of activation, more than a share of which is stuck."""
+    rows = []
+    for row, layer in enumerate(seen.layers):
+        of_kind = layer.response is not None and layer.response.kind == kind
+        if of_kind and not layer.is_output and seen.numbers["stuck"][row] > share:
+            rows.append(row)
+    return rows
+
+
+def largest_update(seen: Observation) -> float:
+    """Return the largest relative change of the weights of a layer in the step; nan without one."""
+    updates = [seen.numbers["update"][row] for row in seen.trained()]
+    return max((each for each in updates if isfinite(each)), default=nan)
+
+
+def rounded_rate(rate: float) -> float:
+    """Return the power of ten that is nearest to a learning rate."""
+    return float(10.0 ** round(math.log10(rate)))
+
+
+def percent(share: float) -> str:
+    """Return a share as a text."""
+    return f"{100 * share:.0f} %"
+
+
+def describe_layer(seen: Observation, row: int) -> str:
+    """Return the number, the name and the activation of a layer."""
+    layer = seen.layers[row]
+    kind = layer.activation or type(layer.module).__name__
+    return f"layer {row + 1} of {len(seen.layers)}, {layer.name} ({kind})"
+
+
+def describe_others(rows: Iterable[int], worst: int) -> str:
+    """Return the numbers of the other layers with the same problem."""
+    others = [str(row + 1) for row in rows if row != worst]
+    if not others:
+        return ""
+    more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+    return f", also {', '.join(others[:6])}{more}"
+
+
+def restored_watch(state: Mapping[str, Any]) -> Watch:
+    """Return a `Watch` with a result of its `state_dict`."""
+    first_loss = state.get("first_loss")
+    watch = Watch(first_loss=nan if first_loss is None else first_loss)
+    watch.losses.extend(state.get("losses", []))
+    for name, row, count, first in state.get("streaks", []):
+        watch.streaks[name, row] = (count, first)
+    watch.reported = {(name, row) for name, row in state.get("reported", [])}
+    return watch

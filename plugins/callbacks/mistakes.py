@@ -1,0 +1,62 @@
+"""Callbacks that show what the model gets wrong: the worst samples, and curves of decisions."""
+
+from framework import Callback, Context, Every, PositiveInt, callbacks, evaluation
+from framework.contracts.state import Cadence
+
+
+@callbacks.register("worst")
+class Worst(Callback):
+    """Shows the samples of the validation split with the highest loss.
+
+    The loggers get a table with label, prediction, probability and loss, and images with captions
+    or sounds. It reads the split a second time. A loss that is not a mean of torch, or has class
+    weights, needs a forward pass for each sample.
+
+    Args:
+        count: samples to show.
+        every: how often to show them.
+    """
+
+    changes_training = False
+
+    def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
+        self.count = count
+        self.cadence = Cadence(every)
+
+    def on_fit_start(self, trainer: Context) -> None:
+        evaluation.check_worst(trainer)
+
+    def cost(self) -> str:
+        return f"reads the validation split once more, {self.cadence}"
+
+    def on_validation_end(self, trainer: Context) -> None:
+        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+            evaluation.record_worst(trainer, self.count)
+
+
+@callbacks.register("curves")
+class Curves(Callback):
+    """Shows precision and recall, ROC, and calibration on the validation split.
+
+    Each class is compared with all others; with labels, each label by itself. The loggers get the
+    three charts as images with the 8 lowest classes, and the curve of precision and recall of
+    the first 20 classes. It reads the split a second time.
+
+    Args:
+        every: how often to show them.
+    """
+
+    changes_training = False
+
+    def __init__(self, every: Every = "1epoch"):
+        self.cadence = Cadence(every)
+
+    def on_fit_start(self, trainer: Context) -> None:
+        evaluation.check_curves(trainer)
+
+    def cost(self) -> str:
+        return f"reads the validation split once more, {self.cadence}"
+
+    def on_validation_end(self, trainer: Context) -> None:
+        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+            evaluation.record_curves(trainer)

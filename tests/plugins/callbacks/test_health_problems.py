@@ -1,0 +1,217 @@
+"""Networks built to fail: the warning of `health` names the layer, and its remedy removes it."""
+
+import re
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import framework as fw
+import substitutes
+from framework.composition.compose import CommandLine, run_composed
+from framework.experiment.experiment import train
+from runs import composed, run_training
+
+HEALTH = ["callbacks=[health]", "trainer.max_epochs=4", "trainer.validate_every=100epochs"]
+DEEP = ["model.depth=8", "model.width=64"]
+CASES = {
+    "vanishing": {
+        "bad": [*DEEP, "model.activation=sigmoid"],
+        "warning": r"layer 1 of 9, blocks\.0\.linear \(sigmoid\), also 2.*: vanishing gradients",
+        "remedies": ["activation=relu", "norm=batch"],
+    },
+    "saturated": {
+        "bad": ["model.activation=sigmoid", "initializer={name: normal, std: 1.0}"],
+        "warning": r"layer 2 of 3, blocks\.1\.linear \(sigmoid\).*: \d+ % of its outputs saturated",
+        "remedies": ["activation=relu", "norm=batch", "initializer=xavier_uniform"],
+    },
+    "dead": {
+        "bad": ["optimizer=adam", "optimizer.lr=0.3", "scheduler=null"],
+        "warning": r"layer 1 of 3, blocks\.0\.linear \(relu\), also 2: \d+ % of its units dead",
+        "remedies": ["optimizer.lr=0.001", "activation=leaky_relu", "norm=batch"],
+    },
+    "activations": {
+        "bad": ["model.depth=6", "initializer={name: normal, std: 1.0}"],
+        "warning": r"layer 3 of 7, blocks\.2\.linear \(relu\).*: exploding activations",
+        "remedies": ["initializer=kaiming_normal", "norm=batch"],
+    },
+    "gradients": {
+        "bad": ["model.depth=6", "initializer={name: normal, std: 1.0}"],
+        "warning": r"layer 1 of 7, blocks\.0\.linear \(relu\).*: exploding gradients",
+        "remedies": ["initializer=kaiming_normal"],
+    },
+    "small": {
+        "bad": ["optimizer.lr=1e-9"],
+        "warning": r"the learning rate is too small: .* try optimizer\.lr=0\.0001 \(now 1e-09\)",
+        "remedies": ["optimizer.lr=0.0001"],
+    },
+    "large": {
+        "bad": ["optimizer=sgd", "optimizer.lr=30", "model.activation=tanh"],
+        "warning": r"the learning rate is too large: .* try optimizer\.lr=0\.1 \(now 30\)",
+        "remedies": ["optimizer.lr=0.1"],
+    },
+    "inputs": {
+        "bad": ["data=unscaled_of_tests"],
+        "warning": r"the inputs have mean .* layer 1 of 3, blocks\.0\.linear \(relu\)",
+        "remedies": ["data.normalize=true"],
+    },
+}
+NORMALIZE = "data.normalize=true"
+
+
+def unscaled(normalize: bool = False) -> fw.Data:
+    """Digits with pixels from 0 to 255."""
+    data = deepcopy(fw.datasets.build("digits", normalize=normalize))
+    if not normalize:
+        inputs, *rest = data.train.tensors
+        data.train = fw.TensorSplit(inputs * 255, *rest)
+    return data
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unscaled_data():
+    fw.discover()
+    if "unscaled_of_tests" not in fw.datasets:
+        fw.datasets.register("unscaled_of_tests")(unscaled)
+
+
+def warnings_of(folder, *overrides):
+    """Train, and return the warnings of `health` and of status.json."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run_training(f"run.root={folder}", *HEALTH, *overrides)
+    texts = [str(each.message) for each in caught]
+    recorded = (result.folder / "status.json").read_text()
+    found = [text for text in texts if text.startswith("health: ")]
+    for text in found[-3:]:  # the file has the last ones, shortened
+        assert text[:80] in recorded
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_built_to_fail_gives_a_warning_with_a_remedy(name, tmp_path):
+    case = CASES[name]
+    texts = warnings_of(tmp_path, *case["bad"])
+    matching = [text for text in texts if re.search(case["warning"], text)]
+    assert len(matching) == 1, texts
+    for remedy in case["remedies"]:
+        setting, _, value = remedy.partition("=")
+        assert setting in matching[0]
+        assert setting == "optimizer.lr" or value in matching[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [(name, remedy) for name, case in CASES.items() for remedy in case["remedies"]],
+)
+def test_the_remedy_removes_the_warning(name, remedy, tmp_path):
+    case = CASES[name]
+    setting = remedy.partition("=")[0]
+    kept = [
+        each for each in case["bad"] if each.partition("=")[0].removeprefix("model.") != setting
+    ]
+    texts = warnings_of(tmp_path, *kept, remedy)
+    kind = case["warning"].rpartition(": ")[2].partition(r"\d")[0][:20]
+    assert not [text for text in texts if re.search(case["warning"], text)], (kind, texts)
+
+
+def test_a_bias_that_kills_relus_is_named():
+    """Without a config, the layer with the wrong bias is the only one that is named."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)
+    )
+    with torch.no_grad():
+        model[2].bias[:28] = -50.0
+    inputs = torch.randn(640, 6)
+    data = fw.TensorSplit(inputs, (inputs[:, 0] > 0).long())
+    trainer = fw.Trainer(max_epochs=2, callbacks=[fw.callbacks.build("health", every="10steps")])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.warns(UserWarning, match=r"layer 2 of 3, 2 \(relu\): 88 % of its units dead"):
+        trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
+
+
+class Stuck(nn.Module):
+    """A GAN whose generator ignores the noise."""
+
+    def __init__(self, scale):
+        super().__init__()
+        torch.manual_seed(1)
+        self.discriminator = nn.Sequential(nn.Linear(4, 16), nn.LeakyReLU(), nn.Linear(16, 1))
+        self.generator = nn.Sequential(nn.Linear(2, 4))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.discriminator(x)
+
+    def sample(self, count):
+        return self.generator(torch.randn(count, 2) * self.scale)
+
+
+@pytest.mark.parametrize(("scale", "collapses"), [(0.001, True), (1.0, False)])
+def test_a_generator_without_variety_has_collapsed(scale, collapses):
+    torch.manual_seed(0)
+    data = fw.TensorSplit(torch.randn(640, 4))
+    model = Stuck(scale)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    trainer = fw.Trainer(max_epochs=2, callbacks=[fw.callbacks.build("health", every="10steps")])
+    task = fw.tasks.build("adversarial")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=16)
+    texts = [str(each.message) for each in caught]
+    assert any("generator has collapsed" in text for text in texts) == collapses
+    assert not collapses or len(texts) == 1
+
+
+def test_a_discriminator_that_recognizes_all_samples_is_reported():
+    torch.manual_seed(0)
+    data = fw.TensorSplit(torch.randn(640, 4) + 6)
+    model = Stuck(1.0)
+    optimizer = torch.optim.Adam(model.discriminator.parameters(), 0.05)
+    callbacks = [fw.callbacks.build("health", every="10steps")]
+    trainer = fw.Trainer(max_epochs=3, log_every="10steps", callbacks=callbacks)
+    task = fw.tasks.build("adversarial")
+    task.phases = task.phases[:1]
+    expected = r"health: the discriminator recognizes all samples, .*task\.penalty=1"
+    with pytest.warns(UserWarning, match=expected):
+        trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=16)
+
+
+def test_a_warning_is_given_once_also_after_a_resume(tmp_path):
+    lines = [*CASES["vanishing"]["bad"], "callbacks=[checkpoint,health]", "trainer.max_epochs=9"]
+    name = [f"run.root={tmp_path}", "run.name=one"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_training(*name, *lines, "trainer.max_steps=130")
+        result = run_training(*name, *lines, "trainer.max_steps=400", "resume=auto")
+    assert result.steps == 360
+    texts = [str(each.message) for each in caught if "vanishing" in str(each.message)]
+    assert len(texts) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", *substitutes.EXPERIMENTS])
+def test_a_shipped_experiment_gives_no_warning(name, tmp_path):
+    if name == "search_mlp":
+        pytest.skip("a search, whose trials may fail")
+    substitutes.register_data()
+    overrides = [f"run.root={tmp_path}", *substitutes.DATA.get(name, [])]
+    if name == "distillation":
+        teacher = run_training(*overrides, "trainer.max_epochs=3", "run.name=teacher").folder
+        overrides.append(f"task.teacher={teacher}")
+    if name != "default":
+        overrides.insert(0, f"experiment={name}")
+    overrides += ["trainer.max_steps=300", "callbacks.health.every=20steps"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = []
+        line = CommandLine(["loggers=json_lines", *overrides])
+        run_composed(
+            line, lambda job: results.append(train(job.spec, job.experiment, job.overrides))
+        )
+    assert composed(overrides) is not None
+    assert results[0].steps > 10
+    assert not [text for each in caught if "health" in (text := str(each.message))]

@@ -1,0 +1,255 @@
+"""Every page of TensorBoard, through its own HTTP endpoints, for a run with all callbacks."""
+
+import json
+import warnings
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from werkzeug.test import Client
+
+import framework as fw
+from distributed_runs import run_in_processes
+from framework.experiment.experiment import Experiment
+from framework.tuning.vectorized.trainer import StackedTrainer
+from runs import cut_off_at, run_training
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of a library that TensorBoard includes
+    from tensorboard import default, program
+    from tensorboard.backend import application
+    from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
+
+OBSERVERS = "confusion,per_class,histograms,filters,embeddings,attention,augmented,speed"
+OVERRIDES = (
+    "data=digits",
+    "data.image=true",
+    "loader.batch_size=252",
+    "model=stack",
+    "model.blocks=[{name:conv2d,channels:4},{name:patch_embedding,width:8},transformer_encoder]",
+    "model.head.pool=mean",
+    "trainer.max_epochs=3",
+    "trainer.log_every=2steps",
+    f"callbacks=[checkpoint,{OBSERVERS}]",
+    "callbacks.histograms.activations=true",
+    "loggers=[tensorboard,json_lines]",
+    "run.name=pages",
+)
+STEPS = (5, 10, 15)  # the ends of the epochs
+
+
+class Curve(fw.Callback):
+    """Logs a curve of precision and recall, and a sound, after each epoch."""
+
+    changes_training = False
+
+    def on_epoch_end(self, trainer):
+        labels = torch.tensor([True, False, True, False])
+        scores = torch.tensor([0.9, 0.2, 0.6, 0.7])
+        for logger in trainer.loggers:
+            logger.pr_curve("curve", labels, scores, trainer.state.step)
+            logger.audio("tone", torch.linspace(-1, 1, 80)[None], 8000, trainer.state.step)
+
+
+class Pages:
+    """TensorBoard on a folder, in this process."""
+
+    def __init__(self, folder):
+        board = program.TensorBoard(plugins=default.get_plugins())
+        options = ["--logdir", str(folder), "--reload_interval", "0", "--load_fast", "false"]
+        board.configure(["", *options, "--reload_task", "blocking"])
+        data = LocalDataIngester(board.flags)
+        data.start()
+        app = application.TensorBoardWSGIApp(
+            board.flags, board.plugin_loaders, data.data_provider, board.assets_zip_provider
+        )
+        self.client = Client(app)
+
+    def raw(self, path, **parameters):
+        """Return the body of an answer."""
+        answer = self.client.get(f"/data/plugin/{path}?{urlencode(parameters)}")
+        assert answer.status_code == 200, (path, answer.get_data(as_text=True))
+        return answer.get_data()
+
+    def get(self, path, **parameters):
+        """Return the JSON of an answer."""
+        return json.loads(self.raw(path, **parameters))
+
+    def post(self, path, content):
+        """Return the JSON of an answer to JSON."""
+        answer = self.client.post(f"/data/plugin/{path}", json=content)
+        assert answer.status_code == 200, (path, answer.get_data(as_text=True))
+        return json.loads(answer.get_data())
+
+
+def train(root, killed=False):
+    """Train the run; the folder has its results."""
+    overrides = [*OVERRIDES, f"run.root={root}"]
+    make_trainer = Experiment.trainer
+
+    def with_curve(*args):
+        trainer = make_trainer(*args)
+        trainer.callbacks.append(Curve())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "trainer", with_curve)
+        if killed:
+            with cut_off_at(12, patch):
+                run_training(*overrides)
+            overrides.append("resume=auto")
+        run_training(*overrides)
+
+
+@pytest.fixture(scope="module", params=["uninterrupted", "killed and resumed", "two processes"])
+def pages(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    if request.param == "two processes":
+        run_in_processes(train, 2, tmp_path_factory.mktemp("results"), root)
+    else:
+        train(root, killed=request.param == "killed and resumed")
+    return Pages(root)
+
+
+def steps_of(points, place=1):
+    return [point[place] for point in points]
+
+
+def test_each_scalar_has_each_step_once(pages):
+    tags = pages.get("scalars/tags")["default/pages"]
+    assert {"train/loss", "val/accuracy", "speed/mfu", "val_per_class/f1/7"} <= tags.keys()
+    assert not any(tag.startswith("test/") for tag in tags)
+    for tag in tags:
+        points = pages.get("scalars/scalars", run="default/pages", tag=tag)
+        logged = [2, 4, 5, 6, 8, 10, 12, 14, 15]
+        assert steps_of(points) == (list(STEPS) if tag.startswith("val") else logged), tag
+
+
+def test_custom_scalars_show_both_splits_and_all_classes(pages):
+    layout = pages.get("custom_scalars/layout")
+    charts = {}
+    for category in layout["category"]:
+        for chart in category["chart"]:
+            charts[chart["title"]] = chart["multiline"]["tag"]
+    assert list(charts) == ["loss", "accuracy", "precision", "recall", "f1"]
+    for title, count in (("loss", 2), ("recall", 10)):
+        lines = {}
+        for tag in charts[title]:
+            found = pages.get("custom_scalars/scalars", run="default/pages", tag=tag)
+            lines |= found["tag_to_events"]
+        assert len(lines) == count
+
+
+def test_images(pages):
+    tags = pages.get("images/tags")["default/pages"]
+    expected = {"attention/0", "attention/1", "augmented", "confusion", "filters"}
+    assert set(tags) == expected
+    for tag in tags:
+        found = pages.get("images/images", run="default/pages", tag=tag, sample=0)
+        first = {"filters": [0], "augmented": [1]}.get(tag, [])
+        assert [image["step"] for image in found] == [*first, *STEPS], tag
+        body = pages.client.get(f"/data/plugin/images/individualImage?{found[-1]['query']}")
+        assert body.get_data().startswith(b"\x89PNG"), tag
+
+
+@pytest.mark.parametrize("page", ["histograms", "distributions"])
+def test_histograms_and_distributions(pages, page):
+    tags = pages.get(f"{page}/tags")["default/pages"]
+    groups = {tag.partition("/")[0] for tag in tags}
+    assert groups == {"weights", "gradients", "activations"}
+    for tag in ("weights/head.linear.weight", "activations/blocks.0.conv"):
+        assert tag in tags
+        points = pages.get(f"{page}/{page}", run="default/pages", tag=tag)
+        assert steps_of(points) == [1, 6, 11, 15]
+
+
+def test_texts(pages):
+    tags = pages.get("text/tags")["default/pages"]
+    assert set(tags) == {"config", "layers", "confusion/counts", "per_class", "test"}
+    for tag, steps in (("config", [0]), ("layers", [0]), ("per_class", list(STEPS))):
+        points = pages.get("text/text", run="default/pages", tag=tag)
+        assert [point["step"] for point in points] == steps, tag
+    (test,) = pages.get("text/text", run="default/pages", tag="test")
+    assert "accuracy" in test["text"]
+
+
+def test_audio(pages):
+    points = pages.get("audio/audio", run="default/pages", tag="tone", sample=0)
+    assert [point["step"] for point in points] == list(STEPS)
+    body = pages.client.get(f"/data/plugin/audio/individualAudio?{points[-1]['query']}")
+    assert body.get_data().startswith(b"RIFF")
+
+
+def test_curves_of_precision_and_recall(pages):
+    found = pages.get("pr_curves/pr_curves", run="default/pages", tag="curve")
+    curves = found["default/pages"]
+    assert [curve["step"] for curve in curves] == list(STEPS)
+    assert curves[0]["recall"][0] == 1
+
+
+def test_projector(pages):
+    (run,) = pages.get("projector/runs")
+    info = pages.get("projector/info", run=run)
+    (embedding,) = info["embeddings"]
+    assert embedding["tensorName"] == "features (step 15)"
+    rows, features = embedding["tensorShape"]
+    name = embedding["tensorName"]
+    tensor = pages.raw("projector/tensor", run=run, name=name, num_rows=rows)
+    assert len(tensor) == 4 * rows * features
+    labels = pages.raw("projector/metadata", run=run, name=name, num_rows=rows).decode()
+    assert len(labels.splitlines()) == rows
+    assert set(labels.split()) <= set("0123456789")
+    sprite = pages.raw("projector/sprite_image", run=run, name=name)
+    assert sprite.startswith(b"\x89PNG")
+
+
+def test_graph(pages):
+    graph = pages.raw("graphs/graph", run="default/pages", conceptual="false").decode()
+    assert "conv2d" in graph
+    assert "scaled_dot_product_attention" in graph
+
+
+def test_hparams_have_the_test_values(pages):
+    name = {"experiment_name": "", "hparamsLimit": 0}
+    experiment = pages.post("hparams/experiment", name)
+    names = [info["name"] for info in experiment["hparamInfos"]]
+    assert {"optimizer.lr", "test/accuracy", "test/loss"} <= set(names)
+    metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+    assert "val/loss" in metrics
+
+
+def test_stacked_trials_have_the_pages_of_a_single_run(command, tmp_path, monkeypatch):
+    stacked = []
+    run_stacked = StackedTrainer.run
+    monkeypatch.setattr(StackedTrainer, "run", lambda trainer: stacked.append(run_stacked(trainer)))
+    callbacks = "confusion,per_class,histograms,curves,worst,embeddings,speed"
+    line = (
+        "train data=digits loader.batch_size=252 trainer.max_epochs=3 trainer.log_every=2steps"
+        f" callbacks=[checkpoint,health,{callbacks}] callbacks.health.every=5steps"
+        " loggers=[tensorboard] -m optimizer.lr=1e-3,1e-2 hydra/launcher=vectorized"
+        " hydra.launcher.processes=1 sweep.name=s"
+    )
+    status, _, err = command(line)
+    assert status == 0, err
+    assert len(stacked) == 1
+    pages = Pages(tmp_path / "runs/default/s")
+    for run in ("000_lr-0.001", "001_lr-0.01"):
+        for tag in pages.get("scalars/tags")[run]:
+            points = pages.get("scalars/scalars", run=run, tag=tag)
+            logged = [2, 4, 5, 6, 8, 10, 12, 14, 15]
+            assert steps_of(points) == (list(STEPS) if tag.startswith("val") else logged), tag
+        images = pages.get("images/tags")[run]
+        assert {"confusion", "curves", "worst/images"} <= set(images)
+        for tag in ("confusion", "curves", "worst/images"):
+            found = pages.get("images/images", run=run, tag=tag, sample=0)
+            assert [image["step"] for image in found] == list(STEPS), tag
+        for tag in pages.get("histograms/tags")[run]:
+            points = pages.get("histograms/histograms", run=run, tag=tag)
+            first = [1, 6, 11]  # of each epoch; weights are also logged at the end
+            assert steps_of(points) == [*first, *([15] if "weights" in tag else [])], tag
+        texts = pages.get("text/tags")[run]
+        assert set(texts) >= {"config", "layers", "confusion/counts", "per_class", "health"}
+        curves = pages.get("pr_curves/pr_curves", run=run, tag="curves/3")[run]
+        assert [curve["step"] for curve in curves] == list(STEPS)
+        info = pages.get("projector/info", run=run)
+        assert info["embeddings"][0]["tensorName"] == "features (step 15)"

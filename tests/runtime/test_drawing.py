@@ -1,0 +1,98 @@
+"""Charts and captioned images."""
+
+import math
+
+import pytest
+import torch
+
+from framework.runtime import drawing
+from framework.runtime.drawing import BLACK, COLORS, Axis, Canvas, Chart, captioned, cut_to_width
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        (Axis(0, 1), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (Axis(-3, 3), ["-3", "-2", "-1", "0", "1", "2", "3"]),
+        (Axis(1e-5, 1, log=True), ["1e-05", "0.001", "0.1"]),
+        (Axis(0.2, 0.7, log=True), ["0.2", "0.7"]),
+        (Axis(2, 2), ["2", "2.2", "2.4", "2.6", "2.8", "3"]),
+    ],
+)
+def test_the_ticks_of_an_axis_are_round(axis, labels):
+    assert [label for _, label in axis.ticks()] == labels
+    assert all(-1e-9 <= axis.position(value) <= 1 + 1e-9 for value, _ in axis.ticks())
+
+
+def test_a_logarithmic_axis_is_positive():
+    assert Axis(0.01, 100, log=True).position(1) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="above 0, not at 0"):
+        Axis(0, 1, log=True)
+
+
+def pixel_of(chart, x, y):
+    left, top = chart._pixels(x, y)
+    return chart.tensor()[0, :, round(top), round(left)]
+
+
+def test_a_curve_goes_through_its_points():
+    chart = Chart("f", Axis(0, 10), Axis(0, 100))
+    chart.line([(0, 0), (5, 50), (10, 100)], COLORS[0], width=6)
+    color = torch.tensor(COLORS[0]) / 255
+    assert torch.allclose(pixel_of(chart, 5, 50), color, atol=0.02)
+    assert pixel_of(chart, 5, 97).mean() > 0.8
+
+
+def test_a_curve_is_interrupted_where_it_is_not_finite():
+    chart = Chart("f", Axis(0, 10), Axis(0, 1))
+    chart.line([(0, 0.5), (4, 0.5), (5, math.nan), (6, 0.5), (10, 0.5)], COLORS[0], width=6)
+    assert pixel_of(chart, 2, 0.5)[0] < 0.1
+    assert pixel_of(chart, 5, 0.5)[0] > 0.8
+    assert pixel_of(chart, 8, 0.5)[0] < 0.1
+
+
+def test_a_legend_leaves_the_curve_visible():
+    chart = Chart("f", Axis(0, 10), Axis(0, 1))
+    chart.line([(6, 0.05), (10, 0.05)], COLORS[0], "at the bottom, on the right", width=6)
+    assert pixel_of(chart, 9, 0.05)[0] < 0.1
+
+
+def test_images_are_enlarged_above_their_captions():
+    image = captioned(torch.zeros(5, 1, 8, 8), ["one", "two\nlines", "a", "b", "c"])
+    assert image.shape == (1, 3, 2 * (72 + 38), drawing.CARD)
+    assert image[0, :, 50, 50].max() == 0
+    assert image[0, :, 78:94, :70].min() < 0.5  # the first caption
+
+
+def test_a_caption_is_cut_to_its_width():
+    canvas = Canvas(200, 20)
+    assert cut_to_width(canvas, "short", 100) == "short"
+    cut = cut_to_width(canvas, "a very long caption of an image", 100)
+    assert cut.endswith("…")
+    assert canvas.draw.textlength(cut, canvas.font) <= 200
+
+
+def test_a_text_is_dark():
+    canvas = Canvas(60, 20)
+    canvas.text(30, 10, "text", color=BLACK)
+    assert canvas.tensor().min() < 0.5
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_heat_map_shows_numbers_as_colors(log):
+    values = torch.tensor([[1.0, 100.0, torch.nan], [10.0, 1.0, 1.0]])
+    image = drawing.heat_map("numbers", values, ["one", "two"], ["1", "2", "3"], log)
+    assert image.shape[:2] == (1, 3)
+    cells = image[0, :, 30:70, 125:278].reshape(3, 2, 20, 3, 51)[:, :, 10, :, 25]
+    colors = (cells * 255).round().int()
+    assert tuple(colors[:, 0, 0].tolist()) == drawing.HEAT[0]
+    assert tuple(colors[:, 0, 1].tolist()) == drawing.HEAT[-1]
+    assert tuple(colors[:, 0, 2].tolist()) == drawing.GRAY
+    middle = tuple(colors[:, 1, 0].tolist())
+    halfway = drawing.pixels_of(drawing.colors_of(torch.tensor([[0.5]])))[0][0]
+    assert (middle == halfway) == log, "10 is halfway between 1 and 100 in logarithms"
+
+
+def test_a_heat_map_without_a_known_number_is_gray():
+    image = drawing.heat_map("numbers", torch.full((1, 2), torch.nan), ["one"], ["1", "2"])
+    assert (image[0, :, 40, 200] * 255).round().int().tolist() == list(drawing.GRAY)
