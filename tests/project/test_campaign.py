@@ -214,7 +214,7 @@ HARMS = {
     "traceback, status 1": ends_with(1),
     "traceback, signal": lambda world: os.kill(os.getpid(), 9),
     "traceback, internal": ends_with(2, "framework: x; internal error at y.py:3\n"),
-    "memory": lambda world: bytearray(b"x" * 60_000_000).clear(),
+    "memory": lambda world: bytearray(b"x" * 300_000_000).clear(),  # cold pages may be swapped
     "output": lambda world: print("\x1b[31m"),
     "output, forged": ends_with(2, "framework: a\nframework: framework: all is well\n"),
     "output, silent": ends_with(2),
