@@ -163,17 +163,19 @@ class Cadence:
         """Restart the clock of a cadence in minutes."""
         self._last = SHARED_TIME.now()
 
-    def due(self, state: State, *, epoch_end: bool = False) -> bool:
+    def due(self, state: State, *, epoch_end: bool | None = None) -> bool:
         """Return whether it is due. Call it once after each step.
 
         Args:
             state: the counters after the step.
-            epoch_end: whether the step is the last one of its epoch.
+            epoch_end: whether the step is the last one of its epoch. None: whether no batch of the
+                next epoch is done, which is right for callbacks.
         """
         if self.unit == "step":
             return state.step % int(self.number) == 0
         if self.unit == "epoch":
-            return epoch_end and state.epoch % int(self.number) == 0
+            at_end = state.batch == 0 if epoch_end is None else epoch_end
+            return at_end and state.epoch % int(self.number) == 0
         now = SHARED_TIME.now()
         if now - self._last < self.number * SECONDS[self.unit]:
             return False

@@ -247,7 +247,7 @@ class Ema(Averaging):
 
     def update(self, trainer: Context) -> None:
         state = trainer.state
-        if not self.cadence.due(state, epoch_end=state.batch == 0):
+        if not self.cadence.due(state):
             return
         decay = self.decay
         if self.warmup:

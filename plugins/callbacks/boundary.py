@@ -106,7 +106,7 @@ class Boundary(Callback):
         return f"runs the model on a grid of the plane, {self.cadence}"
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             self._draw(trainer)
 
     def live_view(self, columns: int, rows: int) -> "RenderableType | None":

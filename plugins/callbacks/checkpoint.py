@@ -154,7 +154,7 @@ class Checkpoint(SavingCallback):
         if not self.checked:
             self._check_state(trainer)
         state = trainer.state
-        if self.cadence.due(state, epoch_end=state.batch == 0) or self.found_better:
+        if self.cadence.due(state) or self.found_better:
             self._save(trainer)
 
     def on_fit_end(self, trainer: Context) -> None:

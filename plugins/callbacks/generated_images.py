@@ -65,7 +65,7 @@ class Pictures(Callback):
         if self.checked_step == state.step:
             return
         self.checked_step = state.step
-        if self.cadence.due(state, epoch_end=state.batch == 0):
+        if self.cadence.due(state):
             self._log_images(trainer)
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ class Worst(Callback):
         return f"reads the validation split once more, {self.cadence}"
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             evaluation.record_worst(trainer, self.count)
 
 
@@ -58,5 +58,5 @@ class Curves(Callback):
         return f"reads the validation split once more, {self.cadence}"
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             evaluation.record_curves(trainer)

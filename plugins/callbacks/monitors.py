@@ -125,14 +125,14 @@ class Histograms(Callback):
 
     def needs_gradients(self, trainer: Context) -> bool:
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
-        return in_minutes or self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+        return in_minutes or self.cadence.due(trainer.state)
 
     def cost(self) -> str:
         also = f" and runs the model on {self.samples:,} samples" if self.activations else ""
         return f"copies all weights and gradients{also}, {self.cadence}"
 
     def on_gradients(self, trainer: Context) -> None:
-        if not self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if not self.cadence.due(trainer.state):
             return
         step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
         self._log_model(trainer, step)
@@ -217,7 +217,7 @@ class Augmented(Transform):
 
     def on_step_end(self, trainer: Context) -> None:
         state = trainer.state
-        due = self.cadence.due(state, epoch_end=state.batch == 0)
+        due = self.cadence.due(state)
         if self.inputs is not None and (due or state.step == 1):
             images = as_pictures(self.inputs)
             if images is None:

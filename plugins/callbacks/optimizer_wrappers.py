@@ -236,7 +236,7 @@ class NoiseScale(GradientsAgain):
             setattr(self, name, value)
 
     def _due(self, trainer: Context) -> bool:
-        return self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0)
+        return self.cadence.due(trainer.state)
 
 
 @callbacks.register("lookahead")

@@ -28,7 +28,7 @@ from framework.contracts.state import Cadence, State
 
 def is_due(cadence: Cadence, state: State) -> bool:
     """Return whether a cadence is due after a step, or the step is the last one of the run."""
-    due = cadence.due(state, epoch_end=state.batch == 0)
+    due = cadence.due(state)
     return due or (state.total_steps > 0 and state.step == state.total_steps)
 
 

@@ -351,7 +351,7 @@ class Spectrograms(Callback):
         return f"runs the model on {self.samples:,} samples, {self.cadence}"
 
     def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             self.show(trainer)
 
     def show(self, trainer: Context) -> None:

@@ -225,7 +225,7 @@ class Predictions(Callback):
         )
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             self._log_images(trainer)
 
     @torch.no_grad()

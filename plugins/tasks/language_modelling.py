@@ -278,7 +278,7 @@ class TextSamples(Callback):
         return f"generates {self.sampling['length']:,} tokens, {self.cadence}"
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state, epoch_end=trainer.state.batch == 0):
+        if self.cadence.due(trainer.state):
             self.log_text(trainer)
 
     def log_text(self, trainer: Context) -> None:

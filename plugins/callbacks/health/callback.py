@@ -131,7 +131,7 @@ class Health(Callback):
             return is_due_by_default(step, self.trials)
         if self.cadence.unit == "step":
             return step % int(self.cadence.number) == 0
-        return self.cadence.due(state, epoch_end=state.batch == 0)
+        return self.cadence.due(state)
 
     def on_gradients(self, trainer: Context) -> None:
         if trainer.state.step == 0 and self.first_loss is None:
