@@ -120,12 +120,8 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .runs.sharded_writer import ShardedWriter as ShardedWriter
     from .runtime import (
         distributed_checkpoint as distributed_checkpoint,
-        drawing as drawing,
         dtensors as dtensors,
-        markdown as markdown,
         memory as memory,
-        notebook as notebook,
-        plot as plot,
         processes as processes,
         seeds as seeds,
         shapes as shapes,
@@ -138,6 +134,12 @@ if TYPE_CHECKING:  # not public: for the built-in plugins only
         select_rows as select_rows,
     )
     from .runtime.clock import seconds_of_waiting as seconds_of_waiting, slow_data as slow_data
+    from .runtime.display import (
+        drawing as drawing,
+        markdown as markdown,
+        notebook as notebook,
+        plot as plot,
+    )
     from .runtime.gradients import gradient_numbers as gradient_numbers, numbers_of as numbers_of
     from .runtime.identity import ModelContents as ModelContents
     from .runtime.pairwise import pairwise_sum as pairwise_sum
@@ -318,16 +320,16 @@ _NAMES = {
 _MODULES = {  # not public: for the built-in plugins only
     "checkpoints": "runs.checkpoint",
     "distributed_checkpoint": "runtime.distributed_checkpoint",
-    "drawing": "runtime.drawing",
+    "drawing": "runtime.display.drawing",
     "dtensors": "runtime.dtensors",
     "evaluation": "experiment.evaluation.within_fit",
     "files": "system.files",
     "foreach": "runtime.torch_internals.foreach",
-    "markdown": "runtime.markdown",
+    "markdown": "runtime.display.markdown",
     "memory": "runtime.memory",
-    "notebook": "runtime.notebook",
+    "notebook": "runtime.display.notebook",
     "paths": "errors.paths",
-    "plot": "runtime.plot",
+    "plot": "runtime.display.plot",
     "processes": "runtime.processes",
     "pytree": "runtime.torch_internals.pytree",
     "seeds": "runtime.seeds",

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 SUITE_OF = {
     "cli": "system",
     "cli/test_advice.py": "training",
-    "cli/test_part_tables.py": "unit",
+    "cli/parts/test_part_tables.py": "unit",
     "cli/test_parsers.py": "unit",
     "cli/test_output.py": "training",
     "composition": "unit",

@@ -26,8 +26,8 @@ from framework.runs.overview.diff import (
     same_content,
 )
 from framework.runs.run_files import RunFiles, is_sweep, run_files, trials_in
-from framework.runtime.console import console, empty_table
-from framework.runtime.plot import braille, ends, evenly_spaced, with_labels
+from framework.runtime.display.console import console, empty_table
+from framework.runtime.display.plot import braille, ends, evenly_spaced, with_labels
 
 from . import help_texts
 from .json_output import print_json

@@ -11,7 +11,7 @@ from rich.text import Text
 from framework.errors import FrameworkError
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable
-from framework.runtime.console import console, empty_table
+from framework.runtime.display.console import console, empty_table
 
 from . import help_texts
 from .json_output import print_json

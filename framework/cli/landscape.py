@@ -101,7 +101,7 @@ def progress_bar() -> Iterator[Callable[[int], Callable[[], None]]]:
 def print_landscapes(found: Sequence[Any]) -> None:
     """Print a map of each landscape with the same colors, its range, and its path."""
     from framework.experiment.evaluation.landscape_files import color_scale
-    from framework.runtime.console import console
+    from framework.runtime.display.console import console
 
     scale = color_scale(found)
     output = console()
@@ -132,8 +132,8 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
     """Return a map: two values in a character with colors, one without."""
     import torch
 
-    from framework.runtime.drawing import colors_of, pixels_of
-    from framework.runtime.plot import half_blocks, resampled, shade
+    from framework.runtime.display.drawing import colors_of, pixels_of
+    from framework.runtime.display.plot import half_blocks, resampled, shade
 
     lines = HEIGHT if has_colors else HEIGHT // 2
     rows = resampled(found.losses, WIDTH, lines)[::-1]  # the highest y first

@@ -20,7 +20,7 @@ from framework.errors.terminal import printable, shortened, title
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runs.run_state import State
-from framework.runtime.plot import braille, ends, evenly_spaced, side_by_side, with_labels
+from framework.runtime.display.plot import braille, ends, evenly_spaced, side_by_side, with_labels
 
 from .live_text import (
     MEASURES,

@@ -260,7 +260,7 @@ def print_json_or_table(as_json: bool, document: dict[str, Any], table: Callable
     if as_json:
         print_json(document)
     else:
-        from framework.runtime.console import console
+        from framework.runtime.display.console import console
 
         console().print(table())
 
@@ -528,7 +528,7 @@ def list_parts(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
-    from . import part_tables
+    from .parts import tables
 
     if args.kind in ("experiment", "experiments"):
         from framework.composition.compose import config_folders
@@ -536,16 +536,16 @@ def list_parts(arguments: list[str]) -> None:
 
         found = list(describe_experiments(config_folders(args.config_dir)))
         document: dict[str, Any] = {"experiments": found}
-        print_json_or_table(args.json, document, lambda: part_tables.experiments_table(found))
+        print_json_or_table(args.json, document, lambda: tables.experiments_table(found))
         return
     index = read_catalogue(args)
     if args.kind:
-        kind = part_tables.kind_of(index, args.kind)
+        kind = tables.kind_of(index, args.kind)
         document = {"parts": {kind: list(index.kinds[kind]["parts"].values())}}
-        print_json_or_table(args.json, document, lambda: part_tables.parts_table(index, kind))
+        print_json_or_table(args.json, document, lambda: tables.parts_table(index, kind))
         return
     parts = {name: list(about["parts"].values()) for name, about in index.kinds.items()}
-    print_json_or_table(args.json, {"parts": parts}, lambda: part_tables.list_kinds(index))
+    print_json_or_table(args.json, {"parts": parts}, lambda: tables.list_kinds(index))
 
 
 def show(arguments: list[str]) -> None:
@@ -560,7 +560,7 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     parser.add_argument("--trust", **TRUST)
     args = parser.parse_args(arguments)
-    from . import part_plots, part_tables
+    from .parts import plots, tables
 
     if args.steps is not None and not 2 <= args.steps <= MOST_STEPS:
         expected = f"from 2 to {MOST_STEPS:,}"
@@ -571,30 +571,30 @@ def show(arguments: list[str]) -> None:
     names = [word for word in args.words if "=" not in word]
     if not names:
         raise SettingError(f"{overrides[0]}: expected a part before its settings")
-    parts = [part_tables.find_part(index, name) for name in names]
-    settings = part_plots.read_settings(overrides, parts)
-    plotted: list[part_plots.Plotted] = []
-    if not args.no_plot and any(part["kind"] in part_plots.PLOTTED for part in parts):
+    parts = [tables.find_part(index, name) for name in names]
+    settings = plots.read_settings(overrides, parts)
+    plotted: list[plots.Plotted] = []
+    if not args.no_plot and any(part["kind"] in plots.PLOTTED for part in parts):
         from framework.composition.catalogue import load_parts
 
         with importing_torch():
             load_parts(args.plugins, without=args.without_plugin, trusted=args.trust)
-            plotted = part_plots.plot_parts(parts, settings, args.steps)
+            plotted = plots.plot_parts(parts, settings, args.steps)
     if args.json:
-        documents = part_plots.as_documents(parts, plotted)
+        documents = plots.as_documents(parts, plotted)
         print_json(documents[0] if len(parts) == 1 else {"parts": documents})
         return
-    from framework.runtime.console import console
+    from framework.runtime.display.console import console
 
     output = console()
     if len(parts) == 1:
-        output.print(part_tables.part_page(parts[0], index, args.plugins, args.without_plugin))
+        output.print(tables.part_page(parts[0], index, args.plugins, args.without_plugin))
     else:
-        output.print(part_tables.summaries(parts))
+        output.print(tables.summaries(parts))
     if plotted:
-        width = output.width if output.is_terminal else part_plots.PLAIN_WIDTH
+        width = output.width if output.is_terminal else plots.PLAIN_WIDTH
         output.print()
-        output.print(part_plots.plots(plotted, width))
+        output.print(plots.render(plotted, width))
 
 
 def schema(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from framework.errors.terminal import printable_lines
-from framework.runtime.console import console
+from framework.runtime.display.console import console
 
 from . import help_texts
 from .json_output import print_json

@@ -7,7 +7,7 @@ from framework.errors.paths import expanded
 from framework.errors.terminal import print_line, printable, shortened
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
-from framework.runtime.console import console
+from framework.runtime.display.console import console
 
 from . import help_texts
 from .json_output import print_json

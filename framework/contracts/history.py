@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from framework.errors import FrameworkError, did_you_mean, short
 from framework.errors.terminal import title
-from framework.runtime import html
+from framework.runtime.display import html
 
 if TYPE_CHECKING:  # it imports torch, which the lists of runs do not need
     from .direction import Direction

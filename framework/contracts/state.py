@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from framework.errors import SettingError, short
 from framework.registry.annotations import Pattern
-from framework.runtime import html
+from framework.runtime.display import html
 from framework.runtime.shared_time import SHARED_TIME as SHARED_TIME
 
 from .history import History

@@ -9,8 +9,9 @@ from framework.contracts.logger import Logger
 from framework.contracts.task import Task
 from framework.data.dataset import Batch, Loader
 from framework.runs.folder import dump
-from framework.runtime import markdown, seeds
+from framework.runtime import seeds
 from framework.runtime.batch import is_flat, select_rows
+from framework.runtime.display import markdown
 from framework.training.layer_table import read_layers
 
 

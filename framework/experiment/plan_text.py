@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.errors.terminal import printable, title
-from framework.runtime.plot import braille, ends, with_labels
+from framework.runtime.display.plot import braille, ends, with_labels
 from framework.training.layer_table import Layer
 
 from .plan import Curve, ParameterGroup, Plan, SplitSize

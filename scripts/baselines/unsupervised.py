@@ -24,7 +24,10 @@ from torch.nn import functional as F
 import framework as fw
 import framework_conf
 from framework.experiment.trained.load import open_run
-from framework_plugins.callbacks.generated_images import discrepancy, precision_and_coverage
+from framework_plugins.callbacks.monitoring.generated_images import (
+    discrepancy,
+    precision_and_coverage,
+)
 from framework_plugins.tasks.representation import least_squares
 
 

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from framework.cli.output import root_option, run_arguments
-from framework.cli.part_tables import find_part, overrides_for
+from framework.cli.parts.tables import find_part, overrides_for
 from framework.composition.catalogue import build_index
 from framework.errors.paths import typed
 from framework.experiment.trained.load import open_run

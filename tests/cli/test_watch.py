@@ -18,7 +18,7 @@ from framework.cli.live_view import View, chart
 from framework.contracts.history import Curve
 from framework.errors import RunError
 from framework.runs.overview.watched import Watched, current_runs
-from framework.runtime.console import PrintableConsole
+from framework.runtime.display.console import PrintableConsole
 
 
 def make_run(folder, state="done", step=80, values=20, **status):

@@ -14,7 +14,7 @@ from framework import Metric, Step, Task, Trainer
 from framework.contracts.loss import IGNORED, Mean
 from framework.contracts.task import LossTask
 from framework.errors import DataError, FrameworkError, SettingError
-from framework_plugins.callbacks.confusion import count_pairs
+from framework_plugins.callbacks.monitoring.confusion import count_pairs
 
 N = 12  # samples
 D = 5  # inputs

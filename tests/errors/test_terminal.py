@@ -21,8 +21,9 @@ import pytest
 import torch
 
 import framework
-from framework.cli import main, part_tables, predict
+from framework.cli import main, predict
 from framework.cli.output import print_values
+from framework.cli.parts import tables
 from framework.cli.predict import text_pieces
 from framework.errors import ConfigError, FrameworkError, terminal
 from framework.errors.paths import override, pasted
@@ -39,7 +40,7 @@ from framework.experiment.plan_text import render
 from framework.experiment.trained.prediction_columns import Form
 from framework.experiment.trained.prediction_files import write_predictions
 from framework.runs.sweep_files import Trial
-from framework.runtime.console import Console, console
+from framework.runtime.display.console import Console, console
 from framework.training.layer_table import Layer
 from framework.tuning.sweep.display import LineDisplay
 from framework.tuning.sweep.table import results_table
@@ -385,7 +386,7 @@ def test_markup_in_tables_is_shown_as_text():
 
 
 def test_the_console_escapes_texts_of_tables():
-    shown = printed(part_tables.Group(HOSTILE, part_tables.Text(HOSTILE.replace("\n", "")), MARKUP))
+    shown = printed(tables.Group(HOSTILE, tables.Text(HOSTILE.replace("\n", "")), MARKUP))
     assert not list(faults(shown))
     assert MARKUP in shown
     assert list(faults(render_plainly(HOSTILE))), "rich escapes nothing"

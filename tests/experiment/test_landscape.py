@@ -11,8 +11,8 @@ from framework.experiment.evaluation.landscape import Surface, grid, measure_lan
 from framework.experiment.evaluation.landscape_files import color_scale, draw_landscapes
 from framework.experiment.evaluation.plane import main_plane, movable_weights, random_plane
 from framework.experiment.trained.load import open_run
-from framework.runtime.drawing import colors_of, pixels_of
-from framework.runtime.plot import SHADES
+from framework.runtime.display.drawing import colors_of, pixels_of
+from framework.runtime.display.plot import SHADES
 from runs import run_training
 
 

@@ -20,7 +20,7 @@ from framework.contracts.callback import Callback
 from framework.errors import BuildError, ConfigError, SettingError
 from framework.experiment.experiment import Experiment, train
 from framework.runs.checkpoint import listed
-from framework.runtime.drawing import captioned
+from framework.runtime.display.drawing import captioned
 from framework.tuning.vectorized.stacked_update import NotStackable
 from framework.tuning.vectorized.trainer import check_equal_settings
 
@@ -444,7 +444,7 @@ def test_tensorboard_shows_the_inputs_of_the_model(tmp_path, monkeypatch):
         drawn.append(images)
         return captioned(images, captions)
 
-    monkeypatch.setattr("framework.runtime.drawing.captioned", recorded)
+    monkeypatch.setattr("framework.runtime.display.drawing.captioned", recorded)
 
     class Watched(nn.Linear):
         def forward(self, x):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from framework.cli.part_tables import tidy
+from framework.cli.parts.tables import tidy
 from framework.registry.signatures import first_sentence, parameter_docs
 
 

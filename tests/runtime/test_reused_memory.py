@@ -276,7 +276,7 @@ class ImageLogger(fw.Logger):
 
 
 def test_callbacks_that_keep_batches_keep_copies():
-    from framework_plugins.callbacks.generated_images import held_out
+    from framework_plugins.callbacks.monitoring.generated_images import held_out
     from framework_plugins.tasks.representation import LinearProbe
 
     images = X[:, :4].reshape(22, 1, 2, 2)
@@ -311,7 +311,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_model_that_changes_its_inputs_does_not_change_the_data(shuffle):
-    from framework_plugins.callbacks.generated_images import held_out
+    from framework_plugins.callbacks.monitoring.generated_images import held_out
 
     split = TensorSplit(X.clone(), Y.clone())
     trainer = fit(Loader(split, SIZE, SIZE, shuffle=shuffle), val=split, model=InPlace())

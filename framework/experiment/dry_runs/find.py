@@ -16,8 +16,8 @@ from framework.errors import RunError
 from framework.experiment.experiment import Experiment
 from framework.experiment.plan import base_rate
 from framework.experiment.plan_text import CURVE_COLUMNS, CURVE_ROWS
+from framework.runtime.display.plot import braille, ends, with_labels
 from framework.runtime.memory import OutOfMemory
-from framework.runtime.plot import braille, ends, with_labels
 from framework.runtime.threads import intra_op_threads
 from framework.training.trainer import Trainer
 from framework.training.validation import check_has_rate

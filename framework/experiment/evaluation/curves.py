@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from framework.data.dataset import names_or_numbers
-from framework.runtime.drawing import COLORS, GRAY, Axis, Chart
+from framework.runtime.display.drawing import COLORS, GRAY, Axis, Chart
 
 from .decisions import Decision
 

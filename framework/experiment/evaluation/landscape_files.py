@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.runtime.drawing import (
+from framework.runtime.display.drawing import (
     COLORS,
     WHITE,
     Axis,

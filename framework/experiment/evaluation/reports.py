@@ -23,7 +23,7 @@ from framework.registry.kinds import loggers
 from framework.runs import checkpoint
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
-from framework.runtime.drawing import captioned, encode_png, side_by_side
+from framework.runtime.display.drawing import captioned, encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores

@@ -12,7 +12,7 @@ from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.dataset import Data, Scale, Shown, names_or_numbers
 from framework.errors import DataError
-from framework.runtime import markdown
+from framework.runtime.display import markdown
 
 from .decisions import Decision, decide
 from .samples import Measured, Rows, read_rows, row_losses

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.runs.run_files import RunFiles
-from framework.runtime import markdown
+from framework.runtime.display import markdown
 
 from .load import Trained
 

@@ -18,8 +18,8 @@ from framework.errors.paths import expanded
 from framework.experiment.build import build_data, build_metrics
 from framework.runs.folder import read_config
 from framework.runs.run_files import RunFiles
-from framework.runtime import html
 from framework.runtime.batch import join_rows
+from framework.runtime.display import html
 
 from .load import Trained, open_run
 

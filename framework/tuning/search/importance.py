@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from framework.contracts.direction import direction_sign
-from framework.runtime.drawing import BLACK, Canvas, Color
+from framework.runtime.display.drawing import BLACK, Canvas, Color
 
 MIN_TRIALS = 4  # finished trials for an estimate of importances
 BAR_WIDTH = 20  # characters

@@ -87,7 +87,7 @@ class LiveTable:
     def __init__(self, objectives: Objectives, earlier: Sequence[Trial], planned: int | None):
         from rich.live import Live
 
-        from framework.runtime.console import console
+        from framework.runtime.display.console import console
 
         self.objectives = objectives
         self.planned = planned

@@ -37,7 +37,7 @@ from framework.errors.terminal import print_line
 from framework.experiment.result import Result
 from framework.registry.registry import Registry
 from framework.runs.sweep_files import REQUEST, Trial
-from framework.runtime.console import console
+from framework.runtime.display.console import console
 from framework.system.signals import Interrupt, interruptible
 
 from .folder import SweepFolder

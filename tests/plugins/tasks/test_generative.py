@@ -192,7 +192,7 @@ def test_micro_batches_give_the_same_adversarial_step_with_a_penalty():
 
 
 def test_the_sample_distance_equals_its_formula():
-    from framework_plugins.callbacks.generated_images import discrepancy
+    from framework_plugins.callbacks.monitoring.generated_images import discrepancy
 
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(5, 3, generator=generator, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_the_sample_distance_equals_its_formula():
 
 
 def test_precision_and_coverage_equal_those_of_the_papers():
-    from framework_plugins.callbacks.generated_images import precision_and_coverage
+    from framework_plugins.callbacks.monitoring.generated_images import precision_and_coverage
 
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(40, 3, generator=generator, dtype=torch.float64) + 0.5
@@ -240,7 +240,7 @@ def test_precision_and_coverage_equal_those_of_the_papers():
 def test_precision_and_coverage_detect_noise_and_missing_classes(
     kind, precision_range, coverage_range
 ):
-    from framework_plugins.callbacks.generated_images import precision_and_coverage
+    from framework_plugins.callbacks.monitoring.generated_images import precision_and_coverage
 
     data = fw.datasets.build("digits", val_fraction=0.3)
     train, classes = data.train.tensors
@@ -257,7 +257,7 @@ def test_precision_and_coverage_detect_noise_and_missing_classes(
 
 def test_the_sample_distance_of_noise_is_small():
     """It detects samples that are too similar, not samples that are far from all inputs."""
-    from framework_plugins.callbacks.generated_images import discrepancy
+    from framework_plugins.callbacks.monitoring.generated_images import discrepancy
 
     data = fw.datasets.build("digits", val_fraction=0.3)
     inputs, _ = data.val.tensors

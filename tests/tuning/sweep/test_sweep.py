@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import (
 
 from framework.runs.folder import read_config, resolve_run
 from framework.runs.sweep_files import Trial
-from framework.runtime.console import console
+from framework.runtime.display.console import console
 from framework.tuning.sweep.display import LineDisplay, LiveTable, OutputCapture
 from framework.tuning.sweep.folder import SweepFolder, run_name
 from framework.tuning.sweep.sweep import joined_experiments, shared_settings

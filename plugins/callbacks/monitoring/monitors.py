@@ -20,8 +20,8 @@ from framework import (
     numbers_of,
 )
 from framework.contracts.state import Cadence
+from framework_plugins.callbacks.gradients import gradients_of
 
-from .gradients import gradients_of
 from .samples import as_pictures, model_outputs, spread_samples, target_texts
 
 UNCHANGED = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)

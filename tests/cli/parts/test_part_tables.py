@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from framework import Activation, NonNegativeFloat, PositiveFloat, Rate
-from framework.cli.part_tables import find_part, kind_of, list_kinds, part_page, parts_table
+from framework.cli.parts.tables import find_part, kind_of, list_kinds, part_page, parts_table
 from framework.composition.catalogue import read_index
 from framework.errors import SettingError, UnknownName
 from framework.registry.registry import Kind, Registry
-from framework.runtime.console import console
+from framework.runtime.display.console import console
 
 
 class Sgdx:

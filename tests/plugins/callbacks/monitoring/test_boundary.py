@@ -115,7 +115,7 @@ def test_a_probability_of_one_half_is_white():
 
 
 def test_the_picture_of_the_units_has_those_after_the_activation():
-    from framework_plugins.callbacks.boundary import GRID, hidden_units, recording
+    from framework_plugins.callbacks.monitoring.boundary import GRID, hidden_units, recording
 
     model = network()
     recorded = []

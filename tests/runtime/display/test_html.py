@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from framework.runtime import html
+from framework.runtime.display import html
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e&\"'"
 

@@ -1,6 +1,6 @@
 """Tables in Markdown."""
 
-from framework.runtime import markdown
+from framework.runtime.display import markdown
 
 
 def test_a_cell_cannot_end_its_column_or_its_row_or_be_html():

@@ -10,13 +10,13 @@ from rich.text import Text
 
 from framework.errors import Facts, SettingError, did_you_mean, nearest
 from framework.errors.terminal import printable
-from framework.runtime.axis import Axis
-from framework.runtime.plot import TextChart, side_by_side
+from framework.runtime.display.axis import Axis
+from framework.runtime.display.plot import TextChart, side_by_side
 
-from .part_tables import Part, value_text
+from .tables import Part, value_text
 
 PLOTTED = ("activation", "scheduler", "loss", "initializer", "optimizer")
-"""The kinds of `part_curves.MEASURES`, without importing torch."""
+"""The kinds of `curves.MEASURES`, without importing torch."""
 PLAIN_WIDTH = 80  # where no terminal limits the width
 NARROWEST = 34
 WIDEST = 64
@@ -78,7 +78,7 @@ def plot_parts(
     Raises:
         SettingError: a setting has a wrong value.
     """
-    from .part_curves import NotPlotted, curves_of, maker_of
+    from .curves import NotPlotted, curves_of, maker_of
 
     found = []
     for part, values in zip(parts, settings, strict=True):
@@ -125,7 +125,7 @@ def as_documents(parts: Sequence[Part], plotted: Sequence[Plotted]) -> list[dict
     return documents
 
 
-def plots(plotted: Sequence[Plotted], width: int) -> RenderableType:
+def render(plotted: Sequence[Plotted], width: int) -> RenderableType:
     """Return the charts of parts, and a line about each.
 
     Args:
@@ -162,8 +162,8 @@ def chart_of(panel: Any, curves: Sequence[tuple[str, Any]], columns: int) -> lis
     """Return the lines of a chart.
 
     Args:
-        panel: a `part_curves.Panel`.
-        curves: a label and a `part_curves.Curve` for each.
+        panel: a `curves.Panel`.
+        curves: a label and a `curves.Curve` for each.
         columns: its width in characters.
     """
     if panel.surface is not None:
@@ -199,7 +199,7 @@ def surface_chart(surface: Any, curves: Sequence[tuple[str, Any]], columns: int)
 
     Each path has its letter within it and where it ends; "o" is the start, and "x" the minimum.
     """
-    from .part_curves import contours
+    from .curves import contours
 
     left, right, bottom, top = surface.window
     x = Axis(left, right)

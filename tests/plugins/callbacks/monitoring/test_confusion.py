@@ -104,7 +104,7 @@ def test_with_many_classes_there_is_only_the_table():
 def test_both_callbacks_read_the_split_once(monkeypatch):
     data = fw.datasets.build("blobs", samples=100)
     calls = []
-    from framework_plugins.callbacks import confusion
+    from framework_plugins.callbacks.monitoring import confusion
 
     count_pairs = confusion.count_pairs
     monkeypatch.setattr(

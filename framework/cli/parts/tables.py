@@ -14,7 +14,7 @@ from framework.errors.paths import pasted, quoted, shorter, typed
 from framework.errors.terminal import LONGEST_NAME, printable, shortened
 from framework.registry.registry import no_part
 from framework.registry.signatures import plain_math
-from framework.runtime.console import empty_table
+from framework.runtime.display.console import empty_table
 
 Part = dict[str, Any]
 """A part, as `part_as_dict` returns it."""

@@ -4,8 +4,8 @@ import math
 
 from rich.text import Text
 
-from framework.runtime.axis import Axis
-from framework.runtime.plot import TextChart, ends, half_blocks, side_by_side, with_labels
+from framework.runtime.display.axis import Axis
+from framework.runtime.display.plot import TextChart, ends, half_blocks, side_by_side, with_labels
 
 
 def plain(chart):

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from framework.runtime import drawing
-from framework.runtime.drawing import BLACK, COLORS, Axis, Canvas, Chart, captioned, cut_to_width
+from framework.runtime.display import drawing
+from framework.runtime.display.drawing import (
+    BLACK,
+    COLORS,
+    Axis,
+    Canvas,
+    Chart,
+    captioned,
+    cut_to_width,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 import framework as fw
 from framework import drawing
 from framework.errors import SettingError
-from framework_plugins.callbacks.attention import AttentionRecorder, attention_image
-from framework_plugins.callbacks.filters import filters_image
-from framework_plugins.callbacks.samples import spread_samples, target_texts
+from framework_plugins.callbacks.monitoring.attention import AttentionRecorder, attention_image
+from framework_plugins.callbacks.monitoring.filters import filters_image
+from framework_plugins.callbacks.monitoring.samples import spread_samples, target_texts
 
 LOSS = nn.CrossEntropyLoss()
 IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import framework as fw
 from framework.cli import main as cli
-from framework.cli.part_curves import (
+from framework.cli.parts.curves import (
     DEPTH,
     MEASURES,
     SURFACES,
@@ -24,7 +24,7 @@ from framework.cli.part_curves import (
     curves_of,
     maker_of,
 )
-from framework.cli.part_plots import PLOTTED
+from framework.cli.parts.plots import PLOTTED
 from framework.composition import catalogue
 from framework.registry.registry import Registry
 

@@ -1,0 +1,1 @@
+"""The commands `list` and `show`: tables, pages and plots of the registered parts."""

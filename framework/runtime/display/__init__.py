@@ -1,0 +1,1 @@
+"""Output for people: tables, charts and pictures in the terminal, in notebooks and as images."""

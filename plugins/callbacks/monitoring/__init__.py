@@ -1,0 +1,1 @@
+"""Callbacks that show the training, and do not change it."""
