@@ -100,6 +100,10 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:  # not public: for the built-in plugins only
     from .data.accumulation import Batches as Batches, count_steps as count_steps
     from .data.batch_slice import whole_batches as whole_batches
+    from .data.chosen_samples import (
+        read_first_samples as read_first_samples,
+        read_spread_samples as read_spread_samples,
+    )
     from .data.dataset import (
         check_has_validation as check_has_validation,
         check_read_again as check_read_again,
@@ -307,7 +311,9 @@ _NAMES = {
     "numbers_of": "runtime.gradients",
     "open_run": "experiment.trained.load",
     "pairwise_sum": "runtime.pairwise",
+    "read_first_samples": "data.chosen_samples",
     "read_layers": "training.layer_table",
+    "read_spread_samples": "data.chosen_samples",
     "restore_optimizer": "training.optimizer_state",
     "seconds_of_waiting": "runtime.clock",
     "select_rows": "runtime.batch",

@@ -18,8 +18,9 @@ The training loop emits these events, in this order:
             step_end                    # state.batch is 0 after the last step of an epoch
             epoch_end                   # after the last step of an epoch
             step_done                   # nothing changes any more: save checkpoints here
-    fit_end                             # after the last step, also if the run was stopped
-    exception                           # instead of fit_end
+    train_end                           # after the last step: the model gets its final weights here
+    fit_end                             # the model has its final weights
+    exception                           # instead of both, if an error ends the fit
     close                               # always the last event
 
 A callback overrides the methods of the events that it needs; a method that is not overridden costs
@@ -64,6 +65,7 @@ EVENTS = (
     "step_end",
     "epoch_end",
     "step_done",
+    "train_end",
     "fit_end",
     "exception",
     "close",
@@ -140,8 +142,11 @@ class Callback(Stateful):
     def on_step_done(self, trainer: Context) -> None:
         """Called last in a step: the values are logged, and the state may be saved."""
 
+    def on_train_end(self, trainer: Context) -> None:
+        """Called after the last step, also if the run was stopped; may set the final weights."""
+
     def on_fit_end(self, trainer: Context) -> None:
-        """Called after the last step, also if the run was stopped."""
+        """Called after `on_train_end` of all callbacks."""
 
     def on_exception(self, trainer: Context) -> None:
         """Called instead of `on_fit_end` if an error ends the fit."""

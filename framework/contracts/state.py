@@ -90,6 +90,11 @@ class State:
         self._stop = stop
 
     @property
+    def interrupted(self) -> bool:
+        """Whether a signal ends the run, which may then be resumed."""
+        return self._stop is not None and self._stop.signal is not None
+
+    @property
     def wall_seconds(self) -> float:
         """Seconds since the run began, without the time between a stop and a resume."""
         return SHARED_TIME.now() - self.started
@@ -150,7 +155,7 @@ class Cadence:
             raise SettingError(f"{setting}={short(every, quote=False)}: {reason}")
         self.every = every
         self.number, self.unit = parse_cadence(every)
-        self._last = SHARED_TIME.now()
+        self.restart()
 
     def __str__(self) -> str:
         """Return it as words, such as "every 10 steps" or "every epoch"."""
@@ -161,10 +166,12 @@ class Cadence:
 
     def restart(self) -> None:
         """Restart the clock of a cadence in minutes."""
-        self._last = SHARED_TIME.now()
+        self._last = SHARED_TIME.now()  # when it was due
+        self._checked_step = -1
+        self._is_due = False
 
     def due(self, state: State, *, epoch_end: bool | None = None) -> bool:
-        """Return whether it is due. Call it once after each step.
+        """Return whether it is due. Call it after each step; further calls return the same.
 
         Args:
             state: the counters after the step.
@@ -176,11 +183,13 @@ class Cadence:
         if self.unit == "epoch":
             at_end = state.batch == 0 if epoch_end is None else epoch_end
             return at_end and state.epoch % int(self.number) == 0
-        now = SHARED_TIME.now()
-        if now - self._last < self.number * SECONDS[self.unit]:
-            return False
-        self._last = now
-        return True
+        if self._checked_step != state.step:
+            self._checked_step = state.step
+            now = SHARED_TIME.now()
+            self._is_due = now - self._last >= self.number * SECONDS[self.unit]
+            if self._is_due:
+                self._last = now
+        return self._is_due
 
 
 def parse_cadence(every: str) -> tuple[float, str]:

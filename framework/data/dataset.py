@@ -59,6 +59,8 @@ from .workers import (
     IndexBatches,
     SeededSamples,
     Split as Split,
+    batch_of,
+    collate,
     read_all_samples,
     read_batches,
 )
@@ -553,6 +555,25 @@ class Loader:
             batches: the number of batches.
         """
         return self.batch_indices(epoch).joined(start, start + batches).tolist()
+
+    def samples(self, numbers: Tensor) -> Batch:
+        """Return some samples as one batch in new memory, each as a measurement reads it.
+
+        Args:
+            numbers: of the samples in their split, from 0, on the CPU.
+
+        Raises:
+            DataError: a sample cannot be read.
+        """
+        if self.tensors is not None:
+            batch = self.split[numbers.to(self.tensors[0].device)]
+        elif isinstance(self.split, GatheredSplit):
+            batch = self.keep(self.split.gather(self.split.indices_of(numbers)))
+        else:
+            seed = seeds.derive(self.seed, "sample", 0)
+            samples = SeededSamples(self.split, seed, self.on_bad_sample == "skip")
+            batch = batch_of(collate(samples.__getitems__(numbers.tolist())))
+        return self.memory_format.convert(batch)
 
     def keep(self, batch: Batch) -> Batch:
         """Return a batch that stays valid after the next one is read: a copy if necessary."""

@@ -54,6 +54,14 @@ class GatheredSplit:
         """Return the indices of an epoch, a pure function of the arguments: e.g. a tensor."""
         return shuffled(seed, epoch, len(self)) if shuffle else sequential(len(self))
 
+    def indices_of(self, numbers: Tensor) -> Tensor:
+        """Return the indices, as `gather` takes them, of samples by their numbers from 0.
+
+        The numbers count the samples in the order of a measurement.
+        """
+        order = self.order(0, 0, 1, shuffle=False)
+        return torch.cat([order[number : number + 1] for number in numbers.tolist()])
+
     def to(self, device: torch.device) -> "GatheredSplit":
         """Make further batches on a device, and return this split."""
         self.device = device

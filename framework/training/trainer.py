@@ -603,6 +603,7 @@ class Trainer(Evaluator):
                 self._finish()
                 if self.strategy.world_size > 1:
                     self.process_times = self._process_clock.total()
+                self.emit("train_end")
                 self.emit("fit_end")
                 self._flush()
             except BaseException:
@@ -616,8 +617,7 @@ class Trainer(Evaluator):
 
         Not after a signal: the run may be resumed, and another measurement would change its values.
         """
-        stop = self.state.stop
-        if stop is not None and stop.signal is not None:
+        if self.state.interrupted:
             return
         # If this fails, no checkpoint may be saved: the resumed run would lack these values.
         self.at_boundary = False

@@ -98,7 +98,7 @@ class Averaging(Callback):
     def on_validation_end(self, trainer: Context) -> None:
         self._swap()
 
-    def on_fit_end(self, trainer: Context) -> None:
+    def on_train_end(self, trainer: Context) -> None:
         self._update_once()
         self._swap()
 
@@ -318,8 +318,8 @@ class Swa(Averaging):
         elif not self.updates:
             foreach.copy_(self.others, self.parameters)
 
-    def on_fit_end(self, trainer: Context) -> None:
-        super().on_fit_end(trainer)
+    def on_train_end(self, trainer: Context) -> None:
+        super().on_train_end(trainer)
         if not self.updates and trainer.state.stop is None:
             warnings.warn(
                 f"swa averaged no weights: the run ended before the end of epoch {self.first + 1}",

@@ -36,7 +36,7 @@ from .arrow_splits import (
     MappedTexts,
     read_numbers,
 )
-from .audio import SoundData, show_sounds
+from .audio import SoundData
 from .images import MAX_MEASURED as MAX_MEASURED_IMAGES, ImageFolder, check_pillow
 from .preparations.arrays import Standardize
 from .preparations.columns import Columns
@@ -567,8 +567,6 @@ class Arrow(Data):
     @classmethod
     def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
         kind = facts["kind"]
-        if kind == "audio":
-            return show_sounds(inputs, facts)
         if kind in ("text", "sequences"):
             return Shown({"text": decode_texts(inputs, facts)})
         return ImageFolder.show(inputs, facts) if kind == "image" else super().show(inputs, facts)

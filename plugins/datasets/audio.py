@@ -26,7 +26,6 @@ from framework import (
     Rate,
     Scale,
     Shape,
-    Shown,
     TensorSplit,
     datasets,
     memory,
@@ -137,22 +136,6 @@ class SoundData(Data):
     @classmethod
     def preparation(cls, facts: dict[str, Any], in_shape: Shape) -> Preparation | None:
         return Waveforms(facts, in_shape)
-
-    @classmethod
-    def show(cls, inputs: Tensor, facts: dict[str, Any]) -> Shown:
-        return show_sounds(inputs, facts)
-
-
-def show_sounds(inputs: Tensor, facts: Mapping[str, Any]) -> Shown:
-    """Return sounds with their length.
-
-    Args:
-        inputs: waveforms with their masks, shape (sounds, 2, samples).
-        facts: "sample_rate".
-    """
-    rate = int(facts["sample_rate"])
-    waves, mask = inputs.unbind(1)
-    return Shown({"seconds": (mask.sum(1) / rate).tolist()}, waves=waves, rate=rate)
 
 
 @datasets.register("audio_folder")

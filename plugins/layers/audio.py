@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from framework import (
     BuildError,
-    Callback,
     Context,
     Every,
     Fraction,
-    Loader,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SettingError,
     Shape,
     blocks,
     callbacks,
     class_names,
     markdown,
+    read_spread_samples,
     shapes,
 )
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import ValidationCallback
 
 Scale = Literal["slaney", "htk"]
 WAVEFORM = "a waveform with its mask (channels+1, samples)"
@@ -330,7 +330,7 @@ def draw_bands(count: int, widest: Tensor, size: Tensor, positions: int) -> Tens
 
 
 @callbacks.register("spectrograms")
-class Spectrograms(Callback):
+class Spectrograms(ValidationCallback):
     """Logs spectrograms of validation samples, framed green if predicted correctly, else red.
 
     A table lists their true and predicted classes. The features are the output of the log_mel or
@@ -341,25 +341,28 @@ class Spectrograms(Callback):
         every: how often they are logged.
     """
 
-    changes_training = False
+    name = "spectrograms"
 
     def __init__(self, samples: PositiveInt = 8, every: Every = "1epoch"):
+        super().__init__(every)
         self.samples = samples
-        self.cadence = Cadence(every)
 
     def cost(self) -> str:
         return f"runs the model on {self.samples:,} samples, {self.cadence}"
 
-    def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            self.show(trainer)
-
     def show(self, trainer: Context) -> None:
-        samples = validation_samples(trainer, self.samples)
-        if samples is None:
-            return
-        inputs, targets = samples
-        features, outputs = features_and_outputs(trainer.model, inputs.to(trainer.device))
+        assert trainer.val_batches is not None
+        batch = read_spread_samples(trainer.val_batches, self.samples, trainer.device)
+        inputs = trainer.task.fields.only_input(batch)
+        targets = trainer.task.fields.targets(batch)
+        if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
+            raise SettingError(
+                "callbacks.spectrograms: expected inputs (channels, length) with one class each, "
+                f"got inputs {tuple(inputs.shape[1:])} and targets {targets.dtype} "
+                f"{tuple(targets.shape[1:])}"
+            )
+        targets = targets.cpu()
+        features, outputs = features_and_outputs(trainer.model, inputs)
         probability, predicted = outputs.float().cpu().softmax(1).max(1)
         images = []
         for feature, correct in zip(features.cpu(), predicted == targets, strict=True):
@@ -371,29 +374,6 @@ class Spectrograms(Callback):
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
             logger.text("spectrograms/predictions", table, trainer.state.step)
-
-
-def validation_samples(trainer: Context, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return inputs (rows, channels + 1, length) and classes of evenly spaced validation samples.
-
-    Returns:
-        None without a validation split, or if its samples are no sequences with classes.
-    """
-    batches = trainer.val_batches
-    if not isinstance(batches, Loader):
-        return None
-    size = len(batches.split)
-    input_rows = []
-    target_rows = []
-    for row in range(0, size, math.ceil(size / count)):
-        sample = batches.split[row]
-        input_rows.append(torch.as_tensor(sample[0]))
-        target_rows.append(torch.as_tensor(sample[1]))
-    inputs = torch.stack(input_rows)
-    targets = torch.stack(target_rows)
-    if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
-        return None
-    return inputs, targets
 
 
 def features_and_outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from torch.nn.functional import interpolate
 from framework import (
     Activation,
     BuildError,
-    Callback,
     Context,
     Every,
     Metric,
@@ -32,7 +31,7 @@ from framework import (
     shapes,
 )
 from framework.contracts.alignment import same_shape
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import ValidationCallback
 
 RED = (220, 0, 0)
 
@@ -185,7 +184,7 @@ class MeanAbsolutePercentageError(Metric):
 
 
 @callbacks.register("predictions")
-class Predictions(Callback):
+class Predictions(ValidationCallback):
     """Logs images of predictions on the validation split, as a scatter plot or as curves.
 
     With one value per sample: predicted (y axis) against true values (x axis), darker for more
@@ -198,12 +197,12 @@ class Predictions(Callback):
         samples: largest number of samples in a scatter plot.
     """
 
-    changes_training = False
+    name = "predictions"
 
     def __init__(
         self, every: Every = "1epoch", curves: PositiveInt = 4, samples: PositiveInt = 4096
     ):
-        self.cadence = Cadence(every)
+        super().__init__(every)
         self.curves = curves
         self.samples = samples
 
@@ -224,12 +223,11 @@ class Predictions(Callback):
             f" {problem}"
         )
 
-    def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            self._log_images(trainer)
+    def cost(self) -> str:
+        return f"runs the model on at most {self.samples:,} samples, {self.cadence}"
 
     @torch.no_grad()
-    def _log_images(self, trainer: Context) -> None:
+    def show(self, trainer: Context) -> None:
         assert trainer.val_batches is not None
         split = trainer.val_batches.split
         assert isinstance(split, TensorSplit)

@@ -27,9 +27,8 @@ from framework import (
     metrics,
     tasks,
 )
-from framework.contracts.callback import Callback
 from framework.contracts.model import CachedDecoder
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import PeriodicCallback
 from framework.contracts.task import check_tensor_output, inputs_and_targets
 
 IGNORED = -1  # the target of a token that is context only
@@ -238,7 +237,7 @@ def draw_token(
 
 
 @callbacks.register("text_samples")
-class TextSamples(Callback):
+class TextSamples(PeriodicCallback):
     """Logs text that a language model generates after a prompt, with the same draws each time.
 
     Args:
@@ -252,8 +251,6 @@ class TextSamples(Callback):
         seed: of the draws.
     """
 
-    changes_training = False
-
     def __init__(
         self,
         every: Every = "1epoch",
@@ -264,7 +261,7 @@ class TextSamples(Callback):
         top_p: Fraction | None = None,
         seed: NonNegativeInt = 0,
     ):
-        self.cadence = Cadence(every)
+        super().__init__(every)
         self.prompt = prompt
         self.sampling: dict[str, Any] = {
             "length": length,
@@ -278,10 +275,9 @@ class TextSamples(Callback):
         return f"generates {self.sampling['length']:,} tokens, {self.cadence}"
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            self.log_text(trainer)
+        self.show_if_due(trainer)
 
-    def log_text(self, trainer: Context) -> None:
+    def show(self, trainer: Context) -> None:
         """Generate a text and pass it to the loggers as a markdown code block."""
         split = trainer.train_batches.split
         if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:

@@ -39,9 +39,12 @@ def test_a_cadence_in_minutes_follows_the_clock(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     cadence = Cadence("2min")
     due = []
-    for clock[0] in (100.0, 219.0, 220.0, 339.0, 345.0, 464.0, 465.0):
-        if cadence.due(State()):
+    for step, clock[0] in enumerate((100.0, 219.0, 220.0, 339.0, 345.0, 464.0, 465.0)):
+        is_due = cadence.due(State(step=step))
+        if is_due:
             due.append(clock[0])
+        clock[0] += 100
+        assert cadence.due(State(step=step)) == is_due, "the same until the next step"
     assert due == [220.0, 345.0, 465.0]
 
 

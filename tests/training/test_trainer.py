@@ -160,7 +160,7 @@ def test_the_events_have_the_order_of_the_docstring():
     fit(batch_size=35, max_epochs=1, max_steps=2, val=VAL, log_every="1epoch", callbacks=[events])
     expected = "fit_start epoch_start step_start gradients step_end step_done "
     expected += "step_start gradients log validation_start validation_end step_end epoch_end "
-    expected += "step_done fit_end close"
+    expected += "step_done train_end fit_end close"
     assert events.seen == expected.split()
     documented = inspect.getdoc(sys.modules["framework.contracts.callback"])
     for event in EVENTS:

@@ -320,10 +320,7 @@ def random_part(split: Split, count: int, seed: int) -> Split:
     order = torch.randperm(len(split), generator=seeds.generator(seed, "landscape", "samples"))
     rows = order[:count].sort().values
     if isinstance(split, GatheredSplit):
-        numbers = split.order(0, 0, 1, False)
-        return GatheredPart(
-            split, torch.tensor([int(numbers[row : row + 1]) for row in rows.tolist()])
-        )
+        return GatheredPart(split, split.indices_of(rows))
     if is_in_memory(split):
         return split_of(split[rows])
     return torch.utils.data.Subset(split, rows.tolist())  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from framework.contracts.logger import Logger
 from framework.data.dataset import Data
@@ -185,7 +186,8 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
     if shown.images is not None and len(worst):
         logger.images(f"{tag}/images", captioned(shown.images, worst.captions()), step)
     if shown.waves is not None and len(worst):
-        logger.audio(f"{tag}/sounds", shown.waves, shown.rate, step)
+        waves = nn.utils.rnn.pad_sequence(list(shown.waves), batch_first=True)
+        logger.audio(f"{tag}/sounds", waves, shown.rate, step)
 
 
 def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, step: int) -> None:

@@ -1,8 +1,9 @@
 """Worst samples and curves of the validation split during a fit, for callbacks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,6 @@ from framework.contracts.context import Context
 from framework.data.dataset import (
     Scale,
     Shown,
-    check_has_validation,
     class_names,
     file_names,
 )
@@ -29,9 +29,8 @@ def check_worst(trainer: Context) -> None:
     """Check at the start of a fit that its samples have a loss of their own.
 
     Raises:
-        SettingError: there is no validation split, or the task compares samples with each other.
+        SettingError: the task compares samples with each other.
     """
-    check_has_validation(trainer.val_batches, "callbacks.worst")
     if not trainer.task.splits_batches:
         name = type(trainer.task).__name__
         raise SettingError(
@@ -44,9 +43,8 @@ def check_curves(trainer: Context) -> None:
     """Check at the start of a fit that the task has classes or labels, with one batch (collective).
 
     Raises:
-        SettingError: there is no validation split, or the task has neither.
+        SettingError: the task has neither.
     """
-    check_has_validation(trainer.val_batches, "callbacks.curves")
     assert trainer.val_batches is not None
     results = read_rows(trainer, trainer.val_batches)
     try:
@@ -67,14 +65,13 @@ def record_worst(trainer: Context, count: int) -> None:
     found = find_worst(trainer, trainer.val_batches, count)
     if not trainer.strategy.is_main:
         return
-    facts = facts_of(trainer.folder)
-    scale = facts.get("scale")
+    scale = facts_of(trainer.folder).get("scale")
     worst = describe(
         found,
         trainer.task,
         class_names(trainer.folder),
         None if scale is None else Scale(*scale),
-        readable_inputs(trainer.folder, facts),
+        partial(show_inputs, trainer),
         partial(file_names, getattr(trainer.val_batches, "split", None)),
     )
     for logger in trainer.loggers:
@@ -104,8 +101,18 @@ def facts_of(folder: Path | None) -> Mapping[str, Any]:
         return {}
 
 
-def readable_inputs(folder: Path | None, facts: Mapping[str, Any]) -> Callable[[Tensor], Shown]:
-    """Return the function that makes inputs readable, by the data set of a run."""
+def show_inputs(
+    trainer: Context, inputs: Tensor, changed_facts: Mapping[str, Any] = MappingProxyType({})
+) -> Shown:
+    """Return inputs as a reader sees them, by the data set of the run (see `Data.show`).
+
+    Args:
+        trainer: the running fit.
+        inputs: shape (samples, ...).
+        changed_facts: replace facts of the data set.
+    """
+    folder = trainer.folder
+    facts = facts_of(folder)
     part: Any = None
     if folder is not None and facts:
         try:
@@ -114,4 +121,4 @@ def readable_inputs(folder: Path | None, facts: Mapping[str, Any]) -> Callable[[
             part = datasets.get(name).part if name in datasets else None
         except (OSError, RunError, LookupError, TypeError):
             part = None
-    return shower(part, facts.get("data", {}))
+    return shower(part, {**facts.get("data", {}), **changed_facts})(inputs.detach().cpu())

@@ -1,17 +1,15 @@
 """What an export contains: preprocessing, model and postprocessing, as one module."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from framework.contracts.fields import Field, first_tensor
 from framework.contracts.task import GeneratorTask, Task
-from framework.data.dataset import Data, GatheredSplit, Scale, Split, splits_of
+from framework.data.dataset import Data, Loader, Scale, Split, splits_of
 from framework.data.preparation import Preparation, RawInput, UnchangedInputs
-from framework.data.workers import stack_samples
-from framework.errors import BuildError, FrameworkError, short
+from framework.errors import BuildError, short
 from framework.errors.user_code import user_errors
 from framework.runtime.batch import Batch
 
@@ -186,13 +184,7 @@ def choose_split(data: Data) -> tuple[str, Split]:
 def take(rows: Split, numbers: Sequence[int]) -> Batch:
     """Return some samples of a split as a batch."""
     with user_errors("reading samples to verify the export"):
-        if isinstance(rows, GatheredSplit):
-            return rows.gather(torch.tensor(numbers))
-        samples: list[Any] = [rows[number] for number in numbers]
-        batch = stack_samples(samples)
-        if isinstance(batch, FrameworkError):
-            raise batch
-        return batch
+        return Loader(rows).samples(torch.tensor(numbers))
 
 
 def model_inputs(task: Task, batch: Batch) -> Inputs:

@@ -10,24 +10,21 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from framework import (
-    Callback,
     Context,
     Every,
     PositiveInt,
     SettingError,
     callbacks,
-    check_has_validation,
     drawing,
-    map_rows,
+    evaluation,
+    select_rows,
 )
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import ValidationCallback
 
 from .samples import (
-    as_pictures,
-    is_due,
     labels_of,
+    measured_samples,
     model_outputs,
-    spread_samples,
     token_texts,
 )
 
@@ -43,7 +40,7 @@ MARGIN = 64  # pixels for the names of tokens
 
 
 @callbacks.register("attention")
-class AttentionMaps(Callback):
+class AttentionMaps(ValidationCallback):
     """Shows the attention weights of all layers and heads for some validation samples.
 
     An image for each sample: a row for each layer, a map for each head. A row of a map is a query,
@@ -56,27 +53,20 @@ class AttentionMaps(Callback):
         every: how often to show them.
     """
 
-    changes_training = False
+    name = "attention"
 
     def __init__(self, count: PositiveInt = 2, every: Every = "1epoch"):
+        super().__init__(every)
         self.count = count
-        self.cadence = Cadence(every)
-
-    def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer.val_batches, "callbacks.attention")
-
-    def on_validation_end(self, trainer: Context) -> None:
-        if is_due(self.cadence, trainer.state):
-            self._show(trainer)
 
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, {self.cadence}"
 
-    def _show(self, trainer: Context) -> None:
-        batch = spread_samples(trainer, self.count)
-        labels = labels_of(trainer, batch)
-        for number, label in enumerate(labels):
-            sample = map_rows(lambda rows, n=number: rows[n : n + 1], batch)  # type: ignore[misc]
+    def show(self, trainer: Context) -> None:
+        batch = measured_samples(trainer, self.count)
+        pictures = evaluation.show_inputs(trainer, trainer.task.fields.only_input(batch)).images
+        for number, label in enumerate(labels_of(trainer, batch)):
+            sample = select_rows(batch, number, number + 1)
             with AttentionRecorder() as recorder:
                 model_outputs(trainer, sample)
             if not recorder.weights:
@@ -88,7 +78,8 @@ class AttentionMaps(Callback):
             names = None
             if not inputs.is_floating_point() and inputs.ndim == 2:
                 names = token_texts(trainer, inputs[0].tolist())
-            image = attention_image(recorder.weights, names, as_pictures(inputs), label)
+            picture = None if pictures is None else pictures[number]
+            image = attention_image(recorder.weights, names, picture, label)
             for logger in trainer.loggers:
                 logger.images(f"attention/{number}", image, trainer.state.step)
 
@@ -151,14 +142,14 @@ def attention_weights(
 
 
 def attention_image(
-    layers: list[Tensor], names: list[str] | None, pictures: Tensor | None, label: str
+    layers: list[Tensor], names: list[str] | None, picture: Tensor | None, label: str
 ) -> Tensor:
     """Return the weights of all layers as one image (1, 3, height, width).
 
     Args:
         layers: of each layer, shape (heads, T, S).
         names: of the tokens; written beside the maps if there are at most MOST_NAMED.
-        pictures: the image of the sample, (1, channels, H, W), or None.
+        picture: the image of the sample, (channels, H, W), or None.
         label: of the sample.
     """
     layers = layers[:MOST_LAYERS]
@@ -168,12 +159,12 @@ def attention_image(
     size = max(MAP, (drawing.CARD - left) // heads - GAP)
     if named and names is not None:
         size = max(size, NAME * len(names))
-    top = LINE + (PICTURE if pictures is not None else 0) + 2 * GAP
+    top = LINE + (PICTURE if picture is not None else 0) + 2 * GAP
     height = size + GAP + LINE
     width = max(drawing.CARD, left + heads * (size + GAP))
     canvas = drawing.Canvas(width, top + len(layers) * height, 10)
-    if pictures is not None:
-        canvas.paste(pictures[0], left, GAP, PICTURE, PICTURE)
+    if picture is not None:
+        canvas.paste(picture, left, GAP, PICTURE, PICTURE)
     canvas.text(left, top - LINE, label, "lm")
     for row, weights in enumerate(layers):
         upper = top + row * height + LINE

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
-    Callback,
     Context,
     Every,
     PositiveInt,
@@ -18,10 +17,9 @@ from framework import (
     callbacks,
     drawing,
     files,
+    read_spread_samples,
 )
-from framework.contracts.state import Cadence
-
-from .samples import spread_samples
+from framework.contracts.periodic_callback import PeriodicCallback
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +49,7 @@ class Plane(NamedTuple):
 
 
 @callbacks.register("boundary")
-class Boundary(Callback):
+class Boundary(PeriodicCallback):
     """Shows the decision regions of a network with two inputs, and each of its hidden units.
 
     The data has samples of two numbers, and one class or one value for each. The loggers get the
@@ -68,7 +66,6 @@ class Boundary(Callback):
             with half blocks. Without a bar it shows nothing.
     """
 
-    changes_training = False
     only_main = True
     runs_model = True
 
@@ -79,7 +76,7 @@ class Boundary(Callback):
         units: PositiveInt = 16,
         live: bool = False,
     ):
-        self.cadence = Cadence(every)
+        super().__init__(every)
         self.points = points
         self.units = units
         self.live = live
@@ -88,9 +85,11 @@ class Boundary(Callback):
         self.regions: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"bytes": self.animation_bytes, "size": self.animation_size}
+        state = super().state_dict()
+        return state | {"bytes": self.animation_bytes, "size": self.animation_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.animation_bytes = state.get("bytes", 0)
         self.animation_size = list(state.get("size", [0, 0]))
 
@@ -100,14 +99,13 @@ class Boundary(Callback):
         self.axes = [axis_of(self.inputs[:, column]) for column in (0, 1)]
         self._remove_later_frames(trainer)
         if trainer.resumed_from is None:
-            self._draw(trainer)
+            self.show_once(trainer)
 
     def cost(self) -> str:
         return f"runs the model on a grid of the plane, {self.cadence}"
 
     def on_step_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            self._draw(trainer)
+        self.show_if_due(trainer)
 
     def live_view(self, columns: int, rows: int) -> "RenderableType | None":
         """Return the regions in lines of half blocks, for the callback progress.
@@ -131,7 +129,7 @@ class Boundary(Callback):
             picture[:, row, column] = torch.tensor(color) / 255
         return Text("\n").join(plot.half_blocks(drawing.pixels_of(picture)))
 
-    def _draw(self, trainer: Context) -> None:
+    def show(self, trainer: Context) -> None:
         state = trainer.state
         plane = self._measure(trainer)
         self.regions = plane.regions
@@ -248,7 +246,7 @@ def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
     Raises:
         SettingError: the data has other inputs or targets.
     """
-    batch = spread_samples(trainer, most, trainer.train_batches)
+    batch = read_spread_samples(trainer.train_batches, most, trainer.device)
     inputs = trainer.task.fields.only_input(batch)
     shape = tuple(inputs.shape[1:])
     if shape != (2,) or not inputs.is_floating_point():

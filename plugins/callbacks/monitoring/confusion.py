@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from framework import (
-    Callback,
     Context,
     Every,
     SettingError,
     callbacks,
-    check_has_validation,
     class_names,
     drawing,
     evaluation,
     markdown,
     names_or_numbers,
 )
-from framework.contracts.state import Cadence
-
-from .samples import is_due
+from framework.contracts.periodic_callback import ValidationCallback
 
 CELL = 15  # pixels at least, for a card of TensorBoard
 MOST_NAMED = 20  # classes
@@ -30,7 +26,7 @@ MOST_CHARTED = 20  # classes; the colors of more lines cannot be told apart
 QUANTITIES = ("precision", "recall", "f1")
 
 
-class ClassCounts(Callback):
+class ClassCounts(ValidationCallback):
     """Base of callbacks that count true and predicted classes of the validation split.
 
     Several of them in a run read the split once for all.
@@ -39,11 +35,8 @@ class ClassCounts(Callback):
         every: how often to count.
     """
 
-    changes_training = False
-    name = ""  # for messages
-
     def __init__(self, every: Every = "1epoch"):
-        self.cadence = Cadence(every)
+        super().__init__(every)
         self.counts: Tensor | None = None
         self.counted_step = -1
 
@@ -52,23 +45,14 @@ class ClassCounts(Callback):
         self.counts = None
         self.counted_step = -1
 
-    def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer.val_batches, f"callbacks.{self.name}")
-
-    def on_validation_end(self, trainer: Context) -> None:
-        state = trainer.state
-        if not is_due(self.cadence, state):
-            return
+    def show(self, trainer: Context) -> None:
         self.counts = self._known_counts(trainer)
         if self.counts is None:
             self.counts = count_pairs(trainer, self.name)
-        self.counted_step = state.step
-        self.show(trainer, self.counts)
+        self.counted_step = trainer.state.step
+        self.show_counts(trainer, self.counts)
 
-    def cost(self) -> str:
-        return f"reads the validation split once more, {self.cadence}"
-
-    def show(self, trainer: Context, counts: Tensor) -> None:
+    def show_counts(self, trainer: Context, counts: Tensor) -> None:
         """Pass the counts to the loggers."""
         raise NotImplementedError
 
@@ -94,7 +78,7 @@ class Confusion(ClassCounts):
 
     name = "confusion"
 
-    def show(self, trainer: Context, counts: Tensor) -> None:
+    def show_counts(self, trainer: Context, counts: Tensor) -> None:
         names = names_or_numbers(class_names(trainer.folder), len(counts))
         image = matrix_image(counts, names)
         table = counts_table(counts, names)
@@ -157,7 +141,7 @@ class PerClass(ClassCounts):
     def cost(self) -> str:
         return f"{super().cost()} (together with confusion)"
 
-    def show(self, trainer: Context, counts: Tensor) -> None:
+    def show_counts(self, trainer: Context, counts: Tensor) -> None:
         names = names_or_numbers(class_names(trainer.folder), len(counts))
         rows = class_scores(counts)
         if len(names) <= MOST_CHARTED:

@@ -7,25 +7,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from framework import (
-    Callback,
     Context,
     Every,
     PositiveInt,
     SettingError,
     callbacks,
-    check_has_validation,
     did_you_mean,
     dtensors,
+    evaluation,
 )
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import ValidationCallback
 
 from .samples import (
-    as_pictures,
-    is_due,
     labels_of,
     last_linear,
+    measured_samples,
     model_outputs,
-    spread_samples,
     token_texts,
 )
 
@@ -34,7 +31,7 @@ MOST_FEATURES = 4096
 
 
 @callbacks.register("embeddings")
-class Embeddings(Callback):
+class Embeddings(ValidationCallback):
     """Shows the features of validation samples on TensorBoard's Projector page.
 
     A point is the input of the last linear layer for a sample; of a sequence, at its last position.
@@ -50,7 +47,7 @@ class Embeddings(Callback):
         every: how often to show them.
     """
 
-    changes_training = False
+    name = "embeddings"
 
     def __init__(
         self,
@@ -59,13 +56,13 @@ class Embeddings(Callback):
         tokens: bool = False,
         every: Every = "1epoch",
     ):
+        super().__init__(every)
         self.count = count
         self.layer = layer
         self.tokens = tokens
-        self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
-        check_has_validation(trainer.val_batches, "callbacks.embeddings")
+        super().on_fit_start(trainer)
         names = [name for name, _ in trainer.model.named_modules()]
         if self.layer is not None and self.layer not in names:
             advice = did_you_mean(self.layer, names)
@@ -78,18 +75,14 @@ class Embeddings(Callback):
         if self.tokens and first_embedding(trainer.model) is None:
             raise SettingError("callbacks.embeddings.tokens: the model has no token embedding")
 
-    def on_validation_end(self, trainer: Context) -> None:
-        if is_due(self.cadence, trainer.state):
-            self._show(trainer)
-
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, {self.cadence}"
 
-    def _show(self, trainer: Context) -> None:
-        batch = spread_samples(trainer, self.count)
+    def show(self, trainer: Context) -> None:
+        batch = measured_samples(trainer, self.count)
         points = self._features(trainer, batch)
         labels = labels_of(trainer, batch)
-        images = as_pictures(trainer.task.fields.only_input(batch))
+        images = evaluation.show_inputs(trainer, trainer.task.fields.only_input(batch)).images
         if images is not None and max(images.shape[-2:]) > THUMBNAIL:
             scale = THUMBNAIL / max(images.shape[-2:])
             images = F.interpolate(images, scale_factor=scale, mode="area")

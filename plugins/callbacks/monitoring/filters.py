@@ -5,10 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from framework import Callback, Context, Every, PositiveInt, SettingError, callbacks, dtensors
-from framework.contracts.state import Cadence
-
-from .samples import is_due
+from framework import (
+    Context,
+    Every,
+    PositiveInt,
+    SettingError,
+    callbacks,
+    dtensors,
+)
+from framework.contracts.periodic_callback import PeriodicCallback
 
 PIXELS = 32  # mean side of an enlarged filter
 WIDTH = 280  # pixels of the image, about
@@ -17,7 +22,7 @@ MOST_CHANNELS = 16  # of a filter, side by side
 
 
 @callbacks.register("filters")
-class Filters(Callback):
+class Filters(PeriodicCallback):
     """Shows the kernels of the first convolution as one image, first before the training.
 
     Gray is 0, white the largest weight and black its negative. Filters of images with three
@@ -29,23 +34,20 @@ class Filters(Callback):
         every: how often to show them.
     """
 
-    changes_training = False
-
     def __init__(self, count: PositiveInt = 64, every: Every = "1epoch"):
+        super().__init__(every)
         self.count = count
-        self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
         if first_convolution(trainer.model) is None:
             raise SettingError("callbacks.filters: the model has no 1-d or 2-d convolution")
         if trainer.state.step == 0:
-            self._show(trainer)
+            self.show_once(trainer)
 
     def on_step_end(self, trainer: Context) -> None:
-        if is_due(self.cadence, trainer.state):
-            self._show(trainer)
+        self.show_if_due(trainer)
 
-    def _show(self, trainer: Context) -> None:
+    def show(self, trainer: Context) -> None:
         convolution = first_convolution(trainer.model)
         assert convolution is not None
         weight = dtensors.full_tensor(convolution.weight.detach()).float().cpu()

@@ -11,17 +11,16 @@ from framework import (
     SettingError,
     callbacks,
     drawing,
-    is_in_memory,
+    read_first_samples,
     seeds,
-    whole_batches,
 )
 from framework.contracts.model import GenerativeModel
-from framework.contracts.state import Cadence
+from framework.contracts.periodic_callback import PeriodicCallback
 from framework.contracts.task import PictureTask
 
 
 @callbacks.register("pictures")
-class Pictures(Callback):
+class Pictures(PeriodicCallback):
     """Logs images of the task: reconstructions (each input before its reconstruction) and samples.
 
     Each kind is one image with all of them.
@@ -35,16 +34,9 @@ class Pictures(Callback):
         every: how often to log them.
     """
 
-    changes_training = False
-
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
+        super().__init__(every)
         self.count = count
-        self.cadence = Cadence(every)
-        self.checked_step = -1  # the cadence is checked once per step
-
-    def reset(self) -> None:
-        super().reset()
-        self.checked_step = -1
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.task, PictureTask):
@@ -55,21 +47,13 @@ class Pictures(Callback):
         return f"runs the model on {self.count:,} samples, {self.cadence}"
 
     def on_validation_end(self, trainer: Context) -> None:
-        self._log_if_due(trainer)
+        self.show_if_due(trainer)
 
     def on_step_end(self, trainer: Context) -> None:
-        self._log_if_due(trainer)
-
-    def _log_if_due(self, trainer: Context) -> None:
-        state = trainer.state
-        if self.checked_step == state.step:
-            return
-        self.checked_step = state.step
-        if self.cadence.due(state):
-            self._log_images(trainer)
+        self.show_if_due(trainer)
 
     @torch.no_grad()
-    def _log_images(self, trainer: Context) -> None:
+    def show(self, trainer: Context) -> None:
         inputs = held_out(trainer, self.count)
         assert isinstance(trainer.task, PictureTask)
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
@@ -139,23 +123,10 @@ class SampleDistance(Callback):
 
 
 def held_out(trainer: Context, count: int) -> Tensor:
-    """Return the first inputs of the validation split, or of the training split without one.
-
-    They are copies on the device.
-    """
+    """Return the first inputs of the validation split, or of the training split without one."""
     batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
-    split = batches.split
-    if split is not None and is_in_memory(split):
-        inputs = trainer.task.fields.only_input(split[:count])
-        return inputs.to(trainer.device, copy=True)  # a model may change its inputs
-    copies: list[Tensor] = []
-    with seeds.undisturbed(), whole_batches(batches):
-        for batch in batches.epoch():
-            inputs = trainer.task.fields.only_input(batch)
-            copies.append(inputs.to(trainer.device, copy=True))  # a loader may reuse its memory
-            if sum(map(len, copies)) >= count:
-                break
-    return torch.cat(copies)[:count]
+    batch = read_first_samples(batches, count, trainer.device)
+    return trainer.task.fields.only_input(batch)
 
 
 def as_images(rows: Tensor) -> Tensor:

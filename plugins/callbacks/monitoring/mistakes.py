@@ -1,11 +1,11 @@
 """Callbacks that show what the model gets wrong: the worst samples, and curves of decisions."""
 
-from framework import Callback, Context, Every, PositiveInt, callbacks, evaluation
-from framework.contracts.state import Cadence
+from framework import Context, Every, PositiveInt, callbacks, evaluation
+from framework.contracts.periodic_callback import ValidationCallback
 
 
 @callbacks.register("worst")
-class Worst(Callback):
+class Worst(ValidationCallback):
     """Shows the samples of the validation split with the highest loss.
 
     The loggers get a table with label, prediction, probability and loss, and images with captions
@@ -17,25 +17,22 @@ class Worst(Callback):
         every: how often to show them.
     """
 
-    changes_training = False
+    name = "worst"
 
     def __init__(self, count: PositiveInt = 16, every: Every = "1epoch"):
+        super().__init__(every)
         self.count = count
-        self.cadence = Cadence(every)
 
     def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
         evaluation.check_worst(trainer)
 
-    def cost(self) -> str:
-        return f"reads the validation split once more, {self.cadence}"
-
-    def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            evaluation.record_worst(trainer, self.count)
+    def show(self, trainer: Context) -> None:
+        evaluation.record_worst(trainer, self.count)
 
 
 @callbacks.register("curves")
-class Curves(Callback):
+class Curves(ValidationCallback):
     """Shows precision and recall, ROC, and calibration on the validation split.
 
     Each class is compared with all others; with labels, each label by itself. The loggers get the
@@ -46,17 +43,11 @@ class Curves(Callback):
         every: how often to show them.
     """
 
-    changes_training = False
-
-    def __init__(self, every: Every = "1epoch"):
-        self.cadence = Cadence(every)
+    name = "curves"
 
     def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
         evaluation.check_curves(trainer)
 
-    def cost(self) -> str:
-        return f"reads the validation split once more, {self.cadence}"
-
-    def on_validation_end(self, trainer: Context) -> None:
-        if self.cadence.due(trainer.state):
-            evaluation.record_curves(trainer)
+    def show(self, trainer: Context) -> None:
+        evaluation.record_curves(trainer)

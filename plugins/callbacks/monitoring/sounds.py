@@ -1,8 +1,5 @@
 """A callback that records validation samples of sound data as sounds."""
 
-import torch
-from torch import Tensor
-
 from framework import (
     Callback,
     Context,
@@ -13,7 +10,7 @@ from framework import (
     evaluation,
 )
 
-from .samples import labels_of, spread_samples
+from .samples import labels_of, measured_samples
 
 
 @callbacks.register("sounds")
@@ -38,43 +35,17 @@ class Sounds(Callback):
         check_has_validation(trainer.val_batches, "callbacks.sounds")
         if trainer.state.step > 0:
             return
-        facts = evaluation.facts_of(trainer.folder).get("data", {})
-        rate = self.sample_rate or facts.get("sample_rate")
-        if not isinstance(rate, int):
-            raise SettingError(
-                "callbacks.sounds: the data set has no sample rate: if its inputs are waveforms, "
-                "set callbacks.sounds.sample_rate"
-            )
-        batch = spread_samples(trainer, self.count)
+        batch = measured_samples(trainer, self.count)
         inputs = trainer.task.fields.only_input(batch)
-        for number, (wave, label) in enumerate(
-            zip(waveforms(inputs), labels_of(trainer, batch), strict=True)
-        ):
+        rate = {} if self.sample_rate is None else {"sample_rate": self.sample_rate}
+        shown = evaluation.show_inputs(trainer, inputs, rate)
+        if shown.waves is None:
+            raise SettingError(
+                "callbacks.sounds: expected waveforms (samples,), (1, samples) or (2, samples) of "
+                f"floating-point numbers, got {inputs.dtype} {tuple(inputs.shape[1:])}; the sample "
+                "rate is that of the data set, or callbacks.sounds.sample_rate"
+            )
+        for number, label in enumerate(labels_of(trainer, batch)):
             tag = f"sounds/{number} {label}".strip()
             for logger in trainer.loggers:
-                logger.audio(tag, wave[None], rate, trainer.state.step)
-
-
-def waveforms(inputs: Tensor) -> list[Tensor]:
-    """Return the waveform of each input without its padding.
-
-    Raises:
-        SettingError: the inputs are no waveforms.
-    """
-    shape = tuple(inputs.shape[1:])
-    is_wave = inputs.ndim == 2 or (inputs.ndim == 3 and shape[0] in (1, 2))
-    if not is_wave or not inputs.is_floating_point():
-        raise SettingError(
-            "callbacks.sounds: expected waveforms (samples,), (1, samples) or (2, samples) of "
-            f"floating-point numbers, got {inputs.dtype} {shape}"
-        )
-    inputs = inputs.detach().float().cpu()
-    if inputs.ndim == 2:
-        return list(inputs)
-    if shape[0] == 1:
-        return list(inputs[:, 0])
-    waves = []
-    for wave, mask in inputs:
-        real = wave[mask > 0]
-        waves.append(real if len(real) else torch.zeros(1))
-    return waves
+                logger.audio(tag, shown.waves[number][None], shown.rate, trainer.state.step)

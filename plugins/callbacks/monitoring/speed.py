@@ -14,10 +14,9 @@ from framework import (
     dtensors,
     memory,
     read_layers,
+    read_spread_samples,
     seconds_of_waiting,
 )
-
-from .samples import spread_samples
 
 PRODUCTS = 8  # of matrices, to measure the peak of a device
 
@@ -97,7 +96,7 @@ def step_flops(trainer: Context) -> int:
     split = trainer.train_batches.split
     if split is None or isinstance(split, RaggedSplit) or dtensors.has_dtensors(trainer.model):
         return 0
-    sample = spread_samples(trainer, 1, trainer.train_batches)
+    sample = read_spread_samples(trainer.train_batches, 1, trainer.device)
     layers, _ = read_layers(trainer.model, sample, trainer.task)
     forward = sum(layer.flops for layer in layers)
     return 3 * forward  # the backward pass costs twice as much
