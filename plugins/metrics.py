@@ -3,7 +3,8 @@
 Outputs are logits (batch, classes or labels, ...) or values (batch, ...). Class targets are
 indices; negative ones are ignored: a task passes a negative index for each target that its loss
 ignores. Label targets are floats of 0 and 1, and a label is predicted if its logit is above 0.
-Without targets, the value is nan.
+An output of NaN is no prediction, which is wrong for any target; metrics of the size or order of
+outputs are nan then. Without targets, the value is nan.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from framework import Metric, PositiveInt, metrics
 from framework.contracts.alignment import class_shape, same_shape
+from framework.contracts.metric import predicted_classes
 
 Average = Literal["macro", "micro", "weighted"]
 Targets = tuple[str, ...]
@@ -35,13 +37,15 @@ def decisions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     outputs, targets = class_rows(outputs, targets)
     # one_hot would read the values on the host.
     index = torch.arange(outputs.shape[1], device=outputs.device)
-    predicted = (outputs.argmax(1, keepdim=True) == index) & (targets >= 0).unsqueeze(1)
+    chosen = predicted_classes(outputs).unsqueeze(1)
+    predicted = (chosen == index) & (targets >= 0).unsqueeze(1)
     return predicted, targets.unsqueeze(1) == index
 
 
 def correct_labels(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return whether each label is predicted correctly, in the shape of the outputs."""
-    return (outputs > 0) == (same_shape(outputs, targets) > 0.5)
+    correct = (outputs > 0) == (same_shape(outputs, targets) > 0.5)
+    return correct & ~outputs.isnan()
 
 
 def sum_and_number(values: Tensor) -> Tensor:
@@ -87,7 +91,8 @@ class Accuracy(Share):
         if targets.is_floating_point():
             return sum_and_number(correct_labels(outputs, targets))
         targets = class_shape(outputs, targets)
-        return torch.stack([(outputs.argmax(1) == targets).sum(), (targets >= 0).sum()])
+        correct = predicted_classes(outputs) == targets
+        return torch.stack([correct.sum(), (targets >= 0).sum()])
 
 
 @metrics.register("top_k")
@@ -106,8 +111,10 @@ class TopK(Share):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs, targets = class_rows(outputs, targets)
-        best = outputs.topk(min(self.k, outputs.shape[1]), dim=1).indices
-        return torch.stack([(best == targets.unsqueeze(1)).sum(), (targets >= 0).sum()])
+        highest, best = outputs.topk(min(self.k, outputs.shape[1]), dim=1)
+        is_prediction = ~highest[:, :1].isnan()  # NaN is the highest
+        correct = (best == targets.unsqueeze(1)) & is_prediction
+        return torch.stack([correct.sum(), (targets >= 0).sum()])
 
 
 @metrics.register("exact_match", aliases=["subset_accuracy"])
@@ -225,6 +232,8 @@ class Matthews(Counts):
         # Python integers are exact, also for differences of the squares of large counts.
         correct, predicted, true = sums.long().tolist()
         number = sum(true)
+        predicted.append(number - sum(predicted))  # the rows without a prediction, as a class
+        true.append(0)
         covariance = number * sum(correct) - dot(predicted, true)
         variances = (number**2 - dot(predicted, predicted)) * (number**2 - dot(true, true))
         if not variances:

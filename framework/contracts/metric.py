@@ -495,3 +495,15 @@ class Measures:
             self.buffer.append(BufferedBatch(loss.to(device), items, output, target, own))
             if output is not None:
                 self.buffered_numbers += output.numel()
+
+
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """Return the class with the highest output, shape (batch, ...).
+
+    A row with NaN is no prediction: its result is the number of classes, which is no class.
+
+    Args:
+        outputs: shape (batch, classes, ...).
+    """
+    highest, classes = outputs.max(1)
+    return torch.where(highest.isnan(), outputs.shape[1], classes)

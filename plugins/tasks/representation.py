@@ -34,6 +34,7 @@ from framework import (
     whole_batches,
 )
 from framework.contracts.loss import ignored_index, without_ignored
+from framework.contracts.metric import predicted_classes
 from framework.contracts.task import check_tensor_output
 
 from .supervised import Classification
@@ -137,7 +138,7 @@ def nt_xent(
         similarity = similarity[rows]
         other = other[rows]
     loss = F.cross_entropy(similarity, other)
-    return loss, (similarity.argmax(1) == other).float().mean()
+    return loss, (predicted_classes(similarity) == other).float().mean()
 
 
 @tasks.register("distillation")
@@ -326,7 +327,7 @@ class LinearProbe(Callback):
         targets = F.one_hot(classes).to(features)
         weights = least_squares((features - mean) / deviation, targets, self.ridge)
         scores = ((val_features - mean) / deviation) @ weights[:-1] + weights[-1]
-        accuracy = (scores.argmax(1) == val_classes).double().mean()
+        accuracy = (predicted_classes(scores) == val_classes).double().mean()
         # a number, not a tensor: a later callback may monitor it in this event
         trainer.log({"val/probe_accuracy": float(accuracy)})
 

@@ -80,6 +80,40 @@ def test_top_k_is_that_of_scikit_learn_and_1_when_there_are_no_more_classes(clas
     assert value(fw.metrics.build("top_k", k=50), outputs, targets) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("accuracy", sk.accuracy_score),
+        ("top_k", sk.accuracy_score),
+        ("balanced_accuracy", lambda t, p: sk.recall_score(t, p, average="macro", labels=range(5))),
+        ("matthews", sk.matthews_corrcoef),
+        ("precision", lambda t, p: sk.precision_score(t, p, average="macro", labels=range(5))),
+        ("recall", lambda t, p: sk.recall_score(t, p, average="macro", labels=range(5))),
+        ("f1", lambda t, p: sk.f1_score(t, p, average="micro", labels=range(5))),
+    ],
+)
+def test_outputs_of_nan_are_no_predictions(name, reference):
+    targets = torch.arange(100) % 5
+    outputs = torch.randn(100, 5) + 2 * torch.nn.functional.one_hot(targets, 5)
+    predicted = outputs.argmax(1)
+    for row, column in ((0, 0), (5, 1), (51, 4)):
+        outputs[row, column] = math.nan
+        predicted[row] = 5  # no class
+    outputs[60] = math.nan
+    predicted[60] = 5
+    settings = {"top_k": {"k": 1}, "f1": {"average": "micro"}}.get(name, {})
+    metric = fw.metrics.build(name, **settings)
+    assert value(metric, outputs, targets) == pytest.approx(reference(targets, predicted))
+
+
+def test_labels_of_nan_are_wrong():
+    targets = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    outputs = torch.tensor([[math.nan, 1.0], [-1.0, math.nan]])
+    assert value(fw.metrics.build("accuracy"), outputs, targets, (1, 1)) == 0.5
+    assert value(fw.metrics.build("exact_match"), outputs, targets, (1, 1)) == 0
+    assert value(fw.metrics.build("recall"), outputs, targets, (1, 1)) == 0.5
+
+
 def test_perplexity_is_the_exponential_of_the_log_loss(classes):
     outputs, targets = classes
     expected = math.exp(sk.log_loss(targets, outputs.double().softmax(1), labels=range(CLASSES)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from framework.contracts.metric import predicted_classes
 from framework.contracts.strategy import Strategy
 from framework.contracts.task import Task
 from framework.data.dataset import Data, Scale, Shown, names_or_numbers
@@ -261,11 +262,12 @@ def class_columns(decision: Decision, classes: Sequence[str]) -> dict[str, list[
     targets = decision.targets
     names = names_or_numbers(classes, probabilities.shape[1])
     if not decision.is_multilabel:
-        highest, chosen = probabilities.max(1)
+        labels = [names[index] if index >= 0 else None for index in targets.tolist()]
+        predicted = predicted_classes(probabilities).tolist()
         return {
-            "label": [names[index] if index >= 0 else None for index in targets.tolist()],
-            "prediction": [names[index] for index in chosen.tolist()],
-            "probability": highest.tolist(),
+            "label": labels,
+            "prediction": [names[index] if index < len(names) else None for index in predicted],
+            "probability": probabilities.amax(1).tolist(),
         }
     chosen = (probabilities > 0.5).long()
     confidence = torch.where(chosen == 1, probabilities, 1 - probabilities)

@@ -16,6 +16,7 @@ from framework import (
     markdown,
     names_or_numbers,
 )
+from framework.contracts.metric import predicted_classes
 from framework.contracts.periodic_callback import ValidationCallback
 
 CELL = 15  # pixels at least, for a card of TensorBoard
@@ -70,7 +71,8 @@ class Confusion(ClassCounts):
 
     Rows are true classes, columns predicted classes. The loggers get it as an image
     (dark: all samples of the class; numbers are per cent; the diagonal is correct) and as a table
-    of counts. It reads the split a second time.
+    of counts. It reads the split a second time. A sample whose outputs have NaN is no prediction:
+    it has a column of its own in the table.
 
     Args:
         every: how often to show it.
@@ -92,8 +94,8 @@ def matrix_image(counts: Tensor, names: Sequence[str]) -> Tensor:
 
     With at most MOST_NAMED classes their names are written beside it, and the shares in percent.
     """
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     classes = len(counts)
+    shares = counts[:, :classes] / counts.sum(1, keepdim=True).clamp(min=1)
     named = classes <= MOST_NAMED
     margin = NAMES if named else 0
     cell = max(CELL if named else 1, (drawing.CARD - margin) // classes)
@@ -123,8 +125,9 @@ class PerClass(ClassCounts):
     The tags are val_per_class/precision/<class>, and the same for recall and f1;
     TensorBoard's Custom Scalars page shows all classes in one chart. The worst class is the first
     in a table. With more than 20 classes there is only the table. The values are those of
-    scikit-learn's `precision_recall_fscore_support`; 0 if the denominator is 0. It reads the split
-    a second time, together with `confusion` if both are due.
+    scikit-learn's `precision_recall_fscore_support`; 0 if the denominator is 0. A sample whose
+    outputs have NaN is no prediction, but counts as a sample of its class. It reads the split a
+    second time, together with `confusion` if both are due.
 
     Args:
         every: how often to log them.
@@ -157,20 +160,16 @@ def class_scores(counts: Tensor) -> list[list[float]]:
     """Return precision, recall, F1 and number of samples of each class.
 
     Args:
-        counts: of the pairs of true class (row) and predicted class (column).
+        counts: see `count_pairs`.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # takes 1 s
-
-    classes = torch.arange(len(counts))
-    pairs = torch.cartesian_prod(classes, classes).numpy()
-    columns = precision_recall_fscore_support(
-        pairs[:, 0],
-        pairs[:, 1],
-        labels=classes.numpy(),
-        sample_weight=counts.flatten().numpy(),
-        zero_division=0,
-    )
-    return torch.tensor([column.tolist() for column in columns], dtype=torch.float64).T.tolist()
+    # Not by scikit-learn, whose import takes 1 s.
+    correct = counts.diagonal()
+    predicted = counts[:, : len(counts)].sum(0)
+    true = counts.sum(1)
+    precision = correct / predicted.clamp(min=1)
+    recall = correct / true.clamp(min=1)
+    f1 = 2 * correct / (predicted + true).clamp(min=1)
+    return torch.stack([precision, recall, f1, true], 1).tolist()
 
 
 def scores_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
@@ -183,13 +182,14 @@ def scores_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
 
 
 def count_pairs(trainer: Context, name: str) -> Tensor:
-    """Count the pairs of true class (row) and predicted class (column) in the validation split.
+    """Count the pairs of true class and predicted class in the validation split.
 
     Args:
         name: the callback, for messages.
 
     Returns:
-        The counts, shape (classes, classes), float64 on the CPU.
+        The counts by true class (row) and predicted class (column), shape (classes, classes + 1),
+        float64 on the CPU. The last column counts samples without a prediction (NaN).
 
     Raises:
         SettingError: the targets are no classes.
@@ -205,14 +205,17 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
             )
         classes = outputs.shape[1]
         known = targets >= 0
-        pairs = targets[known] * classes + outputs.argmax(1)[known]
-        new = pairs.bincount(minlength=classes**2).reshape(classes, classes)
+        pairs = targets[known] * (classes + 1) + predicted_classes(outputs[known])
+        new = pairs.bincount(minlength=classes * (classes + 1)).reshape(classes, classes + 1)
         counts = new.double() if counts.numel() == 0 else counts + new
     counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
     return torch.stack(counts_of_processes).sum(0)
 
 
 def counts_table(counts: Tensor, names: Sequence[str]) -> str:
-    """Return the counts as a markdown table."""
+    """Return the counts as a markdown table, the last column only if it has counts."""
+    heads = ["is \\ taken for", *names]
+    if counts[:, -1].any():
+        heads.append("no prediction (NaN)")
     rows = [[name, *row] for name, row in zip(names, counts.long().tolist(), strict=True)]
-    return markdown.table(["is \\ taken for", *names], rows)
+    return markdown.table(heads, [row[: len(heads)] for row in rows])

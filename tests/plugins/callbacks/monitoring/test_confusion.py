@@ -13,6 +13,7 @@ class LastLogged(fw.Logger):
 
     def __init__(self):
         self.values = {}
+        self.tables = {}
 
     def scalars(self, values, *, step, epoch, wall_seconds):
         self.values |= values
@@ -25,15 +26,16 @@ class LastLogged(fw.Logger):
 
     def text(self, tag, markdown, step=0):
         self.table = markdown
+        self.tables[tag] = markdown.splitlines()
 
 
-def fit(data, task, outputs, names=("confusion",), **more):
+def fit(data, task, outputs, names=("confusion",), model=None, metrics=(), **more):
     logged = LastLogged()
-    model = torch.nn.Linear(data.in_shape[0], outputs)
+    model = model or torch.nn.Linear(data.in_shape[0], outputs)
     callbacks = [fw.callbacks.build(name) for name in names]
     trainer = fw.Trainer(callbacks=callbacks, loggers=[logged], **more)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=20)
+    trainer.fit(model, data, task=task, optimizer=optimizer, metrics=metrics, batch_size=20)
     return logged, trainer
 
 
@@ -89,6 +91,52 @@ def test_the_scores_of_each_class_equal_those_of_scikit_learn():
     rows = [line.strip("| ").split(" | ") for line in logged.table.splitlines()[2:]]
     assert rows[0] == ["3", "0.000", "0.000", "0.000", "0"]  # the worst one first
     assert sorted(int(row[4]) for row in rows) == sorted(targets.bincount(minlength=4).tolist())
+
+
+class SometimesNaN(torch.nn.Module):
+    """Predicts the class of the input, a number, but gives NaN for a negative one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        outputs = self.scale * torch.nn.functional.one_hot(inputs[:, 0].abs().long(), 3)
+        outputs[:, 1] = outputs[:, 1].masked_fill(inputs[:, 0] < 0, torch.nan)
+        return outputs
+
+
+def test_outputs_of_nan_are_no_predictions():
+    inputs = torch.tensor([0.0, 0, -1, 1, 1, 2, -2, 1])  # the last one is wrong
+    split = fw.TensorSplit(inputs[:, None], torch.tensor([0, 0, 1, 1, 1, 2, 2, 2]))
+    data = fw.Data()
+    data.train = fw.TensorSplit(*split[:2])
+    data.val = split
+    data.in_shape = (1,)
+    logged, _ = fit(
+        data,
+        torch.nn.CrossEntropyLoss(),
+        3,
+        ["confusion", "per_class", "worst"],
+        model=SometimesNaN(),
+        metrics=[fw.metrics.build("accuracy")],
+        max_epochs=1,
+    )
+    rows = [line.strip("| ").split(" | ") for line in logged.tables["confusion/counts"]]
+    assert rows[0][4] == "no prediction (NaN)"
+    assert rows[2:] == [list("02000"), list("10201"), list("20111")]
+    predicted = [0, 0, 3, 1, 1, 2, 3, 1]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        split.tensors[1], predicted, labels=range(3), zero_division=0
+    )
+    for index in range(3):
+        assert logged.values[f"val_per_class/precision/{index}"] == pytest.approx(precision[index])
+        assert logged.values[f"val_per_class/recall/{index}"] == pytest.approx(recall[index])
+        assert logged.values[f"val_per_class/f1/{index}"] == pytest.approx(f1[index])
+    assert logged.values["val/accuracy"] == 5 / 8
+    worst = [line.strip("| ").split(" | ") for line in logged.tables["worst/table"]]
+    label, prediction = worst[0].index("label"), worst[0].index("prediction")
+    assert {(row[label], row[prediction].strip()) for row in worst[2:4]} == {("1", ""), ("2", "")}
 
 
 def test_with_many_classes_there_is_only_the_table():
