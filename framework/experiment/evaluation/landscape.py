@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,14 @@ from framework.runs import checkpoint
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
 
-from .plane import LEAST_CHECKPOINTS, Plane, main_plane, movable_weights, random_plane
+from .plane import (
+    LEAST_CHECKPOINTS,
+    Plane,
+    are_finite,
+    main_plane,
+    movable_weights,
+    random_plane,
+)
 
 MARGIN = 0.25  # around the path, as a share of its extent
 MOST_POINTS = 201
@@ -98,8 +105,8 @@ class Surface:
             loader.to(self.evaluator.device)
             self.batches: list[Batch] = [loader.keep(batch) for batch in loader.epoch()]
         self.samples = len(loader.split)
-        self.steps, checkpoints = read_path(trained)
         center = movable_weights(trained.model)
+        self.steps, checkpoints = read_path(trained, center)
         moved = [each for each in checkpoints if any_different(each, center)]
         if directions == "pca" and len(moved) < LEAST_CHECKPOINTS - 1:
             raise FrameworkError(
@@ -257,8 +264,17 @@ def check_comparable(first: Trained, second: Trained) -> None:
             )
 
 
-def read_path(trained: Trained) -> tuple[list[int], list[dict[str, Tensor]]]:
-    """Return the steps and weights of the checkpoints of a run; damaged ones are left out."""
+def read_path(
+    trained: Trained, center: Mapping[str, Tensor]
+) -> tuple[list[int], list[dict[str, Tensor]]]:
+    """Return the steps and weights of the checkpoints of a run.
+
+    Damaged ones, and those with another model or numbers that are not finite, are left out.
+
+    Args:
+        trained: an open run.
+        center: the weights of the model that directions change, by name.
+    """
     found = checkpoint.listed(trained.run / "checkpoints")
     if len(found) > MOST_CHECKPOINTS:
         last = len(found) - 1
@@ -275,6 +291,9 @@ def read_path(trained: Trained) -> tuple[list[int], list[dict[str, Tensor]]]:
             continue
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
             note(f"{each} has other weights than the model of the run; the path is without it")
+            continue
+        if not all(are_finite(state[name]) for name in center):
+            note(f"{each} has weights that are not finite; the path is drawn without it")
             continue
         steps.append(checkpoint.step_of(each))
         weights.append(state)
