@@ -23,12 +23,12 @@ from framework.registry.kinds import loggers
 from framework.runs import checkpoint
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
-from framework.runtime.display.drawing import captioned, encode_png, side_by_side
+from framework.runtime.display.drawing import encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
 from .decisions import Decision, read_decisions
-from .worst import Worst, describe, find_worst, shower
+from .worst import MOST_SHOWN, Worst, describe, find_worst, shower
 
 FOLDER = "evaluation"  # in the folder of a run
 MOST_PR_CURVES = 20  # cards on the page of TensorBoard
@@ -87,8 +87,8 @@ def curves_of_run(trained: Trained, decision: Decision) -> Curves:
 def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
     """Write the samples as JSON, and images of them as a PNG; return the files."""
     written = [write(trained.run, f"worst-{split}.json", as_json(worst.rows()))]
-    if worst.shown.images is not None:
-        picture = captioned(worst.shown.images, worst.captions())
+    picture = worst.picture()
+    if picture is not None:
         written.append(write(trained.run, f"worst-{split}.png", encode_png(picture[0])))
     return written
 
@@ -182,10 +182,11 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
     shown = worst.shown
     # TensorBoard shows a tag on one page only
     logger.text(f"{tag}/table", worst.markdown(), step)
-    if shown.images is not None and len(worst):
-        logger.images(f"{tag}/images", captioned(shown.images, worst.captions()), step)
+    picture = worst.picture()
+    if picture is not None:
+        logger.images(f"{tag}/images", picture, step)
     if shown.waves is not None and len(worst):
-        logger.audio(f"{tag}/sounds", shown.waves, shown.rate, step)
+        logger.audio(f"{tag}/sounds", shown.waves[:MOST_SHOWN], shown.rate, step)
 
 
 def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, step: int) -> None:
