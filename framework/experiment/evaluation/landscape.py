@@ -144,7 +144,7 @@ class Surface:
         return [min(xs), max(xs)], [min(ys), max(ys)]
 
     def measure(
-        self, x: Sequence[float], y: Sequence[float], done: Callable[[], None] = lambda: None
+        self, x: Sequence[float], y: Sequence[float], done: Callable[[], None]
     ) -> Landscape:
         """Measure the loss on a grid.
 
@@ -198,7 +198,7 @@ def measure_landscapes(
     surfaces: Sequence[Surface],
     points: int,
     span: float | None,
-    started: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    done: Callable[[], None] = lambda: None,
 ) -> list[Landscape]:
     """Measure the loss of runs on grids with the same coordinates and directions of one kind.
 
@@ -207,7 +207,7 @@ def measure_landscapes(
         points: of an axis of the grid.
         span: the grid is from -span to span; None: around the paths, or from -1 to 1 for random
             directions.
-        started: receives the number of points, and returns what is called after each point.
+        done: called after each point of each grid.
 
     Raises:
         FrameworkError: points or span cannot be used.
@@ -232,7 +232,6 @@ def measure_landscapes(
         ranges = [[low - MARGIN * width, high + MARGIN * width] for low, high in ranges]
     x = grid(ranges[0][0], ranges[0][1], points)
     y = grid(ranges[1][0], ranges[1][1], points)
-    done = started(len(surfaces) * points**2)
     return [surface.measure(x, y, done) for surface in surfaces]
 
 
