@@ -310,7 +310,7 @@ def vanishing_gradients(seen: Observation) -> list[int]:
         return []
     gradients = seen.numbers["gradient"]
     rows = seen.trained()
-    largest = max((gradients[row] for row in rows), default=0.0)
+    largest = max((gradients[row] for row in rows if isfinite(gradients[row])), default=0.0)
     return [row for row in rows if 0 < gradients[row] < VANISHING * largest]
 
 

@@ -13,6 +13,7 @@ import framework as fw
 import substitutes
 from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
+from framework_plugins.callbacks.health.problems import Observation, vanishing_gradients
 from runs import composed, run_training
 
 HEALTH = ["callbacks=[health]", "trainer.max_epochs=4", "trainer.validate_every=100epochs"]
@@ -116,6 +117,13 @@ def test_the_remedy_removes_the_warning(name, remedy, tmp_path):
     texts = warnings_of(tmp_path, *kept, remedy)
     kind = case["warning"].rpartition(": ")[2].partition(r"\d")[0][:20]
     assert not [text for text in texts if re.search(case["warning"], text)], (kind, texts)
+
+
+@pytest.mark.parametrize(("largest", "rows"), [(1e6, [1, 2]), (math.inf, [])])
+def test_an_infinite_gradient_does_not_make_others_vanish(largest, rows):
+    numbers = {"gradient": [largest, 1.0, 2.0]}
+    seen = Observation(step=1, layers=[], numbers=numbers, loss=1.0, rate=0.1, factor=1.0)
+    assert vanishing_gradients(seen) == rows
 
 
 def test_a_bias_that_kills_relus_is_named():
