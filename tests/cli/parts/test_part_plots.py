@@ -272,6 +272,15 @@ def test_wrong_settings_are_errors(words, message):
         cli.run(["show", *words])
 
 
+def test_too_many_curves_are_refused_before_they_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr("framework.cli.parts.curves.curves_of", lambda *part: measured.append(part))
+    words = ["optimizer.lr=range(1,1001)", "optimizer.momentum=range(0,1000)"]
+    with pytest.raises(fw.FrameworkError, match="1,000,001 curves in a plot: expected at most 12"):
+        cli.run(["show", "relu", "optimizer/sgd", *words])
+    assert measured == []
+
+
 def test_an_activation_of_a_plugin_is_plotted_like_any_other(capsys):
     class Bump(nn.Module):
         """exp(-x²)."""
