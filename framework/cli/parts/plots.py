@@ -44,6 +44,8 @@ def read_settings(overrides: Sequence[str], parts: Sequence[Part]) -> list[dict[
         except HydraException:
             raise SettingError(f"{text}: expected KIND.SETTING=VALUE") from None
         values = swept_values(override) if override.is_sweep_override() else [override.value()]
+        if not values:  # of glob(...) or interval(...)
+            raise SettingError(f"{text}: expected a value, or several as in 0.1,0.2")
         found = False
         known = []
         for part, own in zip(parts, settings, strict=True):

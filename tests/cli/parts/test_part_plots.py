@@ -265,6 +265,7 @@ def test_settings_make_curves_of_their_own(capsys):
         (["activation.alpha=1"], "expected a part before its settings"),
         (["adam", "--steps", "1"], "--steps 1: expected from 2"),
         (["adam", "optimizer.lr=[1"], "expected KIND.SETTING=VALUE"),
+        (["adam", "optimizer.lr=interval(0,1)"], "expected a value, or several"),
     ],
 )
 def test_wrong_settings_are_errors(words, message):
