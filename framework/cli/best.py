@@ -46,10 +46,11 @@ def best(arguments: list[str]) -> int:
         raise SettingError(
             f"whether low or high values of {metric} are better is not known: give --mode"
         )
-    ranked = ranked_runs(chosen, metric, direction)
-    if not ranked:
-        raise RunError(f"no run in {table.root} has a finite value of {metric}")
-    ranked = without_damaged(ranked)
+    found = ranked_runs(table, chosen, metric, direction)
+    ranked = without_damaged(found)
+    if len(ranked) < len(found):
+        skipped = run_count(len(found) - len(ranked))
+        note(f"skipped, because their config cannot be read: {skipped}")
     check_comparable([run for run, _ in ranked], table.root)
     run, value = first_with_checkpoint(table.root, ranked)
     path = table.root / run.name
@@ -80,19 +81,20 @@ def best_runs(table: RunTable, runs: Sequence[RunEntry], option: str) -> list[Ru
     direction = table.direction(metric)
     if direction is None:
         raise SettingError(f"whether low or high values of {metric} are better is not known")
-    ranked = ranked_runs(runs, metric, direction)
-    if not ranked:
-        raise RunError(f"no run in {table.root} has a finite value of {metric}")
-    readable = [run for run, _ in ranked if run.settings.get("data") is not MISSING]
-    best = readable or [run for run, _ in ranked]
+    ranked = without_damaged(ranked_runs(table, runs, metric, direction))
+    best = [run for run, _ in ranked]
     check_comparable(best, table.root, option)
     return best
 
 
 def ranked_runs(
-    runs: Sequence[RunEntry], metric: str, direction: str
+    table: RunTable, runs: Sequence[RunEntry], metric: str, direction: str
 ) -> list[tuple[RunEntry, Value]]:
-    """Return the runs with a finite value of a metric and their best values, the best run first."""
+    """Return the runs with a finite value of a metric and their best values, the best run first.
+
+    Raises:
+        RunError: there are none.
+    """
     sign = -1.0 if direction == "max" else 1.0
     found = []
     for run in runs:
@@ -100,18 +102,15 @@ def ranked_runs(
         value = None if series is None else series.best(direction)
         if value is not None:
             found.append((run, value))
+    if not found:
+        raise RunError(f"no run in {table.root} has a finite value of {metric}")
     return sorted(found, key=lambda pair: sign * pair[1].value)
 
 
 def without_damaged(ranked: list[tuple[RunEntry, Value]]) -> list[tuple[RunEntry, Value]]:
     """Return the runs whose data and task are known; all of them if none is known."""
     readable = [pair for pair in ranked if pair[0].settings.get("data") is not MISSING]
-    skipped = len(ranked) - len(readable)
-    if not readable:
-        return ranked
-    if skipped:
-        note(f"skipped, because their config cannot be read: {run_count(skipped)}")
-    return readable
+    return readable or ranked
 
 
 def run_count(count: int) -> str:

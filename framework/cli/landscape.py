@@ -39,10 +39,11 @@ def landscape(arguments: list[str]) -> None:
         check_comparable(*trained)
     surfaces = []
     for run in trained:
-        chosen = (args.split, args.samples, args.seed, args.directions)
-        surfaces.append(Surface(run, run.read_data(), *chosen))
-    with progress_bar() as started:
-        found = measure_landscapes(surfaces, args.points, args.span, started)
+        data = run.read_data()
+        surface = Surface(run, data, args.split, args.samples, args.seed, args.directions)
+        surfaces.append(surface)
+    with progress_bar(len(surfaces) * args.points**2) as done:
+        found = measure_landscapes(surfaces, args.points, args.span, done)
     files = landscape_files.save_landscapes(found)
     if args.json:
         print_json(
@@ -84,18 +85,18 @@ def parse_landscape(arguments: list[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int], Callable[[], None]]]:
-    """Yield a function that shows a progress bar of a number of points on a terminal."""
+def progress_bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar on a terminal; yield a function that advances it by one point.
+
+    Args:
+        total: the number of points.
+    """
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not can_redraw(sys.stderr)) as progress:
-
-        def started(total: int) -> Callable[[], None]:
-            bar = progress.add_task("measuring the loss", total=total)
-            return lambda: progress.advance(bar)
-
-        yield started
+        bar = progress.add_task("measuring the loss", total=total)
+        yield lambda: progress.advance(bar)
 
 
 def print_landscapes(found: Sequence[Any]) -> None:
@@ -108,8 +109,7 @@ def print_landscapes(found: Sequence[Any]) -> None:
     for each in found:
         print_line(f"{each.run}, loss {each.center:.6g} at the center ({each.checkpoint})")
         output.print(heat_map(each, scale, output.color_system is not None))
-        about = f"{each.samples:,} samples of {each.split}; {kind_text(each)}"
-        print_line(about)
+        print_line(f"{each.samples:,} samples of {each.split}; {kind_text(each)}")
         print_line(
             f"x {each.x[0]:.3g} to {each.x[-1]:.3g}, y {each.y[0]:.3g} to {each.y[-1]:.3g}; "
             f"{PATH_MARK}: checkpoints, {CENTER_MARK}: center"
@@ -125,7 +125,7 @@ def kind_text(found: Any) -> str:
         kind = "main directions of the checkpoints"
     if found.explained is None:
         return kind
-    return f"{kind}, with {found.explained:.1%} of the variance of the path"
+    return f"{kind}, with {found.explained:.1%} of the squared distances of the path"
 
 
 def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
@@ -137,14 +137,15 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
 
     lines = HEIGHT if has_colors else HEIGHT // 2
     rows = resampled(found.losses, WIDTH, lines)[::-1]  # the highest y first
-    shares = [[scale.position(value) for value in row] for row in rows]
+    shares = [list(map(scale.position, row)) for row in rows]
     marks = path_marks(found, lines)
     if has_colors:
-        return Text("\n").join(half_blocks(pixels_of(colors_of(torch.tensor(shares))), marks))
-    drawn = [
-        "".join(marks.get((x, y), shade(each)) for x, each in enumerate(row))
-        for y, row in enumerate(shares)
-    ]
+        pixels = pixels_of(colors_of(torch.tensor(shares)))
+        return Text("\n").join(half_blocks(pixels, marks))
+    drawn = []
+    for y, row in enumerate(shares):
+        characters = [marks.get((x, y), shade(share)) for x, share in enumerate(row)]
+        drawn.append("".join(characters))
     return Text("\n".join(drawn))
 
 

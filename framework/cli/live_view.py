@@ -135,31 +135,25 @@ class View:
             texts = [row[index] for row in rows]
             widths.append(max([len(title(column)), *map(len, texts)]))
         labels = max([8, *(len(run.label) for run in shown)])
-        optional = [3, 4, 2, len(columns) - 1]  # left out in this order if the line is too long
-        left_out: set[int] = set()
-        for index in optional:
-            kept = [size for at, size in enumerate(widths) if at not in left_out]
-            if min(labels, 20) + sum(kept) + 2 * len(kept) + 2 > width:
-                left_out.add(index)
-        kept = [size for at, size in enumerate(widths) if at not in left_out]
-        labels = max(8, min(labels, width - sum(kept) - 2 * len(kept) - 2))
-        more = len(runs) - len(shown)
-        head = f"  {'run' if not more else f'run ({len(runs)})':<{labels}}"
-        for index, (column, size) in enumerate(zip(columns, widths, strict=True)):
-            if index not in left_out:
-                head += f"  {title(column):>{size}}" if index else f"  {title(column):<{size}}"
+        kept = list(range(len(columns)))
+        for index in (3, 4, 2, len(columns) - 1):  # left out in this order if a line is too long
+            size = sum(widths[each] + 2 for each in kept)
+            if index in kept and min(labels, 20) + size + 2 > width:
+                kept.remove(index)
+        size = sum(widths[each] + 2 for each in kept)
+        labels = max(8, min(labels, width - size - 2))
+        heading = "run" if len(shown) == len(runs) else f"run ({len(runs)})"
+        head = f"  {heading:<{labels}}"
+        for index in kept:
+            side = "<" if index == 0 else ">"
+            head += f"  {title(columns[index]):{side}{widths[index]}}"
         yield Text(head, style="dim")
         for position, (run, row) in enumerate(zip(shown, rows, strict=True), first):
-            is_selected = position == self.selected
-            line = Text("▸ " if is_selected else "  ", style="bold" if is_selected else "")
+            line = Text("▸ ", style="bold") if position == self.selected else Text("  ")
             line.append(f"{shortened(run.label, labels):<{labels}}")
-            for index, (text, size) in enumerate(zip(row, widths, strict=True)):
-                if index in left_out:
-                    continue
-                if index == 0:
-                    line.append(f"  {text:<{size}}", style=COLORS[run.state])
-                else:
-                    line.append(f"  {text:>{size}}")
+            line.append(f"  {row[0]:<{widths[0]}}", style=COLORS[run.state])
+            for index in kept[1:]:
+                line.append(f"  {row[index]:>{widths[index]}}")
             yield line
 
     def details(self, run: LiveRun) -> Iterator[Text]:
@@ -179,8 +173,12 @@ class View:
         single = [metric for metric in metrics_of([run]) if metric not in several]
         if single:
             yield Text("  ".join(last_text(run, metric) for metric in single))
-        color = COLORS[run.state] if run.reason else "yellow"
-        for warning in ([run.reason] if run.reason else []) + list(run.warnings()):
+        warnings = list(run.warnings())
+        color = "yellow"
+        if run.reason:
+            warnings.insert(0, run.reason)
+            color = COLORS[run.state]
+        for warning in warnings:
             yield Text.assemble(("! ", f"bold {color}"), (printable(warning), color))
 
     def charts(self, run: LiveRun, width: int, rows: int) -> list[Text]:

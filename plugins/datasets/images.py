@@ -26,6 +26,8 @@ from .readers.scaling import moments, standard_facts, standardize
 from .readers.splits import split_parts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""Formats of Pillow that are read; for others, such as EPS, it may run another program."""
 BYTES_PER_PIXEL = 6  # while an image is read: three channels, and those of the file
 MAX_MEASURED = 256  # images from which the mean and deviation of the pixels are computed
 
@@ -172,7 +174,7 @@ def decode_image(content: IO[bytes], name: str, facts: dict[str, Any]) -> Tensor
     channels, height, width = facts["in_shape"]
     ignore_pillow_warning()
     try:
-        with Image.open(content) as opened:
+        with Image.open(content, formats=FORMATS) as opened:
             check_pixels(opened, name)
             upright = in_8_bits(ImageOps.exif_transpose(opened))
             image = upright.convert("RGB" if channels == 3 else "L")

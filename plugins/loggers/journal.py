@@ -66,7 +66,9 @@ def rewind_journal(folder: Path, service: str, step: int) -> None:
 
     def stays(line: bytes) -> bool:
         record = parse_line(line)
-        return record is not None and 0 <= record.step <= step > 0 and not is_of_test(record)
+        if record is None or is_of_test(record):
+            return False
+        return step > 0 and 0 <= record.step <= step
 
     keep_lines(folder, journal_name(service), stays)
 
@@ -110,7 +112,8 @@ def parse_line(line: bytes) -> Record | None:
 
 def is_of_test(record: Record) -> bool:
     """Return whether a record has values of the test."""
-    return any(tag.startswith("test/") for tag in (*record.scalars, *record.images))
+    tags = [*record.scalars, *record.texts, *record.images, *record.histograms]
+    return any(tag.startswith("test/") for tag in tags)
 
 
 def counts_and_edges(bars: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -120,7 +123,11 @@ def counts_and_edges(bars: Sequence[Sequence[float]]) -> tuple[list[float], list
 
 
 def as_image(png: bytes) -> Any:
-    """Return a PNG file as an image of Pillow."""
+    """Return a PNG file as an image of Pillow.
+
+    Raises:
+        OSError: it is no PNG file. Other formats are not read: for EPS, Pillow runs Ghostscript.
+    """
     from PIL import Image
 
-    return Image.open(io.BytesIO(png))
+    return Image.open(io.BytesIO(png), formats=["PNG"])

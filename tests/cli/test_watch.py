@@ -181,6 +181,15 @@ def test_a_constant_and_an_infinite_curve():
     assert chart("a/b", curve, 30, 6, 1)[0].plain == "a/b nan"
 
 
+def test_a_curve_of_the_largest_values_is_drawn():
+    curve = Curve()
+    curve.add(1, -1e308)
+    curve.add(2, 1e308)
+    bottom, top = (line.plain[10:].strip("⠀") for line in chart("a/b", curve, 14, 5, 2)[2:0:-1])
+    assert bottom
+    assert top
+
+
 def start_in_terminal(folder, *arguments):
     """Start a command in a terminal of 80 x 24; return its process and the other end."""
     master, slave = pty.openpty()

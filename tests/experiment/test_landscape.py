@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from framework.cli.landscape import heat_map
+from framework.errors import BuildError
 from framework.experiment.evaluation.landscape import Surface, grid, measure_landscapes
 from framework.experiment.evaluation.landscape_files import color_scale, draw_landscapes
 from framework.experiment.evaluation.plane import main_plane, movable_weights, random_plane
 from framework.experiment.trained.load import open_run
+from framework.runs.checkpoint import load_model
 from framework.runtime.display.drawing import colors_of, pixels_of
 from framework.runtime.display.plot import SHADES
 from runs import run_training
@@ -55,6 +57,22 @@ def test_the_explained_share_is_that_of_the_singular_values():
     values = torch.linalg.svdvals(torch.stack([each["w"].flatten() for each in checkpoints])) ** 2
     assert plane.explained == pytest.approx((values[:2].sum() / values.sum()).item(), rel=1e-5)
     assert 0.3 < plane.explained < 0.9
+
+
+def test_the_path_on_parallel_directions_has_the_smallest_coordinates():
+    weights = [{"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}]
+    plane = random_plane(weights[0], weights, seed=0)  # filters of norm 0
+    assert plane.path == [(0, 0), (0, 0)]
+    assert plane.explained == 0
+
+
+def test_a_model_without_two_finite_weights_has_no_plane():
+    with pytest.raises(BuildError, match="has 1 numbers in weights"):
+        movable_weights(nn.Linear(1, 1))
+    model = nn.Linear(2, 2)
+    model.weight.data[0, 0] = torch.inf
+    with pytest.raises(BuildError, match="the weights weight of the model are not finite"):
+        movable_weights(model)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +135,23 @@ def test_the_path_has_the_losses_of_the_checkpoints(linear):
     assert 0.5 < found.explained <= 1.0000001
     low, high = min(found.x), max(found.x)
     assert all(low <= point["x"] <= high for point in found.path)
+
+
+def test_the_path_is_without_checkpoints_that_are_not_finite(linear, monkeypatch, capsys):
+    (found,) = measure_landscapes([surface_of(linear, "pca")], 3, None)
+    damaged = f"step-{found.path[1]['step']:08d}"
+
+    def with_nan(folder):
+        state = load_model(folder)
+        if folder.name == damaged:
+            state["head.linear.weight"] *= torch.nan
+        return state
+
+    monkeypatch.setattr("framework.runs.checkpoint.load_model", with_nan)
+    (shorter,) = measure_landscapes([surface_of(linear, "pca")], 3, None)
+    assert shorter.path[0]["step"] == found.path[0]["step"]
+    assert shorter.path[1]["step"] == found.path[2]["step"]
+    assert "not finite" in capsys.readouterr().err
 
 
 def test_the_weights_are_restored(linear):

@@ -12,7 +12,7 @@ from framework.contracts.task import LossTask
 from framework.errors import DataError, FrameworkError, SettingError
 from framework.experiment.evaluation.reports import worst_of_run
 from framework.experiment.evaluation.samples import read_rows, row_losses
-from framework.experiment.evaluation.worst import find_worst
+from framework.experiment.evaluation.worst import MOST_SHOWN, find_worst
 from framework.experiment.trained.load import open_run
 from framework.runs.folder import RunFolder
 from runs import TIMES, cut_off_at, logged, run_training
@@ -140,6 +140,14 @@ def test_the_worst_samples_of_a_run_are_those_of_its_predictions(digits):
     assert worst.columns["prediction"] == [str(index) for index in chosen.tolist()]
     assert worst.columns["probability"] == pytest.approx(highest.tolist())
     assert worst.measured == len(targets)
+
+
+def test_a_picture_has_a_limited_number_of_samples(digits):
+    worst, _, _ = worst_of(digits.folder, 250)
+    fewer, _, _ = worst_of(digits.folder, MOST_SHOWN)
+    assert len(worst.rows()) == 250
+    assert worst.picture().shape == fewer.picture().shape
+    assert len(worst.markdown().splitlines()) == MOST_SHOWN + 2
 
 
 def test_a_sample_is_identified_by_its_row_in_the_source_and_shown_as_its_image(digits):

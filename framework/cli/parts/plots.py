@@ -44,6 +44,8 @@ def read_settings(overrides: Sequence[str], parts: Sequence[Part]) -> list[dict[
         except HydraException:
             raise SettingError(f"{text}: expected KIND.SETTING=VALUE") from None
         values = swept_values(override) if override.is_sweep_override() else [override.value()]
+        if not values:  # of glob(...) or interval(...)
+            raise SettingError(f"{text}: expected a value, or several as in 0.1,0.2")
         found = False
         known = []
         for part, own in zip(parts, settings, strict=True):
@@ -76,10 +78,16 @@ def plot_parts(
         steps: of schedules and optimizers; None for their defaults.
 
     Raises:
-        SettingError: a setting has a wrong value.
+        SettingError: a setting has a wrong value, or there are too many curves.
     """
     from .curves import NotPlotted, curves_of, maker_of
 
+    count = 0
+    for part, values in zip(parts, settings, strict=True):
+        if part["kind"] in PLOTTED:
+            count += math.prod(map(len, values.values()))
+    if count > MOST_CURVES:
+        raise SettingError(f"{count:,} curves in a plot: expected at most {MOST_CURVES}")
     found = []
     for part, values in zip(parts, settings, strict=True):
         if part["kind"] not in PLOTTED:
@@ -93,8 +101,6 @@ def plot_parts(
             except NotPlotted as error:
                 plotted.problem = str(error)
             found.append(plotted)
-    if len(found) > MOST_CURVES:
-        raise SettingError(f"{len(found)} curves in a plot: expected at most {MOST_CURVES}")
     return found
 
 
@@ -134,19 +140,21 @@ def render(plotted: Sequence[Plotted], width: int) -> RenderableType:
     """
     panels: dict[Any, list[tuple[str, Any]]] = {}
     for each in plotted:
-        for curve in each.curves.curves if each.curves is not None else ():
+        if each.curves is None:
+            continue
+        for curve in each.curves.curves:
             label = f"{each.label}, {curve.label}" if curve.label else each.label
             panels.setdefault(curve.panel, []).append((label, curve))
     lines: list[Text] = []
-    panels_of_kind = list(panels.items())
+    remaining = list(panels.items())
     most = max(1, min(4, width // (NARROWEST + 2)))
-    while panels_of_kind:
-        across = min(most, len(panels_of_kind))
-        if len(panels_of_kind) == 4 and most == 3:
+    while remaining:
+        across = min(most, len(remaining))
+        if len(remaining) == 4 and most == 3:
             across = 2
         size = min(WIDEST, (width - 2 * (across - 1)) // across)
-        row = panels_of_kind[:across]
-        panels_of_kind = panels_of_kind[across:]
+        row = remaining[:across]
+        remaining = remaining[across:]
         charts = [chart_of(panel, curves, size) for panel, curves in row]
         lines += [*side_by_side(charts, size), Text()]
     for each in plotted:

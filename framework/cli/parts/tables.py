@@ -201,8 +201,10 @@ def default_text(setting: dict[str, Any]) -> str:
 
 def value_text(value: Any) -> str:
     """Return a value as it is typed on the command line: null, true, [0.9,0.999]."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(value_text, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)

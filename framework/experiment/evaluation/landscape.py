@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,14 @@ from framework.runs import checkpoint
 from framework.runtime import seeds
 from framework.runtime.batch import Batch
 
-from .plane import LEAST_CHECKPOINTS, Plane, main_plane, movable_weights, random_plane
+from .plane import (
+    LEAST_CHECKPOINTS,
+    Plane,
+    are_finite,
+    main_plane,
+    movable_weights,
+    random_plane,
+)
 
 MARGIN = 0.25  # around the path, as a share of its extent
 MOST_POINTS = 201
@@ -98,8 +105,8 @@ class Surface:
             loader.to(self.evaluator.device)
             self.batches: list[Batch] = [loader.keep(batch) for batch in loader.epoch()]
         self.samples = len(loader.split)
-        self.steps, checkpoints = read_path(trained)
         center = movable_weights(trained.model)
+        self.steps, checkpoints = read_path(trained, center)
         moved = [each for each in checkpoints if any_different(each, center)]
         if directions == "pca" and len(moved) < LEAST_CHECKPOINTS - 1:
             raise FrameworkError(
@@ -137,7 +144,7 @@ class Surface:
         return [min(xs), max(xs)], [min(ys), max(ys)]
 
     def measure(
-        self, x: Sequence[float], y: Sequence[float], done: Callable[[], None] = lambda: None
+        self, x: Sequence[float], y: Sequence[float], done: Callable[[], None]
     ) -> Landscape:
         """Measure the loss on a grid.
 
@@ -191,7 +198,7 @@ def measure_landscapes(
     surfaces: Sequence[Surface],
     points: int,
     span: float | None,
-    started: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    done: Callable[[], None] = lambda: None,
 ) -> list[Landscape]:
     """Measure the loss of runs on grids with the same coordinates and directions of one kind.
 
@@ -200,7 +207,7 @@ def measure_landscapes(
         points: of an axis of the grid.
         span: the grid is from -span to span; None: around the paths, or from -1 to 1 for random
             directions.
-        started: receives the number of points, and returns what is called after each point.
+        done: called after each point of each grid.
 
     Raises:
         FrameworkError: points or span cannot be used.
@@ -225,7 +232,6 @@ def measure_landscapes(
         ranges = [[low - MARGIN * width, high + MARGIN * width] for low, high in ranges]
     x = grid(ranges[0][0], ranges[0][1], points)
     y = grid(ranges[1][0], ranges[1][1], points)
-    done = started(len(surfaces) * points**2)
     return [surface.measure(x, y, done) for surface in surfaces]
 
 
@@ -257,8 +263,17 @@ def check_comparable(first: Trained, second: Trained) -> None:
             )
 
 
-def read_path(trained: Trained) -> tuple[list[int], list[dict[str, Tensor]]]:
-    """Return the steps and weights of the checkpoints of a run; damaged ones are left out."""
+def read_path(
+    trained: Trained, center: Mapping[str, Tensor]
+) -> tuple[list[int], list[dict[str, Tensor]]]:
+    """Return the steps and weights of the checkpoints of a run.
+
+    Damaged ones, and those with another model or numbers that are not finite, are left out.
+
+    Args:
+        trained: an open run.
+        center: the weights of the model that directions change, by name.
+    """
     found = checkpoint.listed(trained.run / "checkpoints")
     if len(found) > MOST_CHECKPOINTS:
         last = len(found) - 1
@@ -275,6 +290,9 @@ def read_path(trained: Trained) -> tuple[list[int], list[dict[str, Tensor]]]:
             continue
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
             note(f"{each} has other weights than the model of the run; the path is without it")
+            continue
+        if not all(are_finite(state[name]) for name in center):
+            note(f"{each} has weights that are not finite; the path is drawn without it")
             continue
         steps.append(checkpoint.step_of(each))
         weights.append(state)

@@ -77,18 +77,26 @@ def movable_weights(model: nn.Module) -> Weights:
     """Return copies of the weight matrices and kernels of a model on the CPU.
 
     Raises:
-        BuildError: the model has none.
+        BuildError: they have less than two numbers together, or one that is not finite.
     """
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and parameter.is_floating_point():
             found[name] = parameter.detach().cpu().clone()
-    if not found:
+            if not are_finite(found[name]):
+                raise BuildError(f"the weights {name} of the model are not finite")
+    numbers = sum(weight.numel() for weight in found.values())
+    if numbers < 2:
         raise BuildError(
-            f"{type(model).__name__} has no weight with two axes or more: a plane of weights "
-            "needs matrices or kernels"
+            f"{type(model).__name__} has {numbers} numbers in weights with two axes or more: a "
+            "plane needs at least 2"
         )
     return found
+
+
+def are_finite(weight: Tensor) -> bool:
+    """Return whether all numbers are finite."""
+    return bool(weight.isfinite().all())
 
 
 def random_plane(center: Weights, checkpoints: Sequence[Mapping[str, Tensor]], seed: int) -> Plane:
@@ -147,15 +155,20 @@ def with_path(
     kind: str,
     checkpoints: Sequence[Mapping[str, Tensor]],
 ) -> Plane:
-    """Return a plane with the path of the checkpoints, by least squares."""
+    """Return a plane with the path of the checkpoints, by least squares.
+
+    Directions may be parallel or 0, such as those of weights of 0: then the coordinates are those
+    with the smallest norm.
+    """
     path: list[tuple[float, float]] = []
     kept = 0.0
     total = 0.0
     basis = torch.stack([flat(first), flat(second)], dim=1)  # (numbers, 2)
     gram = basis.T @ basis
+    inverse = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True)
     for checkpoint in checkpoints:
         moved = difference(center, checkpoint)
-        coordinates = torch.linalg.solve(gram, basis.T @ moved)
+        coordinates = inverse @ (basis.T @ moved)
         x, y = coordinates.tolist()
         path.append((x, y))
         kept += float(coordinates @ gram @ coordinates)

@@ -4,6 +4,7 @@ The results are files in the folder `evaluation` of the run, and records for Ten
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import nn
 
 from framework.contracts.logger import Logger
 from framework.data.dataset import Data
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError
 from framework.errors.terminal import note
 from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
@@ -24,12 +25,12 @@ from framework.registry.kinds import loggers
 from framework.runs import checkpoint
 from framework.runs.run_files import RunFiles
 from framework.runs.run_state import is_written
-from framework.runtime.display.drawing import captioned, encode_png, side_by_side
+from framework.runtime.display.drawing import encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
 from .decisions import Decision, read_decisions
-from .worst import Worst, describe, find_worst, shower
+from .worst import MOST_SHOWN, Worst, describe, find_worst, shower
 
 FOLDER = "evaluation"  # in the folder of a run
 MOST_PR_CURVES = 20  # cards on the page of TensorBoard
@@ -42,13 +43,11 @@ def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> Worst:
         trained: an open run.
         data: its data.
         split: the name of the split.
-        count: how many samples.
+        count: how many samples, at least 1.
 
     Raises:
         FrameworkError: there are not so many samples, or a sample has no loss of its own.
     """
-    if count < 1:
-        raise FrameworkError(f"--worst {count}: expected at least 1")
     loader = build_loader(trained.spec, trained.model, data, split)
     samples = len(loader.split)
     if count > samples:
@@ -88,8 +87,8 @@ def curves_of_run(trained: Trained, decision: Decision) -> Curves:
 def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
     """Write the samples as JSON, and images of them as a PNG; return the files."""
     written = [write(trained.run, f"worst-{split}.json", as_json(worst.rows()))]
-    if worst.shown.images is not None:
-        picture = captioned(worst.shown.images, worst.captions())
+    picture = worst.picture()
+    if picture is not None:
         written.append(write(trained.run, f"worst-{split}.png", encode_png(picture[0])))
     return written
 
@@ -97,8 +96,9 @@ def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
 def save_curves(trained: Trained, curves: Curves, split: str) -> list[Path]:
     """Write the points as CSV and JSON, and the charts as a PNG; return the files."""
     content = curves.summary() | {"curves": asdict(curves)}
+    picture = side_by_side(draw_curves(curves))
     return [
-        write(trained.run, f"curves-{split}.png", encode_png(side_by_side(draw_curves(curves))[0])),
+        write(trained.run, f"curves-{split}.png", encode_png(picture[0])),
         write(trained.run, f"curves-{split}.csv", curves_csv(curves)),
         write(trained.run, f"curves-{split}.json", as_json(content)),
     ]
@@ -108,14 +108,11 @@ def write(run: Path, name: str, content: bytes | str) -> Path:
     """Write a file into the folder of results of a run; return its path.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written, or the folder is a link.
     """
-    folder = run / FOLDER
-    if folder.is_symlink():
-        raise RunError(f"{folder} is a symbolic link; results are not written through links")
-    make_folder(folder)
-    write_file(run, f"{FOLDER}/{name}", content)
-    return folder / name
+    make_folder(run / FOLDER)
+    write_file(run, f"{FOLDER}/{name}", content)  # refuses a folder that is a link
+    return run / FOLDER / name
 
 
 def as_json(content: Any) -> str:
@@ -126,7 +123,7 @@ def as_json(content: Any) -> str:
 def finite(content: Any) -> Any:
     """Return plain types in which numbers that are not finite are None."""
     if isinstance(content, float):
-        return content if abs(content) < float("inf") else None
+        return content if math.isfinite(content) else None
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -183,10 +180,11 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
     shown = worst.shown
     # TensorBoard shows a tag on one page only
     logger.text(f"{tag}/table", worst.markdown(), step)
-    if shown.images is not None and len(worst):
-        logger.images(f"{tag}/images", captioned(shown.images, worst.captions()), step)
+    picture = worst.picture()
+    if picture is not None:
+        logger.images(f"{tag}/images", picture, step)
     if shown.waves is not None and len(worst):
-        waves = nn.utils.rnn.pad_sequence(list(shown.waves), batch_first=True)
+        waves = nn.utils.rnn.pad_sequence(list(shown.waves[:MOST_SHOWN]), batch_first=True)
         logger.audio(f"{tag}/sounds", waves, shown.rate, step)
 
 

@@ -141,7 +141,7 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
         )
     losses = unreduced_losses(task, rows)
     if losses is not None:
-        return losses.double().cpu()
+        return losses
     if has_dtensors(measured.model):
         raise DataError(
             f"{type(task).__name__}: the loss of single samples needs a forward pass for each, "
@@ -152,12 +152,14 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
         sample = select_rows(rows.batch, row, row + 1)
         loss = measured.strategy.forward(task.step, measured.model, sample).loss.detach()
         counts = float(task.count(sample)) > 0  # class weights make a fraction of it
-        found.append(loss.double() if counts else torch.tensor(-torch.inf))
-    return torch.stack([loss.cpu() for loss in found]).double()
+        found.append(in_float64(loss) if counts else torch.tensor(-torch.inf).double())
+    return torch.stack(found)
 
 
 def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
-    """Return the losses of samples from the outputs; None if they need a forward pass each.
+    """Return the losses of samples from the outputs, in float64 on the CPU.
+
+    None if they need a forward pass each.
 
     The loss must be a mean of torch without weights. Their mean is compared with the loss of the
     batch: a task may do more than to call its criterion.
@@ -179,7 +181,12 @@ def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
     losses = unreduced(outputs, targets)
     if len(losses) != len(rows):
         return None
-    losses = losses.reshape(len(rows), -1).mean(1)
-    mean = losses.double().mean()
-    same = torch.isclose(mean, rows.step.loss.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
+    losses = in_float64(losses.reshape(len(rows), -1).mean(1))
+    of_batch = in_float64(rows.step.loss)
+    same = torch.isclose(losses.mean(), of_batch, rtol=1e-3, atol=1e-6, equal_nan=True)
     return losses if bool(same) else None
+
+
+def in_float64(losses: Tensor) -> Tensor:
+    """Return losses in float64 on the CPU; a device such as mps has no float64."""
+    return losses.cpu().double()

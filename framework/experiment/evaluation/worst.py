@@ -14,12 +14,14 @@ from framework.contracts.task import Task
 from framework.data.dataset import Data, Scale, Shown, names_or_numbers
 from framework.errors import DataError
 from framework.runtime.display import markdown
+from framework.runtime.display.drawing import captioned
 
 from .decisions import Decision, decide
 from .samples import Measured, Rows, read_rows, row_losses
 
 CUT = 300  # characters of a text in a table
 MOST_LABELS = 8  # of a sample with several labels or values
+MOST_SHOWN = 100  # samples in a picture and in TensorBoard; all are in the JSON file
 
 
 @dataclass
@@ -160,10 +162,17 @@ class Worst:
         rows = zip(*columns.values(), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
+    def picture(self) -> Tensor | None:
+        """Return the images above their captions, shape (1, 3, height, width); None without one."""
+        images = self.shown.images
+        if images is None or len(self) == 0:
+            return None
+        return captioned(images[:MOST_SHOWN], self.captions())
+
     def captions(self) -> list[str]:
-        """Return a caption for each sample: prediction and probability, label, loss."""
+        """Return the captions of the picture: prediction and probability, label, loss."""
         captions = []
-        for row in range(len(self)):
+        for row in range(min(len(self), MOST_SHOWN)):
             cells = {name: values[row] for name, values in self.columns.items()}
             lines = []
             if "prediction" in cells:
@@ -176,7 +185,7 @@ class Worst:
 
     def markdown(self) -> str:
         """Return the samples as a table in Markdown."""
-        rows = self.rows()
+        rows = self.rows()[:MOST_SHOWN]
         if not rows:
             return ""
         cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]

@@ -228,7 +228,7 @@ def heat_map(
     Returns:
         One image (1, 3, height, width).
     """
-    numbers = values.double().cpu()
+    numbers = values.cpu().double()  # in this order: mps has no float64
     if log:
         numbers = numbers.log10()
     known = numbers[numbers.isfinite()]

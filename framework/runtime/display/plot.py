@@ -44,7 +44,7 @@ def braille(
     dots = 4 * rows
     if high is None:
         high = max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0
-    scale = (high - low) or 1.0
+    axis = Axis(low, high)
     cells = [[BLANK] * columns for _ in range(rows)]
     last: int | None = None
     for x in range(2 * columns if values else 0):
@@ -52,7 +52,8 @@ def braille(
         if not math.isfinite(value):
             last = None
             continue
-        y = min(dots - 1, max(0, round((value - low) / scale * (dots - 1))))
+        share = min(1.0, max(0.0, axis.position(value)))
+        y = round(share * (dots - 1))
         gap = range(y, y + 1)
         if joined and last is not None and last != y:
             gap = range(last + 1, y + 1) if last < y else range(y, last)

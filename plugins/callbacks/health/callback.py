@@ -191,8 +191,8 @@ class Health(Callback):
                 run_task, trainer.model, trainer, batch, recorder, inputs
             )
         if samples is not None and inputs is not None:
-            of_samples = samples.detach().float().std(0).mean()
-            scalars["spread", 0] = of_samples / inputs.float().std(0).mean()
+            of_samples = samples.detach().float().std(0, correction=0).mean()
+            scalars["spread", 0] = of_samples / inputs.float().std(0, correction=0).mean()
         for row, total in recorder.totals.items():
             layer = recorder.layers[row]
             assert total.sums is not None

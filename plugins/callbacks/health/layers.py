@@ -98,7 +98,7 @@ class Activations:
 
     Attributes:
         count: the number of activations.
-        sums: their sum and that of their squares, shape (2,), float64.
+        sums: their sum and that of their squares, shape (2,), float64 (float32 on mps).
         stuck: the number of those whose derivative is almost 0.
         dead: whether each unit is stuck for all samples; None without an activation.
     """
@@ -181,7 +181,8 @@ class Recorder:
         output = call.output.detach()
         variance, mean = torch.var_mean(output.float(), correction=0)
         count = output.numel()
-        sums = torch.stack([mean, variance + mean.square()]).double() * count
+        dtype = torch.float32 if output.device.type == "mps" else torch.float64  # mps has none
+        sums = torch.stack([mean, variance + mean.square()]).to(dtype) * count
         total.sums = sums if total.sums is None else total.sums + sums
         total.count += count
         if call.activation is None or call.inputs is None:

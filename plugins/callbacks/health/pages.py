@@ -33,7 +33,10 @@ def layer_table(seen: Observation, messages: Sequence[str]) -> str:
             cells.append("" if isnan(value) else f"{value:.3g}")
         rows.append(cells)
     table = markdown.table(["layer", "activation", *columns], rows)
-    return "\n".join(f"- {message}" for message in messages) + "\n\n" * bool(messages) + table
+    if not messages:
+        return table
+    items = "\n".join(f"- {message}" for message in messages)
+    return f"{items}\n\n{table}"
 
 
 def heat_maps(seen: Observation, steps: Sequence[int], history: Tensor) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ class Observation:
         layers: those of the model.
         numbers: of each layer, by quantity (see `layers.QUANTITIES`); nan for unknown ones.
         loss: of the step.
-        rate: the largest learning rate of the optimizer's groups, without the schedule.
+        rate: the largest learning rate of the optimizer's groups, without the schedule; nan if
+            the optimizer has none.
         factor: that of the schedule on the learning rate.
         inputs: mean and standard deviation of the model's inputs; nan if they are no numbers.
         spread: standard deviation over the batch of samples of a generator, relative to that of the
@@ -200,7 +201,7 @@ class Watch:
         weight = seen.numbers["weight"][worst]
         update = largest_update(seen)
         size = seen.root_mean_square(worst)
-        typical = TYPICAL_UPDATE
+        now = "" if math.isnan(seen.rate) else f" (now {seen.rate:.3g})"
         match name:
             case "inputs":
                 mean, std = seen.inputs
@@ -211,8 +212,7 @@ class Watch:
             case "activations":
                 return (
                     f"{where}: exploding activations, root mean square {size:.3g}; try "
-                    "initializer=kaiming_normal, norm=batch, or a lower optimizer.lr "
-                    f"(now {seen.rate:.3g})"
+                    f"initializer=kaiming_normal, norm=batch, or a lower optimizer.lr{now}"
                 )
             case "gradients":
                 return (
@@ -236,32 +236,30 @@ class Watch:
             case "dead":
                 return (
                     f"{where}: {percent(self._dead_share(worst))} of its units dead, gradient norm "
-                    f"{gradient:.3g}; try a lower optimizer.lr (now {seen.rate:.3g}), "
+                    f"{gradient:.3g}; try a lower optimizer.lr{now}, "
                     "activation=leaky_relu, or norm=batch"
                 )
             case "small":
-                proposed = rounded_rate(seen.rate * typical / update if update else 1e-3)
                 return (
                     f"the learning rate is too small: a step changes no layer by more than "
-                    f"{update:.1e} of its weights (typical: {typical:g}), and {losses}; try "
-                    f"optimizer.lr={proposed:g} (now {seen.rate:.3g})"
+                    f"{update:.1e} of its weights (typical: {TYPICAL_UPDATE:g}), and {losses}; try "
+                    f"{better_rate(seen.rate, update, 'a higher learning rate')}{now}"
                 )
             case "large":
-                proposed = rounded_rate(seen.rate * typical / update)
                 return (
                     f"the learning rate is too large: a step changes a layer by {update:.2g} of "
-                    f"its weights (typical: {typical:g}), and {losses}; try "
-                    f"optimizer.lr={proposed:g} (now {seen.rate:.3g})"
+                    f"its weights (typical: {TYPICAL_UPDATE:g}), and {losses}; try "
+                    f"{better_rate(seen.rate, update, 'a lower learning rate')}{now}"
                 )
             case "separated":
                 return (
                     f"the discriminator recognizes all samples, its loss is "
-                    f"{seen.discriminator_loss:.2g}; try task.penalty=1, or a lower optimizer.lr "
-                    f"(now {seen.rate:.3g})"
+                    f"{seen.discriminator_loss:.2g}; try task.penalty=1, or a lower "
+                    f"optimizer.lr{now}"
                 )
         return (
             f"the generator has collapsed: its samples vary {percent(seen.spread)} as much as the "
-            f"inputs; try task.penalty=1, or a lower optimizer.lr (now {seen.rate:.3g})"
+            f"inputs; try task.penalty=1, or a lower optimizer.lr{now}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,7 +310,7 @@ def vanishing_gradients(seen: Observation) -> list[int]:
         return []
     gradients = seen.numbers["gradient"]
     rows = seen.trained()
-    largest = max((gradients[row] for row in rows), default=0.0)
+    largest = max((gradients[row] for row in rows if isfinite(gradients[row])), default=0.0)
     return [row for row in rows if 0 < gradients[row] < VANISHING * largest]
 
 
@@ -342,9 +340,19 @@ def largest_update(seen: Observation) -> float:
     return max((each for each in updates if isfinite(each)), default=nan)
 
 
-def rounded_rate(rate: float) -> float:
-    """Return the power of ten that is nearest to a learning rate."""
-    return float(10.0 ** round(math.log10(rate)))
+def better_rate(rate: float, update: float, default: str) -> str:
+    """Return the setting of a learning rate, a power of ten, with a typical update.
+
+    Args:
+        rate: the learning rate now; nan if the optimizer has none.
+        update: the largest relative change of weights with it.
+        default: returned without a learning rate.
+    """
+    if math.isnan(rate):
+        return default
+    if rate <= 0 or update <= 0:
+        return f"optimizer.lr={TYPICAL_UPDATE:g}"
+    return f"optimizer.lr={10.0 ** round(math.log10(rate * TYPICAL_UPDATE / update)):g}"
 
 
 def percent(share: float) -> str:

@@ -265,11 +265,21 @@ def test_settings_make_curves_of_their_own(capsys):
         (["activation.alpha=1"], "expected a part before its settings"),
         (["adam", "--steps", "1"], "--steps 1: expected from 2"),
         (["adam", "optimizer.lr=[1"], "expected KIND.SETTING=VALUE"),
+        (["adam", "optimizer.lr=interval(0,1)"], "expected a value, or several"),
     ],
 )
 def test_wrong_settings_are_errors(words, message):
     with pytest.raises(fw.FrameworkError, match=message):
         cli.run(["show", *words])
+
+
+def test_too_many_curves_are_refused_before_they_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr("framework.cli.parts.curves.curves_of", lambda *part: measured.append(part))
+    words = ["optimizer.lr=range(1,1001)", "optimizer.momentum=range(0,1000)"]
+    with pytest.raises(fw.FrameworkError, match="1,000,001 curves in a plot: expected at most 12"):
+        cli.run(["show", "relu", "optimizer/sgd", *words])
+    assert measured == []
 
 
 def test_an_activation_of_a_plugin_is_plotted_like_any_other(capsys):

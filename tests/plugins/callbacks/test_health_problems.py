@@ -1,5 +1,6 @@
 """Networks built to fail: the warning of `health` names the layer, and its remedy removes it."""
 
+import math
 import re
 import warnings
 from copy import deepcopy
@@ -12,6 +13,7 @@ import framework as fw
 import substitutes
 from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
+from framework_plugins.callbacks.health.problems import Observation, vanishing_gradients
 from runs import composed, run_training
 
 HEALTH = ["callbacks=[health]", "trainer.max_epochs=4", "trainer.validate_every=100epochs"]
@@ -117,6 +119,13 @@ def test_the_remedy_removes_the_warning(name, remedy, tmp_path):
     assert not [text for text in texts if re.search(case["warning"], text)], (kind, texts)
 
 
+@pytest.mark.parametrize(("largest", "rows"), [(1e6, [1, 2]), (math.inf, [])])
+def test_an_infinite_gradient_does_not_make_others_vanish(largest, rows):
+    numbers = {"gradient": [largest, 1.0, 2.0]}
+    seen = Observation(step=1, layers=[], numbers=numbers, loss=1.0, rate=0.1, factor=1.0)
+    assert vanishing_gradients(seen) == rows
+
+
 def test_a_bias_that_kills_relus_is_named():
     """Without a config, the layer with the wrong bias is the only one that is named."""
     torch.manual_seed(0)
@@ -131,6 +140,36 @@ def test_a_bias_that_kills_relus_is_named():
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     with pytest.warns(UserWarning, match=r"layer 2 of 3, 2 \(relu\): 88 % of its units dead"):
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """Descends with a step size that is no `lr`."""
+
+    def __init__(self, parameters, size):
+        super().__init__(parameters, {"size": size})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["size"] * parameter.grad
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0.0, "too small: .*try a higher learning rate$"), (30.0, "large.*try a lower learning rate")],
+)
+def test_an_optimizer_without_a_learning_rate_gets_advice_without_one(size, words):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs = torch.randn(640, 6)
+    data = fw.TensorSplit(inputs, (inputs[:, 0] > 0).long())
+    trainer = fw.Trainer(max_epochs=2, callbacks=[fw.callbacks.build("health", every="10steps")])
+    optimizer = WithoutRate(model.parameters(), size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
+    assert any(re.search(words, str(each.message)) for each in caught)
 
 
 class Stuck(nn.Module):
@@ -164,6 +203,17 @@ def test_a_generator_without_variety_has_collapsed(scale, collapses):
     texts = [str(each.message) for each in caught]
     assert any("generator has collapsed" in text for text in texts) == collapses
     assert not collapses or len(texts) == 1
+
+
+def test_the_variety_of_a_single_sample_is_not_known():
+    model = Stuck(1.0)
+    health = fw.callbacks.build("health", every="1steps", samples=1)
+    trainer = fw.Trainer(max_steps=2, callbacks=[health])
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    task = fw.tasks.build("adversarial")
+    trainer.fit(model, fw.TensorSplit(torch.randn(8, 4)), task=task, optimizer=optimizer)
+    assert math.isnan(health.seen.spread)
+    assert not math.isnan(health.seen.numbers["mean"][0])
 
 
 def test_a_discriminator_that_recognizes_all_samples_is_reported():

@@ -16,6 +16,7 @@ from framework_plugins.datasets.array_files import DEBIAN_FOLDER, idx_file, read
 from framework_plugins.datasets.readers.fetched import cache_folder
 
 RNG = np.random.default_rng(0)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def draw(folder, count, size=(12, 8), ending="png"):
@@ -92,6 +93,19 @@ def test_images_to_predict(pets):
         read(pets / "none", facts)
     with pytest.raises(DataError, match=r"notes.txt cannot be read as an image"):
         read(pets / "dog/notes.txt", facts)
+
+
+def test_an_image_of_another_format_runs_no_program(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    run = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *settings: run.append(settings))
+    draw(tmp_path / "a", 2)
+    draw(tmp_path / "b", 2)
+    (tmp_path / "b/00.png").write_bytes(EPS)
+    with pytest.raises(DataError, match=r"b/00.png cannot be read as an image"):
+        fw.datasets.build("image_folder", path=tmp_path, size=8)
+    assert run == []
 
 
 def test_rotated_and_transparent_images(tmp_path):

@@ -11,6 +11,7 @@ import torch
 import framework as fw
 from framework.errors import SettingError
 from framework_plugins.loggers import tracker
+from framework_plugins.loggers.journal import as_image, rewind_journal
 from framework_plugins.loggers.tracker import Tracker
 
 
@@ -236,6 +237,21 @@ def test_all_kinds_of_records_reach_the_tracker(tmp_path, manifest):
     assert "nothing" not in record.histograms
     assert logger.outcome.settings == {"optimizer": "adamw", "optimizer.lr": 0.1}
     assert logger.outcome.metrics == {"val/loss": 2.0}
+
+
+@pytest.mark.parametrize("kind", ["scalars", "texts", "images", "histograms"])
+def test_a_resumed_run_writes_the_records_of_the_test_again(tmp_path, kind):
+    value = {"scalars": 1.0, "texts": "x", "images": [], "histograms": []}[kind]
+    kept = json.dumps({"step": 10, "time": 1.0, kind: {"val/a": value}}) + "\n"
+    (tmp_path / "memory.jsonl").write_text(kept + kept.replace("val/a", "test/a"))
+    rewind_journal(tmp_path, "memory", 20)
+    assert (tmp_path / "memory.jsonl").read_text() == kept
+
+
+def test_only_png_images_of_a_journal_are_opened():
+    assert as_image(fw.drawing.encode_png(torch.zeros(1, 4, 4))).size == (4, 4)
+    with pytest.raises(OSError, match="cannot identify image file"):
+        as_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
 
 
 def test_the_trials_of_a_sweep_are_a_group(tmp_path, manifest):

@@ -1,6 +1,8 @@
 """Charts and captioned images."""
 
 import math
+import sys
+from itertools import product
 
 import pytest
 import torch
@@ -36,6 +38,20 @@ def test_a_logarithmic_axis_is_positive():
     assert Axis(0.01, 100, log=True).position(1) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="above 0, not at 0"):
         Axis(0, 1, log=True)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_of_any_range_has_positions_and_ticks(log):
+    numbers = [5e-324, 1e-300, 1.0, 1 + 2**-52, 1e16, 1e17, 1e300, sys.float_info.max]
+    if not log:
+        numbers += [0.0, *(-number for number in numbers)]
+    for low, high in product(numbers, numbers):
+        axis = Axis(low, high, log)
+        assert axis.low < axis.high
+        assert axis.position(axis.low) == 0
+        assert axis.position(axis.high) == 1
+        assert not any(math.isnan(axis.position(number)) for number in numbers)
+        assert 1 <= len(axis.ticks()) < 12
 
 
 def pixel_of(chart, x, y):

@@ -57,3 +57,7 @@ def test_a_curve_of_extreme_values_has_finite_corners(log):
     curve = html.small_curve(list(enumerate(values)), log)
     assert "nan" not in curve
     assert "inf" not in curve
+
+
+def test_a_constant_curve_of_large_values_is_at_the_bottom():
+    assert {y for _, y in corners(html.small_curve([(0, 1e16), (1, 1e16)]))} == {23.0}
