@@ -118,10 +118,12 @@ class Histograms(Callback):
         self.activations = activations
         self.samples = samples
         self.logged_step = 0
+        self.logged_gradients: set[str] = set()  # the parameters at this step
 
     def reset(self) -> None:
         super().reset()
         self.logged_step = 0
+        self.logged_gradients = set()
 
     def needs_gradients(self, trainer: Context) -> bool:
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock
@@ -132,12 +134,16 @@ class Histograms(Callback):
         return f"copies all weights and gradients{also}, {self.cadence}"
 
     def on_gradients(self, trainer: Context) -> None:
-        if not self.cadence.due(trainer.state):
-            return
         step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
-        self._log_model(trainer, step)
+        if step != self.logged_step:
+            if not self.cadence.due(trainer.state):
+                return
+            self._log_model(trainer, step)
+            self.logged_gradients.clear()
+        # once per step: a task may have several phases in a step, each with gradients
         for name, parameter in trainer.model.named_parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and name not in self.logged_gradients:
+                self.logged_gradients.add(name)
                 log_histogram(trainer, f"gradients/{name}", parameter.grad, step)
 
     def on_fit_end(self, trainer: Context) -> None:
@@ -194,7 +200,8 @@ class Augmented(Transform):
     """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
     Below each is its class or number; for mixed targets, the two largest shares. It logs them after
-    the first step, and then at its cadence. List it after the other transforms.
+    the first step, and then at its cadence; instead of a smaller batch, such as the last one of an
+    epoch, the batch before it. List it after the other transforms.
 
     Args:
         count: number of images, at most a batch.
@@ -209,28 +216,36 @@ class Augmented(Transform):
         self.inputs: Tensor | None = None
         self.targets: Any = None
 
+    def reset(self) -> None:
+        super().reset()
+        self.inputs = None
+        self.targets = None
+
     def __call__(self, batch: Batch) -> Batch:
         """Copy the first inputs and targets; return the batch unchanged."""
-        self.inputs = batch[0][: self.count].clone()  # a loader may reuse their memory
+        inputs = batch[0][: self.count]
+        if self.inputs is not None and len(inputs) < len(self.inputs):
+            return batch  # the last batch of an epoch may be small
+        self.inputs = inputs.clone()  # a loader may reuse their memory
         self.targets = batch[1][: self.count].clone() if len(batch) > 1 else None
         return batch
 
     def on_step_end(self, trainer: Context) -> None:
         state = trainer.state
-        due = self.cadence.due(state)
-        if self.inputs is not None and (due or state.step == 1):
-            images = as_pictures(self.inputs)
-            if images is None:
-                shape = tuple(self.inputs.shape[1:])
-                raise SettingError(
-                    f"callbacks.augmented: expected images (C, H, W), got {self.inputs.dtype} "
-                    f"{shape}"
-                )
-            captions = [""] * len(images)
-            if isinstance(self.targets, Tensor):
-                captions = target_texts(self.targets, class_names(trainer.folder))
-            image = drawing.captioned(images, captions)
-            for logger in trainer.loggers:
-                logger.images("augmented", image, state.step)
+        due = self.cadence.due(state) or state.step == 1
+        if self.inputs is None or not due:
+            return
+        images = as_pictures(self.inputs)
+        if images is None:
+            shape = tuple(self.inputs.shape[1:])
+            raise SettingError(
+                f"callbacks.augmented: expected images (C, H, W), got {self.inputs.dtype} {shape}"
+            )
+        captions = [""] * len(images)
+        if isinstance(self.targets, Tensor):
+            captions = target_texts(self.targets, class_names(trainer.folder))
+        image = drawing.captioned(images, captions)
+        for logger in trainer.loggers:
+            logger.images("augmented", image, state.step)
         self.inputs = None
         self.targets = None

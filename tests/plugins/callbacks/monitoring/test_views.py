@@ -229,6 +229,12 @@ def test_the_first_batch_is_shown_with_its_classes():
     shown, _ = fit(build("augmented", count=4, every="2epochs"))
     assert list(shown.pictures) == [("augmented", 1), ("augmented", 6)]
     assert shown.pictures["augmented", 1].shape == (1, 3, 94, 350)
+    split = fw.TensorSplit(IMAGES[:9], torch.arange(9) % 3)  # the last batch has one image
+    shown, _ = fit(build("augmented", count=4), split=split)
+    assert [step for _, step in shown.pictures] == [1, 3, 6]
+    for step in (1, 3, 6):
+        white_below = shown.pictures["augmented", step][0, :, 40, 350 - 80 :]
+        assert white_below.min() < 0.9, "the row has four images"
 
 
 def test_targets_as_texts():
