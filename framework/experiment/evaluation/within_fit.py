@@ -68,12 +68,11 @@ def record_worst(trainer: Context, count: int) -> None:
     if not trainer.strategy.is_main:
         return
     facts = facts_of(trainer.folder)
-    scale = facts.get("scale")
     worst = describe(
         found,
         trainer.task,
         class_names(trainer.folder),
-        None if scale is None else Scale(*scale),
+        target_scale(trainer.folder),
         readable_inputs(trainer.folder, facts),
         partial(file_names, getattr(trainer.val_batches, "split", None)),
     )
@@ -102,6 +101,12 @@ def facts_of(folder: Path | None) -> Mapping[str, Any]:
         return read_facts(folder)
     except (OSError, RunError):
         return {}
+
+
+def target_scale(folder: Path | None) -> Scale | None:
+    """Return the scale of the targets of the run in a folder; None if they are not scaled."""
+    scale = facts_of(folder).get("scale")
+    return None if scale is None else Scale(*scale)
 
 
 def readable_inputs(folder: Path | None, facts: Mapping[str, Any]) -> Callable[[Tensor], Shown]:
