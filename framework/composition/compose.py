@@ -27,7 +27,7 @@ from .config_files import checked_files
 from .hydra_groups import filled_store
 from .origins import Origins
 from .override_checks import PLUGIN_GROUPS, not_available
-from .override_syntax import dotted, groups, override_key
+from .override_syntax import dotted, groups, override_key, override_paths
 from .overrides import Overrides, as_typed, own_settings, rewrite
 from .sources import COMMAND_LINE, File, Sources, line_with, read_config_file
 from .spec import Spec, followed_kind, read_spec
@@ -125,7 +125,10 @@ class Composing:
 
     def sources_of_job(self, overrides: Iterable[str]) -> Sources:
         """Return the sources of a job in a sweep; its overrides may come from a config file."""
-        return replace(self.sources, chosen=[override_key(text) for text in overrides])
+        chosen: list[str] = []
+        for text in overrides:
+            chosen += override_paths(text)
+        return replace(self.sources, chosen=chosen)
 
     def job(self, config: Any) -> Job:
         """Check the config of a job in a sweep, while it is Hydra's current config.

@@ -46,6 +46,22 @@ def override_key(text: str) -> str:
     return dotted(text.partition("=")[0].lstrip("+~"))
 
 
+def override_paths(text: str) -> list[str]:
+    """Return the key of an override, and the paths of the settings in its value.
+
+    For `optimizer={name: sgd, lr: 0.1}` these are `optimizer`, `optimizer.name` and `optimizer.lr`.
+    The settings in the values of a sweep are left out: each job has its own overrides.
+    """
+    key = override_key(text)
+    _, override = parse(text)
+    if override.is_sweep_override():
+        return [key]
+    value: Any = override.value()
+    if not isinstance(value, Mapping):
+        return [key]
+    return [key, *(f"{key}.{name}" for name in value)]
+
+
 def parse(text: str) -> tuple[str, Override]:
     """Parse an override, after quoting values that Hydra's grammar does not accept.
 

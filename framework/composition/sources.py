@@ -13,6 +13,8 @@ from framework.errors.paths import shorter
 from framework.registry.registry import Registry
 from framework.system.files import check_yaml
 
+from .override_syntax import override_paths
+
 COMMAND_LINE = "command line"
 KEY_VALUE_LINES = "expected lines of the form `key: value`"
 File = tuple[Path, str]
@@ -73,7 +75,10 @@ class Sources:
             By config key, the names to remove from `tree[key]`.
         """
         contents = [read_config_file(file) for file, package in self.files if not package]
-        chosen = {tuple(path.split(".")[:2]) for path in (*self.typed, *self.chosen)}
+        paths = list(self.chosen)
+        for text in self.typed.values():
+            paths += override_paths(text)
+        chosen = {tuple(path.split(".")[:2]) for path in paths}
         unused: dict[str, set[str]] = {}
         for key, registry in Registry.by_key().items():
             composed = tree.get(key)

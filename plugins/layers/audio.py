@@ -24,6 +24,7 @@ from framework import (
     blocks,
     callbacks,
     class_names,
+    drawing,
     markdown,
     read_spread_samples,
     shapes,
@@ -333,7 +334,8 @@ def draw_bands(count: int, widest: Tensor, size: Tensor, positions: int) -> Tens
 class Spectrograms(ValidationCallback):
     """Logs spectrograms of validation samples, framed green if predicted correctly, else red.
 
-    A table lists their true and predicted classes. The features are the output of the log_mel or
+    Below each is the predicted class with its probability, and the true class; a table also lists
+    them. The features are the output of the log_mel or
     mfcc block of the model; without such a block, its inputs.
 
     Args:
@@ -367,10 +369,14 @@ class Spectrograms(ValidationCallback):
         images = []
         for feature, correct in zip(features.cpu(), predicted == targets, strict=True):
             images.append(framed_image(feature, bool(correct)))
-        pictures = torch.stack(images)
-        table = predictions_table(
-            targets.tolist(), predicted.tolist(), probability.tolist(), class_names(trainer.folder)
-        )
+        names = class_names(trainer.folder)
+        rows = predictions(targets.tolist(), predicted.tolist(), probability.tolist(), names)
+        table = markdown.table(["sample", "true", "predicted", "probability"], rows)
+        captions = [
+            f"{guess} {float(share):.0%}\ntrue: {target}" for _, target, guess, share in rows
+        ]
+        columns = min(4, max(1, drawing.CARD // (images[0].shape[-1] + 8)))
+        pictures = drawing.captioned(torch.stack(images), captions, columns)
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
             logger.text("spectrograms/predictions", table, trainer.state.step)
@@ -409,10 +415,10 @@ def framed_image(features: Tensor, correct: bool) -> Tensor:
     return image
 
 
-def predictions_table(
+def predictions(
     targets: list[int], predicted: list[int], probability: list[float], names: list[str]
-) -> str:
-    """Return a markdown table of the true and the predicted class of each sample."""
+) -> list[list[str]]:
+    """Return the number, the true class, the predicted class and its probability of each sample."""
 
     def name(index: int) -> str:
         return names[index] if index < len(names) else str(index)
@@ -420,5 +426,5 @@ def predictions_table(
     rows = []
     columns = zip(targets, predicted, probability, strict=True)
     for number, (target, guess, share) in enumerate(columns, 1):
-        rows.append([number, name(target), name(guess), f"{share:.2f}"])
-    return markdown.table(["sample", "is", "taken for", "probability"], rows)
+        rows.append([str(number), name(target), name(guess), f"{share:.2f}"])
+    return rows

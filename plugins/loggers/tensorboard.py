@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ STATUS_SUCCESS = 1  # of the HParams plugin
 SESSION_START = 1  # SessionLog.START
 WAV = 11  # AudioPluginData.WAV
 THRESHOLDS = 127  # of a curve of precision and recall, as in TensorBoard's own writer
+BOTH_SPLITS = "training and validation"  # the first part of the Custom Scalars page
 PROJECTOR_FILE = "projector_config.pbtxt"  # where the Projector page looks for it
 
 
@@ -53,6 +54,7 @@ class TensorBoard(Logger):
         self._folder = Path()
         self._embeddings: dict[str, dict[str, Any]] = {}
         self._layout: dict[str, dict[str, list[str]]] = {}
+        self._layout_written = False
         self._test_step = 0
         self._test_values: dict[str, float] = {}
 
@@ -70,16 +72,14 @@ class TensorBoard(Logger):
         if self._resumed:
             self._file.discard_after(step)
         self._test_values = {}
-        pairs = {}
-        for name in dict.fromkeys(["loss", *metrics]):
-            pairs[name] = [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
-        self._layout = {"training and validation": pairs}
-        self._write(0, [layout_value(self._layout)])
+        pairs = {name: both_splits(name) for name in ("loss", *metrics)}
+        self._layout = {BOTH_SPLITS: pairs}
+        self._layout_written = False
 
     def charts(self, title: str, charts: Mapping[str, str]) -> None:
-        """Add charts to the Custom Scalars page; the last layout in a file counts."""
+        """Add charts to the Custom Scalars page."""
         self._layout[title] = {name: [f"^{re.escape(prefix)}"] for name, prefix in charts.items()}
-        self._write(0, [layout_value(self._layout)])
+        self._layout_written = False
 
     def scalars(
         self, values: dict[str, float], *, step: int, epoch: int, wall_seconds: float
@@ -90,7 +90,23 @@ class TensorBoard(Logger):
         if len(charted) < len(values):
             charted |= self._tested_again(values, step)
         self._logged_tags.update(charted)
+        self._update_layout(charted)
         self._write(step, scalar_values(charted))
+
+    def _update_layout(self, tags: Iterable[str]) -> None:
+        """Add charts of values of both splits, such as those of a task; record a new layout.
+
+        The last layout of a run counts. An evaluation, which logs no scalars, records none.
+        """
+        charts = self._layout.get(BOTH_SPLITS, {})
+        for tag in tags:
+            name = tag.removeprefix("val/")
+            if tag != name and name not in charts and f"train/{name}" in self._logged_tags:
+                charts[name] = both_splits(name)
+                self._layout_written = False
+        if tags and not self._layout_written:
+            self._write(0, [layout_value(self._layout)])
+            self._layout_written = True
 
     def _tested_again(self, values: Mapping[str, float], step: int) -> dict[str, float]:
         """Return the values of the test split that belong into charts; keep those of one step."""
@@ -357,6 +373,11 @@ def scalar_values(values: Mapping[str, float]) -> list[dict[str, Any]]:
 def finite(values: Mapping[str, float]) -> dict[str, float]:
     """Return the values that are finite."""
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def both_splits(name: str) -> list[str]:
+    """Return regular expressions of the tags of a value of training and validation."""
+    return [f"^train/{re.escape(name)}$", f"^val/{re.escape(name)}$"]
 
 
 def layout_value(layout: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any]:

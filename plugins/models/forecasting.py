@@ -26,6 +26,7 @@ from framework import (
     blocks,
     callbacks,
     drawing,
+    evaluation,
     metrics,
     models,
     shapes,
@@ -34,6 +35,7 @@ from framework.contracts.alignment import same_shape
 from framework.contracts.periodic_callback import ValidationCallback
 
 RED = (220, 0, 0)
+MOST_POINTS = 500  # of a scatter plot; more are drawn as shades
 
 
 class SeasonalNaive(nn.Module):
@@ -187,9 +189,10 @@ class MeanAbsolutePercentageError(Metric):
 class Predictions(ValidationCallback):
     """Logs images of predictions on the validation split, as a scatter plot or as curves.
 
-    With one value per sample: predicted (y axis) against true values (x axis), darker for more
-    samples, with a red diagonal. With several values, such as a forecast: a few samples as curves,
-    the true one black and the predicted one red.
+    With one value per sample: predicted (y axis) against true values (x axis) in the unit of the
+    data, with a red diagonal; more than 500 samples as shades, darker for more. With several
+    values, such as a forecast: a few samples as curves, the true one black and the predicted one
+    red.
 
     Args:
         every: how often images are logged.
@@ -238,8 +241,15 @@ class Predictions(ValidationCallback):
             on_device = inputs.to(trainer.device)
             outputs = trainer.strategy.forward(run_model, trainer.model, on_device)
         outputs = outputs.float().cpu().flatten(1)
-        draw = draw_curves if several else draw_scatter
-        pictures = draw(outputs, targets.float().cpu().flatten(1))
+        targets = targets.float().cpu().flatten(1)
+        if several:
+            pictures = draw_curves(outputs, targets)
+        else:
+            scale = evaluation.target_scale(trainer.folder)
+            if scale is not None:
+                outputs = scale.inverse_transform(outputs)
+                targets = scale.inverse_transform(targets)
+            pictures = draw_scatter(outputs, targets)
         for logger in trainer.loggers:
             logger.images("predictions", pictures, trainer.state.step)
 
@@ -257,20 +267,20 @@ def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
     """Return an image (1, 3, H, W) of outputs against targets, over the range of targets."""
-    low = targets.min()
-    high = targets.max()
-    x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
-    y = rescale(outputs, low, high).clamp(0, 1) * (size - 1)
-    pixels = (size - 1 - y.round().long()) * size + x.round().long()
-    counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
-    paper = 1 - counts.log1p() / counts.max().log1p()
-    ends = (float(low), float(high))
-    axis = drawing.Axis(ends[0], max(ends[1], ends[0] + 1e-6))
-    chart = drawing.Chart(
-        "predictions", axis, axis, "true value", "prediction", height=drawing.CARD
-    )
-    chart.background(paper[None])
-    chart.line([(ends[0], ends[0]), (ends[1], ends[1])], RED)
+    ends = (float(targets.min()), float(targets.max()))
+    axis = drawing.Axis(*ends)
+    title = f"{len(targets):,} validation samples"
+    chart = drawing.Chart(title, axis, axis, "true value", "prediction", height=drawing.CARD)
+    if len(targets) > MOST_POINTS:
+        x = rescale(targets, targets.min(), targets.max()).clamp(0, 1) * (size - 1)
+        y = rescale(outputs, targets.min(), targets.max()).clamp(0, 1) * (size - 1)
+        pixels = (size - 1 - y.round().long()) * size + x.round().long()
+        counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
+        chart.background(1 - counts.log1p()[None] / counts.max().log1p())
+    else:
+        pairs = torch.cat([targets, outputs], 1).tolist()
+        chart.points([(x, y) for x, y in pairs], drawing.COLORS[0])
+    chart.line([(ends[0], ends[0]), (ends[1], ends[1])], RED, "perfect")
     return chart.tensor()
 
 

@@ -180,12 +180,16 @@ def test_settings_with_a_name_belong_to_that_part_only(write):
     assert other["optimizer"]["lr"] == tree("optimizer=adamw")["optimizer"]["lr"]
     assert "width" not in other["model"] or other["model"]["width"] == 128  # its own default
     assert tree("experiment=fast", "optimizer=adamw", "optimizer.lr=0.1")["optimizer"]["lr"] == 0.1
+    assert tree("experiment=fast", "optimizer={name: adamw, lr: 0.1}")["optimizer"]["lr"] == 0.1
     assert tree("experiment=fast", "model.width=32")["model"]["width"] == 32
     assert tree("experiment=faster")["optimizer"]["momentum"] == 0.9
     # settings without a name belong to the chosen part, whichever it is
     assert tree("experiment=faster", "optimizer=adamw")["optimizer"]["lr"] == 0.7
     swept = compose("experiment=fast", "optimizer=sgd,adamw", multirun=True)
     assert [job.spec.tree["optimizer"]["lr"] for job in swept] == [0.5, 0.001]
+    values = "optimizer={name: adamw, lr: 0.1},{name: adam},{name: sgd}"
+    swept = compose("experiment=fast", values, multirun=True)
+    assert [job.spec.tree["optimizer"]["lr"] for job in swept] == [0.1, 0.001, 0.5]
 
 
 LISTED = """

@@ -65,12 +65,11 @@ def record_worst(trainer: Context, count: int) -> None:
     found = find_worst(trainer, trainer.val_batches, count)
     if not trainer.strategy.is_main:
         return
-    scale = facts_of(trainer.folder).get("scale")
     worst = describe(
         found,
         trainer.task,
         class_names(trainer.folder),
-        None if scale is None else Scale(*scale),
+        target_scale(trainer.folder),
         partial(show_inputs, trainer),
         partial(file_names, getattr(trainer.val_batches, "split", None)),
     )
@@ -99,6 +98,12 @@ def facts_of(folder: Path | None) -> Mapping[str, Any]:
         return read_facts(folder)
     except (OSError, RunError):
         return {}
+
+
+def target_scale(folder: Path | None) -> Scale | None:
+    """Return the scale of the targets of the run in a folder; None if they are not scaled."""
+    scale = facts_of(folder).get("scale")
+    return None if scale is None else Scale(*scale)
 
 
 def show_inputs(

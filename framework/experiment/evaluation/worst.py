@@ -178,7 +178,7 @@ class Worst:
             if "prediction" in cells:
                 lines.append(f"{text_of(cells['prediction'])}{percentage(cells)}")
             if "label" in cells:
-                lines.append(f"is {text_of(cells['label'])}")
+                lines.append(f"true: {text_of(cells['label'])}")
             lines.append(f"loss {cells['loss']:.3g}")
             captions.append("\n".join(lines))
         return captions

@@ -5,6 +5,7 @@ They are drawn with Pillow, which TensorBoard requires, at twice their size and 
 
 import io
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,20 @@ class Canvas:
 
     def text(self, x: float, y: float, text: str, anchor: str = "mm", color: Color = BLACK) -> None:
         """Write a text, with its position as an anchor of Pillow ("mm" is the middle)."""
-        self.draw.text((2 * x, 2 * y), text, fill=color, anchor=anchor, font=self.font)
+        shown = without_accents(text)
+        self.draw.text((2 * x, 2 * y), shown, fill=color, anchor=anchor, font=self.font)
+
+    def text_upwards(self, x: float, bottom: float, text: str) -> None:
+        """Write a text from the bottom up, centered at x."""
+        from PIL import Image, ImageDraw
+
+        shown = without_accents(text)
+        _, _, width, height = self.font.getbbox(shown)
+        strip = Image.new("L", (round(width) + 1, round(height) + 1))
+        ImageDraw.Draw(strip).text((0, 0), shown, fill=255, font=self.font)
+        turned = strip.transpose(Image.Transpose.ROTATE_90)
+        corner = (round(2 * x - turned.width / 2), round(2 * bottom - turned.height))
+        self.image.paste(BLACK, corner, turned)
 
     def paste(self, picture: Tensor, left: int, top: int, width: int, height: int) -> None:
         """Draw an image (1 or 3, H, W) in [0, 1] into a rectangle, with sharp pixels."""
@@ -244,9 +258,10 @@ def heat_map(
     canvas.paste(colors_of(shares), left, top, width, height)
     shown = math.ceil(14 / cell)
     for row in range(0, len(rows), shown):
-        label = cut_to_width(canvas, rows[row], left - 10)
+        label = cut_in_the_middle(canvas, rows[row], left - 10)
         canvas.text(left - 6, top + (row + 0.5) * cell, label, "rm")
-    between = math.ceil(44 * len(columns) / width)
+    widest = max(canvas.draw.textlength(label, canvas.font) for label in columns) / 2
+    between = math.ceil((widest + 8) * len(columns) / width)
     for column in range(0, len(columns), between):
         canvas.text(
             left + (column + 0.5) * width / len(columns), top + height + 12, columns[column]
@@ -255,7 +270,10 @@ def heat_map(
     bar = left + width + 12
     canvas.paste(colors_of(scale), bar, top, 10, max(height, 40))
     for share, value in ((0.0, high), (1.0, low)):
-        label = f"{10**value:.2g}" if log else f"{value:.3g}"
+        number = 10**value if log else value
+        label = f"{number:.3g}"
+        if len(label) > 7:
+            label = f"{number:.2g}"
         canvas.text(bar + 13, top + 6 + share * (max(height, 40) - 12), label, "lm")
     return canvas.tensor()
 
@@ -324,6 +342,17 @@ def encode_png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def without_accents(text: str) -> str:
+    """Return a text with é as e: the font has no letters with accents.
+
+    It draws boxes for the letters of other scripts.
+    """
+    if text.isascii():
+        return text
+    letters = unicodedata.normalize("NFD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
 def cut_to_width(canvas: Canvas, text: str, width: int) -> str:
     """Return a text cut, with "…" at its end, to a width in pixels."""
     if canvas.draw.textlength(text, canvas.font) <= 2 * width:
@@ -331,6 +360,17 @@ def cut_to_width(canvas: Canvas, text: str, width: int) -> str:
     while text and canvas.draw.textlength(text + "…", canvas.font) > 2 * width:
         text = text[:-1]
     return text + "…"
+
+
+def cut_in_the_middle(canvas: Canvas, text: str, width: int) -> str:
+    """Return a text cut to a width in pixels, with "…" in its middle."""
+    cut = text
+    kept = len(text)
+    while kept > 2 and canvas.draw.textlength(cut, canvas.font) > 2 * width:
+        kept -= 1
+        end = kept // 2
+        cut = f"{text[: kept - end]}…{text[len(text) - end :]}"
+    return cut
 
 
 def side_by_side(images: Sequence[Tensor]) -> Tensor:

@@ -257,7 +257,9 @@ class TextChart:
         if not self.x_label:
             return line.rstrip()
         gaps = [match.span() for match in re.finditer(" +", line)]
-        fitting = [gap for gap in gaps if gap[1] - gap[0] >= len(self.x_label) + 4]
+        widest = max(end - start for start, end in gaps) if gaps else 0
+        around = 4 if widest >= len(self.x_label) + 4 else 2
+        fitting = [gap for gap in gaps if gap[1] - gap[0] >= len(self.x_label) + around]
         if not fitting:
             return line.rstrip()
         start = (fitting[-1][0] + fitting[-1][1] - len(self.x_label)) // 2

@@ -5,7 +5,7 @@ from math import isnan
 
 from torch import Tensor
 
-from framework import drawing, markdown, terminal
+from framework import drawing, markdown
 
 from .layers import QUANTITIES
 from .problems import Observation
@@ -18,7 +18,6 @@ TITLES = {
     "update": "change of the weights in a step / weights",
     "weight": "norm of the weights",
 }
-MOST_CHARACTERS = 26  # of the label of a layer
 LOGARITHMIC = ("std", "gradient", "update", "weight")
 
 
@@ -49,8 +48,7 @@ def heat_maps(seen: Observation, steps: Sequence[int], history: Tensor) -> dict[
     """
     labels = []
     for row, layer in enumerate(seen.layers):
-        label = f"{row + 1} {layer.name} {layer.activation}".strip()
-        labels.append(terminal.shortened(label, MOST_CHARACTERS))
+        labels.append(f"{row + 1} {layer.name} {layer.activation}".strip())
     images = {}
     for number, quantity in enumerate(QUANTITIES):
         values = history[:, number].T

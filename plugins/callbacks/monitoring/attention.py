@@ -46,7 +46,7 @@ class AttentionMaps(ValidationCallback):
     An image for each sample: a row for each layer, a map for each head. A row of a map is a query,
     a column a key; white is the largest weight of its row. The weights are computed again from the
     queries and keys of `scaled_dot_product_attention`, which all attention layers of the framework
-    call; layers that compute attention otherwise are not shown.
+    call; layers that compute attention otherwise are not shown. Padding at the end is left out.
 
     Args:
         count: number of samples, evenly spaced in the validation split.
@@ -78,8 +78,11 @@ class AttentionMaps(ValidationCallback):
             names = None
             if not inputs.is_floating_point() and inputs.ndim == 2:
                 names = token_texts(trainer, inputs[0].tolist())
+            weights = without_padding(recorder.weights)
+            if names is not None and len(names) == recorder.weights[0].shape[1]:
+                names = names[: weights[0].shape[1]]
             picture = None if pictures is None else pictures[number]
-            image = attention_image(recorder.weights, names, picture, label)
+            image = attention_image(weights, names, picture, label)
             for logger in trainer.loggers:
                 logger.images(f"attention/{number}", image, trainer.state.step)
 
@@ -141,6 +144,22 @@ def attention_weights(
     return weights.reshape(-1, *weights.shape[-2:]).detach().cpu()
 
 
+def without_padding(layers: list[Tensor]) -> list[Tensor]:
+    """Return the weights without the positions at the end to which no query of any layer attends.
+
+    Args:
+        layers: of each layer, shape (heads, T, S); unchanged unless all have the same T = S.
+    """
+    size = layers[0].shape[-1]
+    if any(weights.shape[1:] != (size, size) for weights in layers):
+        return layers
+    attended = torch.zeros(size, dtype=torch.bool)
+    for weights in layers:
+        attended |= weights.amax((0, 1)) > 0
+    length = int(attended.nonzero().max()) + 1 if attended.any() else size
+    return [weights[:, :length, :length] for weights in layers]
+
+
 def attention_image(
     layers: list[Tensor], names: list[str] | None, picture: Tensor | None, label: str
 ) -> Tensor:
@@ -159,13 +178,17 @@ def attention_image(
     size = max(MAP, (drawing.CARD - left) // heads - GAP)
     if named and names is not None:
         size = max(size, NAME * len(names))
-    top = LINE + (PICTURE if picture is not None else 0) + 2 * GAP
+    top = GAP
+    if picture is not None:
+        top += PICTURE + GAP
+    if label:
+        top += LINE
     height = size + GAP + LINE
     width = max(drawing.CARD, left + heads * (size + GAP))
     canvas = drawing.Canvas(width, top + len(layers) * height, 10)
     if picture is not None:
         canvas.paste(picture, left, GAP, PICTURE, PICTURE)
-    canvas.text(left, top - LINE, label, "lm")
+    canvas.text(left, top - LINE / 2, label, "lm")
     for row, weights in enumerate(layers):
         upper = top + row * height + LINE
         canvas.text(left, upper - 7, f"layer {row + 1}, {len(weights)} heads", "lm")

@@ -26,7 +26,8 @@ class Augmented(PeriodicCallback, Transform):
     """Logs the first images of a training batch side by side, as the model gets them: transformed.
 
     Below each is its class or number; for mixed targets, the two largest shares. It logs them after
-    the first step, and then at its cadence. List it after the other transforms.
+    the first step, and then at its cadence; instead of a smaller batch, such as the last one of an
+    epoch, the batch before it. List it after the other transforms.
 
     Args:
         count: number of images, at most a batch.
@@ -39,9 +40,17 @@ class Augmented(PeriodicCallback, Transform):
         self.inputs: Tensor | None = None
         self.targets: Any = None
 
+    def reset(self) -> None:
+        super().reset()
+        self.inputs = None
+        self.targets = None
+
     def __call__(self, batch: Batch) -> Batch:
         """Copy the first inputs and targets; return the batch unchanged."""
-        self.inputs = batch[0][: self.count].clone()  # a loader may reuse their memory
+        inputs = batch[0][: self.count]
+        if self.inputs is not None and len(inputs) < len(self.inputs):
+            return batch  # the last batch of an epoch may be small
+        self.inputs = inputs.clone()  # a loader may reuse their memory
         self.targets = batch[1][: self.count].clone() if len(batch) > 1 else None
         return batch
 

@@ -21,7 +21,9 @@ from framework.contracts.periodic_callback import ValidationCallback
 
 CELL = 15  # pixels at least, for a card of TensorBoard
 MOST_NAMED = 20  # classes
-NAMES = 48  # pixels of the names of classes
+TITLE = 14  # pixels of "true" and "predicted"
+NAMES = 64  # pixels of the names of classes, at most
+CHARACTER = 6  # pixels of a character of a name
 FULL = (8, 48, 107)  # the color of all samples of a class
 MOST_CHARTED = 20  # classes; the colors of more lines cannot be told apart
 QUANTITIES = ("precision", "recall", "f1")
@@ -97,24 +99,33 @@ def matrix_image(counts: Tensor, names: Sequence[str]) -> Tensor:
     classes = len(counts)
     shares = counts[:, :classes] / counts.sum(1, keepdim=True).clamp(min=1)
     named = classes <= MOST_NAMED
-    margin = NAMES if named else 0
-    cell = max(CELL if named else 1, (drawing.CARD - margin) // classes)
-    side = margin + classes * cell
-    canvas = drawing.Canvas(max(drawing.CARD, side), side, 10)
+    margin = min(NAMES, CHARACTER * max(map(len, names)) + 8) if named else 0
+    left = TITLE + margin
+    cell = max(CELL if named else 1, (drawing.CARD - left) // classes)
+    size = classes * cell
+    upright = named and margin > cell
+    top = TITLE + (margin if upright or not named else TITLE)
+    canvas = drawing.Canvas(max(drawing.CARD, left + size + 1), top + size + 1, 10)
     full = torch.tensor(FULL).reshape(3, 1, 1) / 255
-    colors = 1 - shares * (1 - full)
-    canvas.paste(colors, margin, margin, classes * cell, classes * cell)
+    canvas.box(left - 1, top - 1, left + size, top + size, drawing.GRAY)
+    canvas.paste(1 - shares * (1 - full), left, top, size, size)
+    canvas.text(left + size / 2, TITLE / 2, "predicted")
+    canvas.text_upwards(TITLE / 2, top + size / 2 + 10, "true")
     if not named:
         return canvas.tensor()
-    for row, name in enumerate(names):
-        middle = margin + (row + 0.5) * cell
-        canvas.text(margin - 4, middle, drawing.cut_to_width(canvas, name, margin - 6), "rm")
-        canvas.text(middle, margin - 8, drawing.cut_to_width(canvas, name, cell - 2))
-        for column, share in enumerate(shares[row].tolist()):
+    for number, name in enumerate(names):
+        middle = (number + 0.5) * cell
+        row_name = drawing.cut_to_width(canvas, name, margin - 6)
+        canvas.text(left - 4, top + middle, row_name, "rm")
+        if upright:
+            canvas.text_upwards(left + middle, top - 4, row_name)
+        else:
+            canvas.text(left + middle, top - 8, drawing.cut_to_width(canvas, name, cell - 2))
+        for column, share in enumerate(shares[number].tolist()):
             color = drawing.WHITE if share > 0.5 else drawing.BLACK
             if share >= 0.005:
-                at = margin + (column + 0.5) * cell
-                canvas.text(at, middle, f"{share:.0%}".removesuffix("%"), "mm", color)
+                at = left + (column + 0.5) * cell
+                canvas.text(at, top + middle, f"{share:.0%}".removesuffix("%"), "mm", color)
     return canvas.tensor()
 
 
@@ -214,7 +225,7 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
 
 def counts_table(counts: Tensor, names: Sequence[str]) -> str:
     """Return the counts as a markdown table, the last column only if it has counts."""
-    heads = ["is \\ taken for", *names]
+    heads = ["true \\ predicted", *names]
     if counts[:, -1].any():
         heads.append("no prediction (NaN)")
     rows = [[name, *row] for name, row in zip(names, counts.long().tolist(), strict=True)]

@@ -35,6 +35,11 @@ class Histograms(PeriodicCallback):
         super().__init__(every)
         self.activations = activations
         self.samples = samples
+        self.logged_gradients: set[str] = set()  # the parameters at the shown step
+
+    def reset(self) -> None:
+        super().reset()
+        self.logged_gradients = set()
 
     def needs_gradients(self, trainer: Context) -> bool:
         return self.cadence.due(trainer.state)
@@ -44,13 +49,17 @@ class Histograms(PeriodicCallback):
         return f"copies all weights and gradients{also}, {self.cadence}"
 
     def on_gradients(self, trainer: Context) -> None:
-        if not self.cadence.due(trainer.state):
-            return
         step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
-        self.shown_step = step
-        self._log_model(trainer, step)
+        if step != self.shown_step:
+            if not self.cadence.due(trainer.state):
+                return
+            self.shown_step = step
+            self._log_model(trainer, step)
+            self.logged_gradients.clear()
+        # once per step: a task may have several phases in a step, each with gradients
         for name, parameter in trainer.model.named_parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and name not in self.logged_gradients:
+                self.logged_gradients.add(name)
                 log_histogram(trainer, f"gradients/{name}", parameter.grad, step)
 
     def show(self, trainer: Context) -> None:

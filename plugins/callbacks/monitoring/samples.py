@@ -76,7 +76,10 @@ def target_texts(targets: Tensor, names: Sequence[str]) -> list[str]:
 
 
 def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; their numbers if the data has no tokenizer."""
+    """Return the text of each token; their numbers if the data has no tokenizer.
+
+    A space is "·", a line break "\\n", and a token without text "[]": the font of images has these.
+    """
     split = trainer.train_batches.split
     tokenizer = None
     if isinstance(split, WindowSplit | RaggedSplit):
@@ -84,7 +87,7 @@ def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [str(token) for token in tokens]
     texts = [str(tokenizer.decode([token])) for token in tokens]
-    return [text.replace("\n", "⏎").replace(" ", "␣") or "·" for text in texts]
+    return [text.replace("\n", "\\n").replace(" ", "·") or "[]" for text in texts]
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:

@@ -232,10 +232,28 @@ class TestPictures:
         torch.nn.init.zeros_(model.bias)
         ((tag, (picture,), step),) = self.shown(torch.linspace(-1, 1, 500)[:, None], model)
         assert (tag, step, picture.shape) == ("predictions", 1, (3, 350, 350))
-        inside = picture[1, 40:300, 60:330] < 0.7  # between the axes; their lines are brighter
+        inside = picture[1, 70:300, 60:330] < 0.7  # below the legend; the axes are brighter
         rows, columns = inside.nonzero().T.float()
         slope = torch.corrcoef(torch.stack([-rows, columns]))[0, 1]
         assert slope > 0.99, "all samples are on the diagonal"
+
+    def test_values_are_drawn_in_the_unit_of_the_data(self, monkeypatch):
+        from framework_plugins.models import forecasting
+
+        drawn = []
+        draw_scatter = forecasting.draw_scatter
+
+        def draw(outputs, targets):
+            drawn.append((outputs, targets))
+            return draw_scatter(outputs, targets)
+
+        monkeypatch.setattr(forecasting, "draw_scatter", draw)
+        settings = ["data=diabetes", "task=regression", "model={name: mlp, width: 4}"]
+        run_training(*settings, "metrics=[mae]", "callbacks=[predictions]", "trainer.max_epochs=1")
+        outputs, targets = drawn[-1]
+        raw = fw.datasets.build("diabetes", val_fraction=0.15)
+        torch.testing.assert_close(targets, raw.scale.inverse_transform(raw.val.tensors[1]))
+        assert 100 < outputs.mean() < 200
 
     def test_several_values_are_drawn_as_curves(self):
         model = torch.nn.Linear(1, 30)

@@ -93,13 +93,31 @@ import time; time.sleep(60)
 
 
 def test_each_chart_shows_training_and_validation(tmp_path):
-    log(tmp_path, metrics=["loss", "f1.macro"]).close()
-    layout = Layout.FromString(tensors(read(tmp_path), "custom_scalars__config__")[0].string_val[0])
+    board = log(tmp_path, metrics=["loss", "f1.macro"])
+    scalars(board, {"train/loss": 1, "train/real": 0.5, "train/speed": 3}, step=1)
+    scalars(board, {"val/loss": 1, "val/real": 0.4, "val/distance": 7}, step=1)
+    board.close()
+    layouts = tensors(read(tmp_path), "custom_scalars__config__")
+    layout = Layout.FromString(layouts[-1].string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
     assert charts == {
         "loss": ["^train/loss$", "^val/loss$"],
         "f1.macro": [r"^train/f1\.macro$", r"^val/f1\.macro$"],
+        "real": ["^train/real$", "^val/real$"],
     }
+
+
+def test_records_of_an_evaluation_leave_the_charts_of_the_run(tmp_path):
+    board = log(tmp_path)
+    board.charts("classes", {"recall": "recall/"})
+    scalars(board, {"train/loss": 1}, step=1)
+    board.close()
+    board = log(tmp_path)
+    board.text("worst/table", "...")
+    board.close()
+    layouts = tensors(read(tmp_path), "custom_scalars__config__")
+    layout = Layout.FromString(layouts[-1].string_val[0])
+    assert [category.title for category in layout.category][1:] == ["classes"]
 
 
 def test_test_values_of_several_steps_are_a_chart(tmp_path):

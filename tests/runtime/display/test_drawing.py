@@ -15,6 +15,7 @@ from framework.runtime.display.drawing import (
     Canvas,
     Chart,
     captioned,
+    cut_in_the_middle,
     cut_to_width,
 )
 
@@ -100,6 +101,27 @@ def test_a_text_is_dark():
     canvas = Canvas(60, 20)
     canvas.text(30, 10, "text", color=BLACK)
     assert canvas.tensor().min() < 0.5
+
+
+def test_the_middle_of_a_long_name_is_cut():
+    canvas = Canvas(200, 20)
+    assert cut_in_the_middle(canvas, "blocks.0", 100) == "blocks.0"
+    cut = cut_in_the_middle(canvas, "10 layers.11.attention.output", 100)
+    start, end = cut.split("…")
+    assert start.startswith("10 la")
+    assert end.endswith("output")
+    assert canvas.draw.textlength(cut, canvas.font) <= 200
+
+
+def test_accents_are_left_out():
+    """The font has no letters with accents: it would draw a box for each."""
+    with_accents = Canvas(60, 40)
+    with_accents.text(30, 10, "Äpfel")
+    with_accents.text_upwards(30, 40, "été")
+    without = Canvas(60, 40)
+    without.text(30, 10, "Apfel")
+    without.text_upwards(30, 40, "ete")
+    assert torch.equal(with_accents.tensor(), without.tensor())
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -8,7 +8,11 @@ from torch.nn import functional as F
 import framework as fw
 from framework import drawing
 from framework.errors import SettingError
-from framework_plugins.callbacks.monitoring.attention import AttentionRecorder, attention_image
+from framework_plugins.callbacks.monitoring.attention import (
+    AttentionRecorder,
+    attention_image,
+    without_padding,
+)
 from framework_plugins.callbacks.monitoring.filters import filters_image
 from framework_plugins.callbacks.monitoring.samples import target_texts
 
@@ -120,6 +124,19 @@ def test_an_attention_image_has_a_row_for_each_layer_and_a_map_for_each_head():
     assert same == width
 
 
+def test_padding_is_left_out_of_attention_maps():
+    weights = torch.rand(2, 4, 4) + 0.1
+    padded = F.pad(weights, (0, 3, 0, 3))
+    padded[:, 4:, :4] = 0.5  # queries of the padding
+    other = padded.clone()
+    other[:, :, 3] = 0  # one layer ignores a token
+    first, second = without_padding([other, padded])
+    assert torch.equal(second, weights)
+    assert first.shape == weights.shape
+    causal = [torch.rand(2, 7, 7).add(0.1).tril()]
+    assert without_padding(causal)[0].shape == (2, 7, 7)
+
+
 def test_attention_maps_are_those_of_the_layers_of_the_model():
     layers = ["transformer_encoder", "transformer_encoder"]
     model = fw.models.build(
@@ -130,8 +147,8 @@ def test_attention_maps_are_those_of_the_layers_of_the_model():
     )
     shown, _ = fit(build("attention", count=1), model=model)
     assert list(shown.pictures) == [("attention/0", 3), ("attention/0", 6)]
-    one_layer = attention_image([torch.ones(1, 3, 3)], None, IMAGES[0], "")
-    two_layers = attention_image([torch.ones(4, 3, 3)] * 2, None, IMAGES[0], "")
+    one_layer = attention_image([torch.ones(1, 3, 3)], None, IMAGES[0], "0")
+    two_layers = attention_image([torch.ones(4, 3, 3)] * 2, None, IMAGES[0], "0")
     assert shown.pictures["attention/0", 6].shape == two_layers.shape != one_layer.shape
     with pytest.raises(SettingError, match=r"callbacks\.attention: model Sequential calls no"):
         fit(build("attention"))
@@ -212,6 +229,12 @@ def test_the_first_batch_is_shown_with_its_classes():
     shown, _ = fit(build("augmented", count=4, every="2epochs"))
     assert list(shown.pictures) == [("augmented", 1), ("augmented", 6)]
     assert shown.pictures["augmented", 1].shape == (1, 3, 94, 350)
+    split = fw.TensorSplit(IMAGES[:9], torch.arange(9) % 3)  # the last batch has one image
+    shown, _ = fit(build("augmented", count=4), split=split)
+    assert [step for _, step in shown.pictures] == [1, 3, 6]
+    for step in (1, 3, 6):
+        white_below = shown.pictures["augmented", step][0, :, 40, 350 - 80 :]
+        assert white_below.min() < 0.9, "the row has four images"
 
 
 def test_targets_as_texts():
