@@ -58,7 +58,9 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
     chosen = selected_runs(root, selections) if selections else []
     from tensorboard import program
 
-    server = program.TensorBoard()
+    from .hparams_page import plugins  # not at the top: it imports TensorBoard
+
+    server = program.TensorBoard(plugins=plugins())
     # its `put` may interrupt its `get`; `set` of an Event that interrupts its `wait` may deadlock
     ending: SimpleQueue[int] = SimpleQueue()
     with ExitStack() as opened:

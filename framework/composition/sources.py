@@ -131,7 +131,9 @@ def parts_not_chosen(
         elif isinstance(parts, Mapping):
             chosen.update(parts)
     for name, settings in composed.items():
-        if "name" in (settings or ()):  # the content of the chosen config group option
+        if (
+            isinstance(settings, Mapping) and "name" in settings
+        ):  # the content of the chosen config group option
             chosen.add(name)
     return listed - chosen
 

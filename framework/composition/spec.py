@@ -74,6 +74,8 @@ OLD_TEXT = (
     "was written by an earlier version in place of a value that a config cannot hold, perhaps the "
     "default: remove the line to use the default"
 )
+SETTINGS = "a mapping of settings"
+NO_SETTINGS = f"expected {SETTINGS} ({{}} for the defaults), got null"
 NO_FACTS = Facts()
 UNSET: Any = object()
 """Marks a setting that a maker leaves out, so that the default in the part's signature applies."""
@@ -142,7 +144,7 @@ class Reader:
             else:
                 spec.parts[kind_name] = self.part(kind, kind.key, self.tree.get(kind.key))
         for name in SECTIONS:
-            values = self.tree.get(name) or {}
+            values = self.tree.get(name, {})
             spec.sections[name] = self.settings(name, section_settings(name), values, name)
         for name, setting in PLAIN.items():
             setattr(spec, name, self.value(setting, self.tree.get(name, setting.default), name))
@@ -217,13 +219,24 @@ class Reader:
         makers = []
         for name, settings in value.items():
             path = f"{kind.key}.{name}"
-            if not isinstance(settings, Mapping | None):
-                self.problem(path, settings, "expected a mapping of settings")
+            if not isinstance(settings, Mapping) and name in Registry.every[kind.name]:
+                message = self.not_settings(kind, name, settings)
+                self.problem(path, settings, message, Facts(expected=SETTINGS))
                 continue
-            maker = self.part(kind, path, {"name": name, **(settings or {})})
+            known = settings if isinstance(settings, Mapping) else {}
+            maker = self.part(kind, path, {"name": name, **known})
             if maker is not None:
                 makers.append(maker)
         return makers
+
+    def not_settings(self, kind: Kind, name: str, value: Any) -> str:
+        """Return what is expected in place of a value other than settings of a part in a list."""
+        if value is not None:
+            return f"expected {SETTINGS}"
+        advice = f"to remove it, write ~{kind.key}={name}"
+        if self.source(f"{kind.key}.{name}") != COMMAND_LINE:
+            advice += f" on the command line, or list the other {kind.key}"
+        return f"{NO_SETTINGS}; {advice}"
 
     # settings
 
@@ -239,7 +252,8 @@ class Reader:
             owner: the part, or the name of the section.
         """
         if not isinstance(values, Mapping):
-            self.problem(path, values, "expected a mapping of settings")
+            message = NO_SETTINGS if values is None else f"expected {SETTINGS}"
+            self.problem(path, values, message, Facts(expected=SETTINGS))
             return {}
         for key, value in values.items():
             if key not in schema:

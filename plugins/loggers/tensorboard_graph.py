@@ -1,7 +1,8 @@
 """The graph of a model for TensorBoard, recorded in one forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from framework import model_undisturbed
 from framework.contracts.alignment import tensors_in
+from framework.contracts.model import GenerativeModel
 
 
 def trace_graph(model: nn.Module, inputs: Any) -> bytes:
     """Return the graph of a model as a serialized GraphDef.
 
-    One forward pass in eval mode records it and leaves the model unchanged.
+    One forward pass in eval mode records it and leaves the model unchanged. If it does not use all
+    parameters of a model that draws samples, such as a GAN, the graph also shows how it draws one.
 
     Args:
         inputs: the only argument of the model, a tuple of its positional arguments, or a dict of
@@ -31,11 +34,13 @@ def trace_graph(model: nn.Module, inputs: Any) -> bytes:
     try:
         with model_undisturbed(model), torch.no_grad(), recorder:
             outputs = call(model, inputs)
+            recorder.add_results("output", outputs)
+            if isinstance(model, GenerativeModel) and not recorder.has_all(model.parameters()):
+                with suppress(Exception):  # the graph of the forward pass is enough
+                    recorder.add_results("samples", model.sample(1))
     finally:
         for hook in hooks:
             hook.remove()
-    for number, tensor in enumerate(tensors_in(outputs)):
-        recorder.add_node(f"output_{number}" if number else "output", "output", [tensor], [])
     return GraphDef(node=recorder.nodes, versions={"producer": 22}).SerializeToString()
 
 
@@ -95,6 +100,15 @@ class GraphRecorder(TorchFunctionMode):
             name = self.unique_name(self.scopes[-1] + operation)
             self.add_node(name, operation, tensors_in((args, kwargs)), outputs)
         return output
+
+    def has_all(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether the graph has all parameters."""
+        return all(parameter in self.producers for parameter in parameters)
+
+    def add_results(self, name: str, results: Any) -> None:
+        """Add a node for each tensor in the results of a model: "output", "output_1"."""
+        for number, tensor in enumerate(tensors_in(results)):
+            self.add_node(f"{name}_{number}" if number else name, name, [tensor], [])
 
     def unique_name(self, name: str) -> str:
         """Return "linear" for the first call with this name, then "linear_2", "linear_3"."""

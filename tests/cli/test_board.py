@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from framework.cli.board import link_runs, look_through, selected_runs, serve_board
 from framework.errors import FrameworkError, RunError, SettingError
@@ -19,7 +20,10 @@ from run_folders import write_run
 
 def test_the_board_serves_the_runs_until_a_signal(tmp_path):
     with SummaryWriter(str(tmp_path / "runs" / "default" / "first")) as writer:
+        writer.add_scalar("speed/mfu", 0.5, 1)
         writer.add_scalar("val/loss", 0.5, 1)
+        for record in hparams({"optimizer.lr": 0.1}, {})[1:]:
+            writer.file_writer.add_summary(record)
     for number in range(40):
         run = tmp_path / "runs" / "default" / str(number)
         run.mkdir()
@@ -41,6 +45,13 @@ def test_the_board_serves_the_runs_until_a_signal(tmp_path):
         address = line.split(" at ")[1].split()[0]
         with urllib.request.urlopen(f"{address}data/runs", timeout=20) as answer:
             assert isinstance(json.load(answer), list)
+        metrics = []
+        until = time.monotonic() + 60
+        while not metrics and time.monotonic() < until:
+            page = f"{address}data/plugin/hparams/experiment?request=%7B%7D"
+            with urllib.request.urlopen(page, timeout=20) as answer:
+                metrics = json.load(answer).get("metricInfos", [])
+        assert [each["name"]["tag"] for each in metrics] == ["val/loss", "speed/mfu"]
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
     finally:

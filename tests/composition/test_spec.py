@@ -45,7 +45,7 @@ def test_a_section_has_all_its_settings():
 
 
 @pytest.mark.parametrize(
-    "callbacks", [["early_stop"], {"early_stop": None}, {"early_stop": {"patience": 3}}]
+    "callbacks", [["early_stop"], {"early_stop": {}}, {"early_stop": {"patience": 3}}]
 )
 def test_a_list_of_parts_may_be_a_mapping_with_their_settings(callbacks):
     (maker,) = read_spec(SMALL | {"callbacks": callbacks}).parts["callback"]

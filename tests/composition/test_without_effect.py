@@ -60,6 +60,39 @@ def test_a_setting_without_effect_is_a_problem(line, reason, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"conf"}, "no run folder"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "callbacks.non_finite",
+        "callbacks.early_stop",
+        "metrics.accuracy",
+        "transforms.crop",
+        "loggers.tensorboard",
+        "loader",
+    ],
+)
+@pytest.mark.parametrize("value", ["null", "3", "true"])
+def test_a_part_or_section_has_settings_instead_of_a_value(path, value, tmp_path):
+    (problem,) = problems_of(f"{path}={value}")
+    facts = problem.facts
+    assert (facts.setting, facts.expected) == (path, "a mapping of settings")
+    key, _, name = path.partition(".")
+    removes = bool(name) and value == "null"
+    assert (f"~{key}={name}" in problem) == removes
+    folder = tmp_path / "conf/experiment"
+    folder.mkdir(parents=True)
+    line = f"{key}: {{{name}: {value}}}" if name else f"{key}: {value}"
+    (folder / "mine.yaml").write_text(line)
+    (problem,) = problems_of("experiment=mine")
+    assert problem.facts.source.endswith("mine.yaml:1")
+    assert (f"~{key}={name}" in problem) == removes
+
+
+def test_an_unknown_part_without_settings_is_unknown():
+    (problem,) = problems_of("callbacks.non_finit=null")
+    assert problem.facts.suggestion == "non_finite"
+
+
 def test_the_command_line_may_override_the_choice_of_a_file(tmp_path):
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text("activation: tanh\n")

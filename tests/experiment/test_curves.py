@@ -100,7 +100,7 @@ def test_a_class_without_samples_has_no_areas():
     assert (last.positives, last.average_precision, last.auc) == (0, None, None)
     assert curves.mean("auc") is not None
     shapes = {chart.shape for chart in draw_curves(curves)}
-    assert shapes == {(1, 3, 300, 350)}
+    assert shapes == {(1, 3, 322, 350)}  # the legend takes a row
     only = compute_curves(Decision(torch.tensor([[0.9], [0.8]]), torch.ones(2, 1).long()), [])
     assert only.classes[0].average_precision == 1
     assert only.classes[0].auc is None

@@ -6,9 +6,11 @@ import math
 import re
 
 import pytest
+import torch
 
+from framework.errors import RunError
 from framework.experiment.dry_runs.check import OVERFIT_STEPS
-from framework.experiment.dry_runs.find import Speed, suggested
+from framework.experiment.dry_runs.find import Speed, select_steps, suggested
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,8 +43,49 @@ def test_the_suggested_rate_depends_on_the_optimizer(command):
 
 def test_groups_keep_their_factors_on_the_rate(command):
     """If all parameters have a tenth of the rate, the optimizer's own rate is ten times as high."""
-    slower = found(command, "'parameters.rates={blocks.*: 0.1}'")
-    assert 4 < slower["suggestion"] / found(command)["suggestion"] < 25
+    slower = found(command, "'parameters.rates={*: 0.1}'")
+    assert 5 < slower["suggestion"] / found(command)["suggestion"] < 20
+
+
+@pytest.mark.parametrize("words", ["experiment=spirals", "experiment=spirals loader.batch_size=16"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_noisy_loss_gets_no_rate_at_which_it_is_flat(command, words, seed):
+    test = found(command, f"{words} seed={seed}")
+    assert 2e-4 < test["suggestion"] < test["lowest"] < 0.05
+
+
+def curve(noise, seed, fall=60):
+    """Return the losses of a range test that fall from 1 to 0.5 at a step, and then diverge."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.arange(100.0)
+    losses = 1 - 0.5 * torch.sigmoid((steps - fall) / 3) + ((steps - 85) / 5).clamp(min=0) ** 2
+    return (losses + noise * torch.randn(100, generator=generator)).tolist()
+
+
+def smoothed(losses):
+    mean = 0.0
+    means = []
+    for step, loss in enumerate(losses, start=1):
+        mean = 0.9 * mean + 0.1 * loss
+        means.append(mean / (1 - 0.9**step))
+    return means
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("fall", [30, 60])
+def test_the_steepest_step_is_where_the_loss_falls(noise, fall):
+    for seed in range(10):
+        losses = curve(noise, seed, fall)
+        steepest, lowest = select_steps(losses, smoothed(losses))
+        assert fall - 5 <= steepest <= fall + 15
+        assert fall <= lowest < 95
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_loss_that_does_not_fall_has_no_steepest_step(noise):
+    losses = curve(noise, 0, fall=1000)
+    with pytest.raises(RunError):
+        select_steps(losses, smoothed(losses))
 
 
 def test_find_needs_lr_or_batch_size(command):

@@ -26,7 +26,9 @@ LOWEST_RATE = 1e-7
 HIGHEST_RATE = 10.0
 SMOOTHING = 0.9  # of the exponential mean of the losses
 DIVERGED = 4.0  # times the lowest smoothed loss, at which a range test ends
-LEAST_LOSSES = 10  # of a range test
+LEAST_LOSSES = 20  # of a range test
+UNSTABLE = 10  # steps at the beginning, whose smoothed losses are means of fewer losses
+SLOPE_STEPS = 7  # smoothed losses of a slope: half a decade of 100 steps
 WARM_UP_STEPS = 2  # of each batch size
 TIMED_SECONDS = 0.5  # of each batch size
 GAIN = 1.05  # factor on the speed that justifies a batch size twice as large
@@ -49,17 +51,20 @@ class RangeTest:
     lowest: float
 
 
-class SmoothedLosses(Callback):
-    """Keeps the smoothed loss of each step, and ends the run when the loss diverges."""
+class RangeLosses(Callback):
+    """Keeps the loss of each step, also smoothed, and ends the run when the loss diverges."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.smoothed: list[float] = []
         self.mean = 0.0
 
     def on_step_end(self, trainer: Context) -> None:
-        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * float(trainer.loss)
-        self.losses.append(self.mean / (1 - SMOOTHING ** (len(self.losses) + 1)))
-        if not math.isfinite(self.losses[-1]) or self.losses[-1] > DIVERGED * min(self.losses):
+        self.losses.append(float(trainer.loss))
+        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * self.losses[-1]
+        self.smoothed.append(self.mean / (1 - SMOOTHING ** len(self.losses)))
+        diverges = self.smoothed[-1] > DIVERGED * min(self.smoothed)
+        if diverges or not math.isfinite(self.smoothed[-1]):
             trainer.stop("find", "the loss diverges")
 
 
@@ -72,7 +77,7 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
         steps: of the test, unless the loss diverges before.
 
     Raises:
-        RunError: the loss falls at no rate, or diverges at once.
+        RunError: the loss falls at no rate by more than its noise, or diverges at once.
     """
     built = Experiment(spec)
     check_has_rate(built.optimizer)
@@ -83,24 +88,47 @@ def find_learning_rate(spec: Spec, steps: int = 100) -> RangeTest:
     def rate(step: int) -> float:
         return LOWEST_RATE * math.pow(HIGHEST_RATE / LOWEST_RATE, step / (steps - 1))
 
-    smoothed = SmoothedLosses()
-    with trainer_without_files(built, [smoothed], max_steps=steps) as trainer:
+    kept = RangeLosses()
+    with trainer_without_files(built, [kept], max_steps=steps) as trainer:
         trainer.fit(**fit_arguments(built), schedule=rate)
-    losses = [loss for loss in smoothed.losses if math.isfinite(loss)]
+    losses = [loss for loss in kept.smoothed if math.isfinite(loss)]
     rates = [rate(step) for step in range(len(losses))]
     if len(losses) < LEAST_LOSSES:
         raise RunError(
-            f"the loss is not finite after {len(losses)} steps, at a learning rate of "
+            f"the loss diverges after {len(losses)} steps, at a learning rate of "
             f"{rate(len(losses)):.1g}"
         )
-    lowest = losses.index(min(losses))
-    slopes = [losses[n + 1] - losses[n - 1] for n in range(1, max(lowest, 3))]
-    steepest = slopes.index(min(slopes))
-    if slopes[steepest] >= 0:
+    steepest, lowest = select_steps(kept.losses[: len(losses)], losses)
+    return RangeTest(rates, losses, rates[steepest], rates[lowest])
+
+
+def select_steps(losses: Sequence[float], smoothed: Sequence[float]) -> tuple[int, int]:
+    """Return the step at which the loss falls most steeply, and the one at which it is lowest.
+
+    The first smoothed losses are means of few losses, so their slopes are large where the loss is
+    flat and noisy. They are left out, and a slope is that of a line through several losses.
+
+    Args:
+        losses: of each step of a range test, at least LEAST_LOSSES.
+        smoothed: the same losses, smoothed.
+
+    Raises:
+        RunError: the loss falls by less than the standard deviation of the first losses.
+    """
+    windows = torch.tensor(losses, dtype=torch.float64).unfold(0, UNSTABLE, 1)
+    means = windows.mean(1)
+    if means[0] - means.min() <= windows[0].std():
         raise RunError(
-            "no learning rate from 1e-7 to 10 reduces the loss: check the data and the model"
+            "no learning rate from 1e-7 to 10 reduces the loss by more than its noise: check the "
+            "data and the model"
         )
-    return RangeTest(rates, losses, rates[steepest + 1], rates[lowest])
+    stable = torch.tensor(smoothed[UNSTABLE - SLOPE_STEPS // 2 :], dtype=torch.float64)
+    lines = stable.unfold(0, SLOPE_STEPS, 1)  # the first one is around the step UNSTABLE
+    positions = torch.arange(SLOPE_STEPS, dtype=torch.float64) - SLOPE_STEPS // 2
+    slopes = lines @ positions
+    lowest = min(range(UNSTABLE, len(smoothed)), key=smoothed.__getitem__)
+    steepest = UNSTABLE + int(slopes[: lowest - UNSTABLE + 1].argmin())
+    return steepest, lowest
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from framework.data.dataset import names_or_numbers
-from framework.runtime.display.drawing import COLORS, GRAY, Axis, Chart
+from framework.runtime.display.drawing import COLORS, GRAY, Axis, Chart, with_height
 
 from .decisions import Decision
 
@@ -224,7 +224,9 @@ def curves_csv(curves: Curves) -> str:
 
 def draw_curves(curves: Curves) -> list[Tensor]:
     """Return three charts of the same size, as images (1, 3, height, width) in [0, 1]."""
-    return [draw_pr(curves), draw_roc(curves), draw_calibration(curves.calibration)]
+    charts = [draw_pr(curves), draw_roc(curves), draw_calibration(curves.calibration)]
+    height = max(chart.shape[2] for chart in charts)
+    return [with_height(chart, height) for chart in charts]
 
 
 def draw_pr(curves: Curves) -> Tensor:

@@ -109,7 +109,7 @@ class Canvas:
 
 
 class Chart:
-    """A chart of curves and points with axes and a legend.
+    """A chart of curves and points with axes, and a legend below it.
 
     Args:
         title: above the chart.
@@ -118,7 +118,7 @@ class Chart:
         x_label: what x is.
         y_label: what y is.
         width: pixels of the image.
-        height: pixels of the image.
+        height: pixels of the image without the legend.
     """
 
     LEFT, RIGHT, TOP, BOTTOM = 46, 12, 42, 40  # margins in pixels
@@ -186,10 +186,9 @@ class Chart:
         self._add_to_legend(label, color)
 
     def tensor(self) -> Tensor:
-        """Return the image as (1, 3, H, W) in [0, 1]."""
-        if self.legend:
-            self._draw_legend()
-        return self.canvas.tensor()
+        """Return the image as (1, 3, H, W) in [0, 1], with the legend below the chart."""
+        chart = self.canvas.tensor()
+        return torch.cat([chart, self._draw_legend()], dim=2) if self.legend else chart
 
     def _pixels(self, x: float, y: float) -> tuple[float, float]:
         """Return the pixel of a point; one outside of the axes is moved to their edge."""
@@ -201,30 +200,19 @@ class Chart:
         if label:
             self.legend.append((label, color))
 
-    def _draw_legend(self) -> None:
-        """Draw the legend into the corner that has the least of the curves."""
+    def _draw_legend(self) -> Tensor:
+        """Return an image of the legend, as wide as the chart."""
         lengths = [self.canvas.draw.textlength(text, self.canvas.font) for text, _ in self.legend]
-        width = round(max(lengths) / 2) + 32
-        height = 16 * len(self.legend) + 4
-        left, top = min(
-            (
-                (left, top)
-                for top in (self.TOP + 3, self.TOP + self.inner_height - height - 3)
-                for left in (self.LEFT + self.inner_width - width - 3, self.LEFT + 3)
-            ),
-            key=lambda corner: self._darkness(corner[0], corner[1], width, height),
-        )
-        self.canvas.box(left, top, left + width, top + height, WHITE)
-        for row, (label, color) in enumerate(self.legend):
-            middle = top + 10 + 16 * row
-            self.canvas.line([(left + 4, middle), (left + 20, middle)], color, 5)
-            self.canvas.text(left + 26, middle, label, "lm")
-
-    def _darkness(self, left: int, top: int, width: int, height: int) -> int:
-        """Return how dark a rectangle is."""
-        box = (2 * left, 2 * top, 2 * (left + width), 2 * (top + height))
-        pixels = self.canvas.image.crop(box).convert("L").histogram()
-        return sum(count * (255 - shade) for shade, count in enumerate(pixels) if shade < GRAY[0])
+        width = self.canvas.image.width // 2
+        columns = max(1, width // (round(max(lengths) / 2) + 38))
+        column = width // columns
+        canvas = Canvas(width, 16 * math.ceil(len(self.legend) / columns) + 6)
+        for number, (label, color) in enumerate(self.legend):
+            left = number % columns * column + 6
+            middle = 8 + number // columns * 16
+            canvas.line([(left, middle), (left + 16, middle)], color, 5)
+            canvas.text(left + 22, middle, cut_to_width(canvas, label, column - 30), "lm")
+        return canvas.tensor()
 
 
 def heat_map(
@@ -376,8 +364,12 @@ def cut_in_the_middle(canvas: Canvas, text: str, width: int) -> str:
 def side_by_side(images: Sequence[Tensor]) -> Tensor:
     """Return images (1, 3, H, W) of any size next to each other, on white."""
     height = max(image.shape[2] for image in images)
-    padded = [F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0) for image in images]
-    return torch.cat(padded, dim=3)
+    return torch.cat([with_height(image, height) for image in images], dim=3)
+
+
+def with_height(image: Tensor, height: int) -> Tensor:
+    """Return an image (1, 3, H, W) with white below it."""
+    return F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0)
 
 
 def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from framework import Context, Every, PositiveInt, callbacks, dtensors, numbers_of
 from framework.contracts.periodic_callback import PeriodicCallback
 
 from .samples import measured_samples, model_outputs
-
-UNCHANGED = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 @callbacks.register("histograms", aliases=["histogram"])
@@ -20,7 +19,8 @@ class Histograms(PeriodicCallback):
     Tags are weights/<parameter>, gradients/<parameter> and activations/<module>. Values that are
     not finite are left out. A sparse gradient counts with its stored values, a complex number with
     both parts. Activations are the outputs of the innermost modules in evaluation mode for some
-    samples of the validation split, or of the training split without one. The step is that whose
+    samples of the validation split, or of the training split without one. Modules that only reshape
+    or return their input, such as dropout, have none. The step is that whose
     update follows; the last values are those of the trained model, unless its step is logged.
 
     Args:
@@ -72,18 +72,27 @@ class Histograms(PeriodicCallback):
             self._log_activations(trainer, step)
 
     def _log_activations(self, trainer: Context, step: int) -> None:
+        inputs: dict[nn.Module, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
+        def keep_input(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                inputs[module] = arguments[0].clone()  # the module may change it in place
+
         def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and output.is_floating_point():
+            def keep_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+                before = inputs.pop(module, None)
+                if not isinstance(output, Tensor) or not output.is_floating_point():
+                    return
+                if before is None or not passes_through(before, arguments[0], output):
                     outputs[name] = output.clone()  # a later module may change it in place
 
             return keep_output
 
         hooks = []
         for name, module in trainer.model.named_modules():
-            if not list(module.children()) and not isinstance(module, UNCHANGED):
+            if not list(module.children()):
+                hooks.append(module.register_forward_pre_hook(keep_input))
                 hooks.append(module.register_forward_hook(hook_of(name or "model")))
         try:
             model_outputs(trainer, measured_samples(trainer, self.samples))
@@ -92,6 +101,23 @@ class Histograms(PeriodicCallback):
                 hook.remove()
         for name, output in outputs.items():
             log_histogram(trainer, f"activations/{name}", output, step)
+
+
+def passes_through(before: Tensor, after: Tensor, output: Tensor) -> bool:
+    """Return whether a module only reshapes or returns its input.
+
+    Equal values are not enough: a ReLU has them if all its inputs are positive.
+
+    Args:
+        before: a copy of the input before the call.
+        after: the input after the call.
+        output: of the module.
+    """
+    if output.layout != torch.strided or before.numel() != output.numel():
+        return False
+    if before.shape == output.shape and after.data_ptr() != output.data_ptr():
+        return False
+    return torch.equal(before.flatten(), output.flatten())
 
 
 def log_histogram(trainer: Context, tag: str, tensor: Tensor, step: int) -> None:

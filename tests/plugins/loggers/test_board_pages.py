@@ -16,9 +16,11 @@ from runs import cut_off_at, run_training
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of a library that TensorBoard includes
-    from tensorboard import default, program
+    from tensorboard import program
     from tensorboard.backend import application
     from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
+
+    from framework.cli.hparams_page import plugins
 
 OBSERVERS = "confusion,per_class,histograms,filters,embeddings,attention,augmented,speed"
 OVERRIDES = (
@@ -35,6 +37,7 @@ OVERRIDES = (
     "loggers=[tensorboard,json_lines]",
     "run.name=pages",
 )
+SESSIONS = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "sliceSize": 10}
 STEPS = (5, 10, 15)  # the ends of the epochs
 
 
@@ -55,7 +58,7 @@ class Pages:
     """TensorBoard on a folder, in this process."""
 
     def __init__(self, folder):
-        board = program.TensorBoard(plugins=default.get_plugins())
+        board = program.TensorBoard(plugins=plugins())
         options = ["--logdir", str(folder), "--reload_interval", "0", "--load_fast", "false"]
         board.configure(["", *options, "--reload_task", "blocking"])
         data = LocalDataIngester(board.flags)
@@ -215,7 +218,13 @@ def test_hparams_have_the_test_values(pages):
     names = [info["name"] for info in experiment["hparamInfos"]]
     assert {"optimizer.lr", "test/accuracy", "test/loss"} <= set(names)
     metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
-    assert "val/loss" in metrics
+    first = ["val/loss", "val/accuracy", "train/loss", "train/accuracy", "val_per_class/f1/0"]
+    assert metrics[:5] == first, "the page shows five metrics"
+    observed = min(map(metrics.index, ("speed/mfu", "train/learning_rate")))
+    assert observed > metrics.index("val_per_class/recall/9")
+    (group,) = pages.post("hparams/session_groups", SESSIONS)["sessionGroups"]
+    shown = [value["name"]["tag"] for value in group["metricValues"]]
+    assert shown[:5] == first
 
 
 def test_stacked_trials_have_the_pages_of_a_single_run(command, tmp_path, monkeypatch):

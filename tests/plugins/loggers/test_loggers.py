@@ -296,6 +296,50 @@ def test_the_graph_of_a_model_with_several_inputs(tmp_path, as_inputs, names):
     assert shapes == [1, 3]
 
 
+class Adversaries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.discriminator = nn.Linear(3, 1)
+        self.generator = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+    def forward(self, inputs):
+        return self.discriminator(inputs)
+
+    def sample(self, count):
+        return self.generator(torch.randn(count, 2))
+
+
+def nodes_of(folder, model, inputs):
+    """Return the inputs of each node in the graph of a model."""
+    board = log(folder)
+    board.graph(model, inputs)
+    board.close()
+    graph = GraphDef.FromString(read(folder)._graph)
+    return {node.name: list(node.input) for node in graph.node}
+
+
+def test_the_graph_of_a_gan_has_both_networks(tmp_path):
+    model = Adversaries()
+    inputs = torch.rand(2, 3)
+    random_state = torch.get_rng_state()
+    nodes = nodes_of(tmp_path, model, inputs)
+    assert nodes["output"] == ["discriminator (Linear)/linear"]
+    generator = ["randn", "generator/0 (Linear)/weight", "generator/0 (Linear)/bias"]
+    assert nodes["generator/0 (Linear)/linear"] == generator
+    assert nodes["samples"] == ["generator/1 (BatchNorm1d)/batch_norm"]
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_samples_are_not_drawn_if_the_forward_pass_has_all_parameters(tmp_path):
+    model = Adversaries()
+    model.generator = nn.Sequential(nn.Tanh())
+    nodes = nodes_of(tmp_path, model, torch.rand(2, 3))
+    assert "samples" not in nodes
+    model.generator = nn.Linear(5, 3)  # fails
+    nodes = nodes_of(tmp_path / "failing", model, torch.rand(2, 3))
+    assert nodes["output"] == ["discriminator (Linear)/linear"]
+
+
 def test_a_model_that_fails_in_tracing_leaves_a_text(tmp_path):
     board = log(tmp_path)
     board.graph(nn.Linear(3, 3), torch.rand(2, 4))

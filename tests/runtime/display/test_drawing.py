@@ -76,10 +76,21 @@ def test_a_curve_is_interrupted_where_it_is_not_finite():
     assert pixel_of(chart, 8, 0.5)[0] < 0.1
 
 
-def test_a_legend_leaves_the_curve_visible():
-    chart = Chart("f", Axis(0, 10), Axis(0, 1))
-    chart.line([(6, 0.05), (10, 0.05)], COLORS[0], "at the bottom, on the right", width=6)
-    assert pixel_of(chart, 9, 0.05)[0] < 0.1
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (2, 1), (8, 4)])
+def test_a_legend_covers_no_curve(count, rows):
+    images = []
+    for label in ("", "a class with a name"):
+        chart = Chart("f", Axis(0, 1), Axis(0, 1))
+        for number in range(count):
+            chart.line([(0, number / 8), (1, number / 8)], COLORS[number], label)
+        images.append(chart.tensor())
+    without, with_legend = images
+    assert torch.equal(with_legend[:, :, : without.shape[2]], without)
+    legend = with_legend[0, :, without.shape[2] :]
+    assert legend.shape == (3, 16 * rows + 6, drawing.CARD)
+    for color in COLORS[:count]:
+        difference = (legend - torch.tensor(color).reshape(3, 1, 1) / 255).abs().amax(0)
+        assert difference.min() < 0.02
 
 
 def test_images_are_enlarged_above_their_captions():

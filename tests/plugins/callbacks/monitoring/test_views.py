@@ -196,22 +196,48 @@ def test_sounds_are_the_real_part_of_the_waveforms():
         fit(build("sounds", sample_rate=8000))
 
 
-def test_activations_are_those_of_the_innermost_modules():
+def activations_of(model):
+    """Return the histograms of the activations after the last step, by module."""
     found = {}
 
     class Histograms(fw.Logger):
         def histogram(self, tag, values, step):
-            found[tag, step] = values
+            group, _, name = tag.partition("/")
+            if group == "activations" and step == 3:
+                found[name] = values
 
     callback = build("histograms", activations=True, samples=12)
     trainer = fw.Trainer(max_epochs=1, callbacks=[callback], loggers=[Histograms()], device="cpu")
-    model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer.fit(model, SPLIT, val=SPLIT, task=LOSS, optimizer=optimizer, batch_size=4)
-    names = {tag for tag, _ in found if tag.startswith("activations/")}
-    assert names == {"activations/0", "activations/3"}  # not of dropout and flatten
+    return found
+
+
+def test_activations_are_those_of_the_innermost_modules():
+    model = network()
+    found = activations_of(model)
+    assert found.keys() == {"0", "3"}  # not of dropout and flatten
     expected = model.eval()(IMAGES).detach().flatten()
-    torch.testing.assert_close(found["activations/3", 3], expected)
+    torch.testing.assert_close(found["3"], expected)
+
+
+class Rows(nn.Module):
+    """Reshapes by a copy, in another memory format."""
+
+    def forward(self, x):
+        return x.flatten(1).clone()
+
+
+def test_modules_that_only_reshape_have_no_activations():
+    torch.manual_seed(1)
+    convolution = nn.Conv2d(1, 5, 3)
+    nn.init.zeros_(convolution.weight)
+    nn.init.ones_(convolution.bias)  # all activations are positive
+    layers = [convolution, nn.ReLU(), nn.Identity(), Rows(), nn.Linear(180, 3), nn.ReLU(True)]
+    found = activations_of(nn.Sequential(nn.Identity(), *layers))
+    assert found.keys() == {"1", "2", "5", "6"}
+    assert float(found["6"].min()) == 0
+    assert float(found["5"].min()) < 0
 
 
 def test_speed_logs_the_use_of_the_device():
