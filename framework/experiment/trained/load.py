@@ -40,7 +40,7 @@ from framework.experiment.build import (
     scale_of,
 )
 from framework.experiment.model_limits import model_limits
-from framework.experiment.weights import find_checkpoint, load_into
+from framework.experiment.weights import find_checkpoint, load_into, no_checkpoint
 from framework.registry.discovery import is_loaded
 from framework.runs import checkpoint
 from framework.runs.folder import (
@@ -388,7 +388,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     facts = read_facts(run)
     found = find_checkpoint(run, which or "best")
     if found is None:
-        raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
+        raise no_checkpoint(run)
     try:
         with model_limits(spec, checkpoint.read_shapes(found)):
             model = build_model(
