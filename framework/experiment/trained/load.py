@@ -29,7 +29,7 @@ from framework.data.input_rows import (
     opened,
     regrouped,
 )
-from framework.errors import ConfigError, DataError, RunError, short
+from framework.errors import ConfigError, DataError, Facts, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
 from framework.experiment.build import (
@@ -139,7 +139,8 @@ class Trained:
             DataError: it cannot be read, or the data set of the run does not support it.
         """
         if not path.exists():
-            raise DataError(f"--data {path}: no such file or folder")
+            error = DataError(f"--data {path}: no such file or folder")
+            raise error.with_facts(Facts("--data", str(path)))
         maker = self.spec.parts["data"]
         settings = {name: setting.default for name, setting in maker.entry.settings.items()}
         settings |= maker.settings
