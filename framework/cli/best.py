@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from framework.errors import RunError, SettingError
+from framework.errors import RunError, SettingError, wrong_option
 from framework.errors.paths import pasted
 from framework.errors.terminal import note, printable
 from framework.runs.folder import in_default_root
@@ -40,7 +40,7 @@ def best(arguments: list[str]) -> int:
     if args.metric is not None:
         column = table.column(metric, "--metric")
         if column.kind != "metric" or column.key != metric:
-            raise SettingError(f"--metric {metric}: expected a metric such as val/loss")
+            raise wrong_option("--metric", metric, "a metric such as val/loss")
     direction = args.mode or table.direction(metric)
     if direction is None:
         raise SettingError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 
-from framework.errors import FrameworkError, RunError
+from framework.errors import Facts, FrameworkError, RunError, wrong_option
 from framework.errors.paths import real_path
 from framework.errors.terminal import note, print_line
 from framework.runs.overview.run_index import list_runs
@@ -125,7 +125,8 @@ def selected_runs(root: Path, selections: Sequence[str]) -> list[str]:
         if not names and any(operator in text for operator in "=<>~"):
             names = [run.name for run in filtered(table, text, "--runs")]
         if not names:
-            raise RunError(f"--runs {text}: none of the {len(table.runs):,} runs in {root} matches")
+            message = f"--runs {text}: none of the {len(table.runs):,} runs in {root} matches"
+            raise RunError(message).with_facts(Facts("--runs", text))
         found |= dict.fromkeys(names)
     if "best" not in selections:
         return list(found)
@@ -223,7 +224,8 @@ def check_port(port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
     except OverflowError:
-        raise FrameworkError(f"--port {port}: expected an integer from 0 to 65535") from None
+        raise wrong_option("--port", port, "an integer from 0 to 65535") from None
     except OSError as error:
         advice = "choose another port, or 0 for a free one"
-        raise FrameworkError(f"--port {port}: {error.strerror}; {advice}") from error
+        message = f"--port {port}: {error.strerror}; {advice}"
+        raise FrameworkError(message).with_facts(Facts("--port", port)) from error

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from framework.errors import FrameworkError
+from framework.errors import wrong_option
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import print_line, printable
 from framework.runtime.display.console import console, empty_table
@@ -36,9 +36,7 @@ def evaluate(arguments: list[str]) -> None:
             print_values(values, trained.checkpoint)
         return
     data = trained.read_data() if args.data is None else trained.read_labelled(args.data)
-    document = report(args, trained, data, split)
-    if args.json:
-        print_json(document)
+    report(args, trained, data, split)
 
 
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
@@ -60,28 +58,34 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     if args.data is not None and args.split is not None:
         parser.error("give --split or --data, not both")
     if args.worst is not None and args.worst < 1:
-        raise FrameworkError(f"--worst {args.worst}: expected at least 1")
+        raise wrong_option("--worst", args.worst, "at least 1")
     return args
 
 
-def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dict[str, Any]:
-    """Measure worst samples and curves, write them, print them; return the JSON document."""
+def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> None:
+    """Measure worst samples and curves, print them, and write them.
+
+    They are printed first, also if the folder of the run cannot be written.
+    """
     from framework.experiment.evaluation import reports
 
     name = split if args.data is None else "data"  # of the results
     document: dict[str, Any] = {"run": str(trained.run), "checkpoint": str(trained.checkpoint)}
     document["split"] = name
     files: list[Path] = []
-    # everything is measured before the first file is written: a wrong input leaves nothing
+    # everything is measured before something is printed: a wrong input prints and leaves nothing
+    curves = None
+    if args.curves:  # first: the first batch tells whether the task has classes
+        decision = reports.decisions_of_run(trained, data, split)
+        curves = reports.curves_of_run(trained, decision)
+        document["curves"] = curves.summary()
     worst = None
     if args.worst is not None:
         worst = reports.worst_of_run(trained, data, split, args.worst)
         document["worst"] = worst.rows()
-    curves = None
-    if args.curves:
-        decision = reports.decisions_of_run(trained, data, split)
-        curves = reports.curves_of_run(trained, decision)
-        document["curves"] = curves.summary()
+    print_json(document)
+    if not args.json:
+        print_results(worst, curves)
     if worst is not None:
         files += reports.save_worst(trained, worst, name)
     if curves is not None:
@@ -93,14 +97,15 @@ def report(args: argparse.Namespace, trained: Any, data: Any, split: str) -> dic
                 reports.log_worst(logger, worst, f"{name}/worst", step)
             if curves is not None:
                 reports.log_curves(logger, curves, decision, f"{name}/curves", step)
-    document["files"] = [str(file) for file in files]
+    print_json(document | {"files": [str(file) for file in files]})
     if not args.json:
-        print_report(worst, curves, files, trained)
-    return document
+        for file in files:
+            print_line(f"written  {shorter(file)}")
+        print_line(f"from     {trained.checkpoint}")
 
 
-def print_report(worst: Any, curves: Any, files: Sequence[Path], trained: Any) -> None:
-    """Print the tables, the files and the checkpoint."""
+def print_results(worst: Any, curves: Any) -> None:
+    """Print the tables."""
     output = console()
     if worst is not None:
         output.print(worst_table(worst.rows()))
@@ -111,9 +116,6 @@ def print_report(worst: Any, curves: Any, files: Sequence[Path], trained: Any) -
         output.print(curves_table(curves.summary()))
         error = curves.calibration.error
         print_line(f"expected calibration error {error:.4f} ({curves.samples:,} samples)")
-    for file in files:
-        print_line(f"written  {shorter(file)}")
-    print_line(f"from     {trained.checkpoint}")
 
 
 def worst_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from framework.errors import FrameworkError
+from framework.errors import wrong_option
 from framework.errors.paths import expanded, shorter
 from framework.errors.terminal import can_redraw, print_line
 
@@ -44,18 +44,16 @@ def landscape(arguments: list[str]) -> None:
         surfaces.append(surface)
     with progress_bar(len(surfaces) * args.points**2) as done:
         found = measure_landscapes(surfaces, args.points, args.span, done)
+    # printed before they are written, also if the folder of the run cannot be written
+    document = {"landscapes": [landscape_files.as_dict(each) for each in found]}
+    print_json(document)
+    if not args.json:
+        print_landscapes(found)
     files = landscape_files.save_landscapes(found)
-    if args.json:
-        print_json(
-            {
-                "landscapes": [landscape_files.as_dict(each) for each in found],
-                "files": [str(file) for file in files],
-            }
-        )
-        return
-    print_landscapes(found)
-    for file in files:
-        print_line(f"written  {shorter(file)}")
+    print_json(document | {"files": [str(file) for file in files]})
+    if not args.json:
+        for file in files:
+            print_line(f"written  {shorter(file)}")
 
 
 def parse_landscape(arguments: list[str]) -> argparse.Namespace:
@@ -80,7 +78,7 @@ def parse_landscape(arguments: list[str]) -> argparse.Namespace:
     option("--json", **JSON)
     args = parser.parse_args(arguments)
     if args.samples < 1:
-        raise FrameworkError(f"--samples {args.samples}: expected at least 1")
+        raise wrong_option("--samples", args.samples, "at least 1")
     return args
 
 
@@ -106,9 +104,10 @@ def print_landscapes(found: Sequence[Any]) -> None:
 
     scale = color_scale(found)
     output = console()
+    width = min(WIDTH, output.width)
     for each in found:
         print_line(f"{each.run}, loss {each.center:.6g} at the center ({each.checkpoint})")
-        output.print(heat_map(each, scale, output.color_system is not None))
+        output.print(heat_map(each, scale, width, output.color_system is not None))
         print_line(f"{each.samples:,} samples of {each.split}; {kind_text(each)}")
         print_line(
             f"x {each.x[0]:.3g} to {each.x[-1]:.3g}, y {each.y[0]:.3g} to {each.y[-1]:.3g}; "
@@ -128,7 +127,7 @@ def kind_text(found: Any) -> str:
     return f"{kind}, with {found.explained:.1%} of the squared distances of the path"
 
 
-def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
+def heat_map(found: Any, scale: Any, width: int, has_colors: bool) -> Text:
     """Return a map: two values in a character with colors, one without."""
     import torch
 
@@ -136,9 +135,9 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
     from framework.runtime.display.plot import half_blocks, resampled, shade
 
     lines = HEIGHT if has_colors else HEIGHT // 2
-    rows = resampled(found.losses, WIDTH, lines)[::-1]  # the highest y first
+    rows = resampled(found.losses, width, lines)[::-1]  # the highest y first
     shares = [list(map(scale.position, row)) for row in rows]
-    marks = path_marks(found, lines)
+    marks = path_marks(found, width, lines)
     if has_colors:
         pixels = pixels_of(colors_of(torch.tensor(shares)))
         return Text("\n").join(half_blocks(pixels, marks))
@@ -149,7 +148,7 @@ def heat_map(found: Any, scale: Any, has_colors: bool) -> Text:
     return Text("\n".join(drawn))
 
 
-def path_marks(found: Any, lines: int) -> dict[tuple[int, int], str]:
+def path_marks(found: Any, width: int, lines: int) -> dict[tuple[int, int], str]:
     """Return the marks of checkpoints and of the center by column and line of a map."""
     marks = {}
     points = [(each["x"], each["y"], PATH_MARK) for each in found.path]
@@ -157,5 +156,5 @@ def path_marks(found: Any, lines: int) -> dict[tuple[int, int], str]:
         across = (x - found.x[0]) / (found.x[-1] - found.x[0])
         up = (y - found.y[0]) / (found.y[-1] - found.y[0])
         if 0 <= across <= 1 and 0 <= up <= 1:
-            marks[round(across * (WIDTH - 1)), round((1 - up) * (lines - 1))] = mark
+            marks[round(across * (width - 1)), round((1 - up) * (lines - 1))] = mark
     return marks

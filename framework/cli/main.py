@@ -30,6 +30,7 @@ from framework.errors import (
     did_you_mean,
     nearest,
     short,
+    wrong_option,
 )
 from framework.errors.exits import no_exit
 from framework.errors.paths import expanded, real_path, shorter
@@ -563,9 +564,7 @@ def show(arguments: list[str]) -> None:
     from .parts import plots, tables
 
     if args.steps is not None and not 2 <= args.steps <= MOST_STEPS:
-        expected = f"from 2 to {MOST_STEPS:,}"
-        error = SettingError(f"--steps {args.steps}: expected {expected}")
-        raise error.with_facts(Facts("--steps", args.steps, expected))
+        raise wrong_option("--steps", args.steps, f"an integer from 2 to {MOST_STEPS:,}")
     index = read_catalogue(args)
     overrides = [word for word in args.words if "=" in word]
     names = [word for word in args.words if "=" not in word]
@@ -693,15 +692,18 @@ def rerun(arguments: list[str]) -> int:
     from framework.experiment.launch import is_launcher
 
     plan = prepare_rerun(args.run, args.overrides, args.plugins, args.without_plugin)
-    for line in plan.differences:
-        print_message(line)
-    if is_launcher(plan.spec):
-        job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
-        result = launch_processes(job, STARTED)
-    else:
-        result = train_experiment(
-            plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data
-        )
+    try:
+        for line in plan.differences:
+            print_message(line)
+        if is_launcher(plan.spec):
+            job = Job(plan.spec, plan.experiment, plan.overrides, traceback=args.traceback)
+            result = launch_processes(job, STARTED)
+        else:
+            result = train_experiment(
+                plan.spec, plan.experiment, plan.overrides, STARTED, data=plan.data
+            )
+    finally:
+        plan.release()
     return print_end(result, args.json, differences=list(plan.differences))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import SettingError
+from framework.errors import wrong_option
 from framework.errors.paths import expanded
 from framework.errors.terminal import note, print_line, printable, shortened
 from framework.runs.folder import in_default_root
@@ -59,7 +59,7 @@ def runs(arguments: list[str]) -> int:
     parser.add_argument("--json", **JSON)
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 0:
-        parser.error(f"--limit {args.limit}: expected 0 or more")
+        raise wrong_option("--limit", args.limit, "at least 0")
     root = in_default_root(args.folder or args.root)
     if args.bin:
         root = root / BIN
@@ -137,7 +137,7 @@ def chosen_columns(table: RunTable, rows: Sequence[RunRow], text: str | None) ->
     names = [name.strip() for name in text.removeprefix("+").split(",")]
     columns = [table.column(name, "--columns") for name in names if name]
     if not columns:
-        raise SettingError(f"--columns {text}: expected names of columns")
+        raise wrong_option("--columns", text, "names of columns")
     if not text.startswith("+"):
         return columns
     default = table.default_columns(rows)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, wrong_option
 from framework.errors.paths import pasted
 from framework.errors.terminal import print_line
 from framework.runs.requests import (
@@ -41,7 +41,7 @@ def tell(arguments: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     args = parser.parse_intermixed_args(arguments)
     if not 0 < args.timeout < float("inf"):
-        parser.error(f"--timeout {args.timeout}: expected seconds, more than 0")
+        raise wrong_option("--timeout", args.timeout, "a number of seconds above 0")
     files = run_files(args.run)
     run = files.path
     parsed = parse_commands(args.commands, files.settings)

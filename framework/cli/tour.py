@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.markdown import Markdown
 from rich.table import Table
 
+from framework.errors import wrong_option
 from framework.errors.terminal import printable_lines
 from framework.runtime.display.console import console
 
@@ -86,7 +87,7 @@ def tour(arguments: list[str]) -> None:
     if args.json and not args.list:
         parser.error("--json requires --list")
     if args.lesson is not None and not 1 <= args.lesson <= len(lessons):
-        parser.error(f"--lesson {args.lesson}: expected 1 to {len(lessons)}")
+        raise wrong_option("--lesson", args.lesson, f"an integer from 1 to {len(lessons)}")
     wrong = [word for word in args.overrides if "=" not in word]
     if wrong:
         parser.error(f"expected KEY=VALUE, got {wrong[0]}")

@@ -68,6 +68,18 @@ class FrameworkError(Exception):
         return error
 
 
+def wrong_option(option: str, value: Any, expected: str) -> FrameworkError:
+    """Return the error of an option of a command that has a wrong value.
+
+    Args:
+        option: such as "--points".
+        value: its value.
+        expected: the type, range or choices of a correct value, in words.
+    """
+    error = FrameworkError(f"{option} {value}: expected {expected}")
+    return error.with_facts(Facts(option, value, expected))
+
+
 class UnknownName(FrameworkError):
     """No part of a kind has this name."""
 

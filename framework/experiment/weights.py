@@ -53,6 +53,15 @@ def find_checkpoint(run: Path, which: str = "best") -> Path | None:
     return checkpoint.newest(folder)[0] if folder.is_dir() else None
 
 
+def no_checkpoint(run: Path) -> RunError:
+    """Return the error of a run for which `find_checkpoint` finds no checkpoint."""
+    folder = run / "checkpoints"
+    skipped = checkpoint.newest(folder)[1] if folder.is_dir() else []
+    if skipped:
+        return RunError(f"{run} has no undamaged checkpoint: {skipped[0]}")
+    return RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
+
+
 def load_into(model: nn.Module, saved: Path, run: Path) -> None:
     """Load the weights of a checkpoint.
 
@@ -181,7 +190,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if (path / "checkpoints").is_dir():
             found = find_checkpoint(path)
             if found is None:
-                raise RunError(f"init_from={path}: the run has no undamaged checkpoint")
+                raise RunError(f"init_from={path}: {no_checkpoint(path)}")
             path = found
         return checkpoint.load_model(path)
     except (OSError, SafetensorError, CheckpointError) as error:

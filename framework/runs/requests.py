@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from framework.errors import FrameworkError, RunError, did_you_mean, short
+from framework.errors import Facts, FrameworkError, RunError, did_you_mean, short
 from framework.system.files import AppendFile, open_file, parse_json, parse_row, write_file
 
 from .run_files import setting_named
@@ -136,8 +136,8 @@ def parse_setting(word: str, settings: Collection[str]) -> Command:
     """Return the command that sets KEY=VALUE.
 
     Raises:
-        FrameworkError: the value is neither a finite number nor a list of finite numbers, or
-            several settings have the name.
+        FrameworkError: the value is neither a finite number nor a list of finite numbers; no other
+            setting can be changed. Or several settings have the name.
     """
     name, _, text = word.partition("=")
     setting = setting_named(name, settings, "set") or name
@@ -149,9 +149,15 @@ def parse_setting(word: str, settings: Collection[str]) -> Command:
         except (ValueError, RecursionError):
             continue
     if not is_value(value):
-        raise FrameworkError(
-            f"{setting}={text}: expected a number, or a list of numbers such as [0.9,0.99]"
-        )
+        expected = "a number, or a list of numbers such as [0.9,0.99]"
+        message = f"expected {expected}"
+        if not setting.startswith("optimizer."):
+            expected = "a number of the optimizer"
+            message = "only numbers of the optimizer can be changed in a running run"
+            if setting in settings:
+                message += f"; stop it, and `framework resume RUN {setting}={text}`"
+        error = FrameworkError(f"{setting}={text}: {message}")
+        raise error.with_facts(Facts(setting, text, expected))
     return Command(SET, setting, value)
 
 

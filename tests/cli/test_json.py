@@ -269,6 +269,8 @@ def test_the_schema_of_experiment_files_is_the_same_without_the_option(command):
         ("train --repeat x", {"setting": "--repeat", "value": "x", "expected": "an integer"}),
         ("eval run --splt val", {"setting": "--splt", "suggestion": "--split"}),
         ("eval run --split vall", {"setting": "--split", "value": "vall", "suggestion": "val"}),
+        ("show adam --steps 1", {"setting": "--steps", "value": 1}),
+        ("runs --limit -1", {"setting": "--limit", "expected": "at least 0"}),
         ("show optimizer/sdg", {"value": "sdg", "suggestion": "sgd"}),
         ("trian", {"value": "trian", "suggestion": "train"}),
         ("eval runs/default/missing", {"type": "RunError", "setting": None}),

@@ -101,6 +101,10 @@ def test_a_run_that_cannot_be_loaded_gives_the_reason(result, tmp_path):
     config.write_text(config.read_text().replace("width: 16", "width: 17"))
     with pytest.raises(RunError, match=r"does not fit the model of .*copy: .*size mismatch"):
         open_run(copy)
+    saved = next((copy / "checkpoints").glob("step-*"))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"no undamaged checkpoint: .*model\.safetensors is missing"):
+        open_run(copy, "last")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(RunError, match="has no checkpoint"):
         open_run(copy)

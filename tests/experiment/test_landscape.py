@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_has_no_color(linear):
     assert draw_landscapes([found]).isfinite().all()
 
 
-def test_the_command_draws_two_runs_with_the_same_range(linear, tmp_path, command, capsys):
+def test_the_command_draws_two_runs_with_the_same_range(linear, tmp_path, command, monkeypatch):
     other = run_training(
         f"run.root={tmp_path}/runs",
         "experiment=diabetes",
@@ -236,6 +236,10 @@ def test_the_command_draws_two_runs_with_the_same_range(linear, tmp_path, comman
     assert status == 0, err
     assert text.count("X") >= 2
     assert max(map(len, text.splitlines()[:20])) <= 120
+    monkeypatch.setattr("rich.console.Console.width", 30)
+    narrow = command(line)[1].splitlines()
+    assert max(map(len, narrow[1:23])) == 30
+    assert len(narrow) == len(text.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,7 @@ def test_runs_that_cannot_be_compared_or_have_no_path_are_errors(linear, tmp_pat
 def test_a_map_with_colors_has_two_values_in_a_character(linear):
     (found,) = measure_landscapes([surface_of(linear, "pca")], 5, None)
     scale = color_scale([found])
-    text = heat_map(found, scale, has_colors=True)
+    text = heat_map(found, scale, 64, has_colors=True)
     lines = text.plain.split("\n")
     assert len(lines) == 22
     assert {len(line) for line in lines} == {64}
@@ -284,5 +288,5 @@ def test_a_map_with_colors_has_two_values_in_a_character(linear):
     assert corner.color.triplet == pixels_of(colors_of(share))[0][0]
     assert "X" in text.plain
     assert "o" in text.plain
-    plain = heat_map(found, scale, has_colors=False).plain
+    plain = heat_map(found, scale, 64, has_colors=False).plain
     assert set(plain) <= {*SHADES, "o", "X", "\n"}

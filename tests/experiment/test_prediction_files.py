@@ -160,8 +160,8 @@ def test_an_error_of_the_input_leaves_the_file_as_it_was(tmp_path):
         ("y.txt", None, "--output y.txt: expected a .csv, .jsonl, .parquet, .npy, .npz file"),
         ("y", None, "--output y: expected"),
         ("no/y.csv", None, "--output no/y.csv: no folder no"),
-        ("folder.csv", None, "--output folder.csv: is a folder"),
-        ("-", "npy", "--format npy: --output - prints only csv or jsonl"),
+        ("folder.csv", None, "--output folder.csv: expected a file"),
+        ("-", "npy", "--format npy: expected csv or jsonl"),
     ],
 )
 def test_an_invalid_output_is_refused(tmp_path, monkeypatch, output, chosen, message):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from framework.errors import ConfigError, RunError
+from framework.experiment.experiment import train
 from framework.experiment.recorded.rerun import prepare_rerun
 from framework.runs.run_files import RunFiles
 
@@ -46,13 +47,24 @@ def test_overrides_change_the_new_run_only(first):
 
 
 def test_each_rerun_has_a_folder_of_its_own(first):
-    names = []
-    for _ in range(2):
-        plan = prepare_rerun("runs/default/first", [])
-        names.append(plan.spec.sections["run"]["name"])
-        Path("runs/default", names[-1]).mkdir()
+    """Also if the second one is prepared before the first one trains."""
+    plans = [prepare_rerun("runs/default/first", []) for _ in range(2)]
+    names = [plan.spec.sections["run"]["name"] for plan in plans]
     assert names == ["first_rerun", "first_rerun-2"]
-    assert prepare_rerun("runs/default/first", []).experiment == "default"
+    assert plans[0].experiment == "default"
+    for plan in plans:
+        train(plan.spec, plan.experiment, plan.overrides, data=plan.data, say=lambda line: None)
+        plan.release()
+    for name in names:
+        assert RunFiles(f"runs/default/{name}").settings["run.name"] == name
+    elsewhere = prepare_rerun("runs/default/first", ["run.root=elsewhere"])
+    assert elsewhere.claimed == Path("elsewhere/default/first_rerun")
+
+
+def test_a_rerun_that_fails_before_training_leaves_no_folder(first):
+    status, _, err = first("rerun runs/default/first init_from=missing")
+    assert status == 2, err
+    assert [path.name for path in Path("runs/default").glob("first*")] == ["first"]
 
 
 def test_differences_of_code_versions_and_data_are_reported(first):

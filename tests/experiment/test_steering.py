@@ -355,6 +355,17 @@ def test_wrong_commands_are_refused_before_they_are_sent(words, message):
     assert message in str(error.value)
 
 
+def test_texts_of_other_settings_are_refused_with_the_command_that_changes_them():
+    with pytest.raises(FrameworkError) as error:
+        parse_commands(["set", "mode=max"], ["callbacks.checkpoint.mode", "optimizer.lr"])
+    assert "`framework resume RUN callbacks.checkpoint.mode=max`" in str(error.value)
+    assert error.value.facts.setting == "callbacks.checkpoint.mode"
+    assert error.value.facts.expected == "a number of the optimizer"
+    with pytest.raises(FrameworkError, match="only numbers of the optimizer") as error:
+        parse_commands(["set", "nothing=max"], ["optimizer.lr"])
+    assert "resume" not in str(error.value)
+
+
 def test_commands_in_any_order():
     assert parse_commands(["checkpoint", "set", "a=.5", "b=[1,2]", "set", "c=1e-4", "pause"]) == [
         Command("checkpoint"),

@@ -245,11 +245,18 @@ def test_a_run_that_is_evaluated_resumes_bit_for_bit(tmp_path, command, monkeypa
     assert scalars_of(whole) == scalars_of(part)
 
 
+def test_the_document_of_a_wrong_number_has_its_facts(digits, command):
+    status, out, _ = command(f"eval {digits.folder} --worst 9999 --json")
+    error = json.loads(out)["error"]
+    assert (status, error["setting"], error["value"]) == (2, "--worst", 9999)
+    assert "270" in error["expected"]
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         ("--worst 0", "--worst 0: expected at least 1"),
-        ("--worst 9999", "has only 270 samples"),
+        ("--worst 9999", "expected at most 270, the number of samples"),
         ("--worst x", "expected an integer"),
         ("--worst 3 --split valid", "did you mean 'val'?"),
     ],
@@ -262,12 +269,20 @@ def test_wrong_options_are_errors_in_one_line(digits, command, options, part):
 
 
 def test_a_link_instead_of_the_folder_of_results_is_refused(tmp_path, command):
+    """The results are printed nevertheless, as for a run that cannot be written."""
     run = run_training(f"run.root={tmp_path}/runs", "trainer.max_epochs=1").folder
     (tmp_path / "elsewhere").mkdir()
     (run / "evaluation").symlink_to(tmp_path / "elsewhere")
-    status, _, err = command(f"eval {run} --worst 2")
-    assert status == 2
-    assert "symbolic link" in err
+    for line in (f"eval {run} --worst 2 --curves", f"landscape {run} --points 3"):
+        status, out, err = command(line)
+        assert status == 2
+        assert "symbolic link" in err
+        assert "loss" in out
+        status, out, _ = command(f"{line} --json")
+        document = json.loads(out)
+        assert status == 2
+        assert "symbolic link" in document["error"]["message"]
+        assert len(document.get("worst", document.get("landscapes"))) > 0
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -398,5 +413,5 @@ def test_the_callback_needs_a_validation_split():
 
 
 def test_more_samples_than_the_split_has_are_an_error(digits):
-    with pytest.raises(FrameworkError, match="only 270 samples"):
+    with pytest.raises(FrameworkError, match="at most 270"):
         worst_of(digits.folder, 271)

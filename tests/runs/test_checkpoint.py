@@ -30,6 +30,7 @@ from framework.runs.checkpoint import (
     clean,
     load,
     newest,
+    read_shapes,
     remove,
     save,
     verify,
@@ -182,6 +183,22 @@ def test_a_flipped_bit_or_a_truncation_is_detected_before_use(tmp_path, name):
             load(written)
         (written / name).write_bytes(whole)
     verify(written)
+
+
+def test_reading_the_shapes_of_a_truncated_file_names_it_once(tmp_path):
+    written = save(tmp_path, MODEL_STATE, {}, 1)
+    whole = (written / MODEL).read_bytes()
+    assert read_shapes(written) == {"weight": (2, 3), "bias": (2,)}
+    for size in (0, 4, 50, len(whole) - 1):
+        (written / MODEL).write_bytes(whole[:size])
+        with pytest.raises(CheckpointError) as raised:
+            read_shapes(written)
+        message = f"{written / MODEL} has {size} bytes instead of {len(whole)}"
+        assert str(raised.value) == message
+    (written / MODEL).write_bytes(b"?" * 8 + whole[8:])
+    with pytest.raises(CheckpointError) as raised:
+        read_shapes(written)
+    assert str(raised.value).count(str(written)) == 1
 
 
 def test_the_newest_good_checkpoint_is_found_with_the_reasons_for_skipping_others(tmp_path):

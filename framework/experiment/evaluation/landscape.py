@@ -12,7 +12,7 @@ from torch import Tensor
 
 from framework.data.dataset import Data, GatheredSplit, is_in_memory, split_of
 from framework.data.workers import Split
-from framework.errors import CheckpointError, FrameworkError, RunError
+from framework.errors import CheckpointError, Facts, FrameworkError, RunError, wrong_option
 from framework.errors.terminal import note
 from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained
@@ -109,10 +109,11 @@ class Surface:
         self.steps, checkpoints = read_path(trained, center)
         moved = [each for each in checkpoints if any_different(each, center)]
         if directions == "pca" and len(moved) < LEAST_CHECKPOINTS - 1:
-            raise FrameworkError(
+            error = FrameworkError(
                 f"--directions pca: {trained.run} has {len(moved) + 1} checkpoints with different "
                 f"weights, expected at least {LEAST_CHECKPOINTS} (callbacks.checkpoint.keep)"
             )
+            raise error.with_facts(Facts("--directions", "pca"))
         if directions == "auto":
             directions = "pca" if len(moved) >= LEAST_CHECKPOINTS - 1 else "random"
         self.checkpoints = checkpoints
@@ -213,9 +214,9 @@ def measure_landscapes(
         FrameworkError: points or span cannot be used.
     """
     if not 3 <= points <= MOST_POINTS:
-        raise FrameworkError(f"--points {points}: expected an integer from 3 to {MOST_POINTS}")
+        raise wrong_option("--points", points, f"an integer from 3 to {MOST_POINTS}")
     if span is not None and not (0 < span < math.inf):
-        raise FrameworkError(f"--span {span:g}: expected a number above 0")
+        raise wrong_option("--span", span, "a number above 0")
     if len({surface.plane.kind for surface in surfaces}) > 1:  # one has too few checkpoints
         for surface in surfaces:
             surface.use_random_directions()
@@ -257,10 +258,11 @@ def check_comparable(first: Trained, second: Trained) -> None:
     }
     for name, value in checks.items():
         if value(first) != value(second):
-            raise RunError(
+            error = RunError(
                 f"--against {second.run}: its {name} differs from that of {first.run}, so that the "
                 "losses cannot be compared"
             )
+            raise error.with_facts(Facts("--against", str(second.run)))
 
 
 def read_path(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from framework.experiment.trained.load import read_spec_of
 from framework.registry.discovery import discover, located
 from framework.runs.folder import dump, git_state, machine, read_config, resolve_run
 from framework.runs.run_files import RunFiles
+from framework.system.files import failure_reason, write_error
 
 FIXED = ("resume", "plugins", "sweep", "hydra")
 """Sections of a config that a new run does not take from another one."""
@@ -36,6 +38,8 @@ class Rerun:
         overrides: the command line of the earlier run, and the new overrides.
         differences: lines on code, versions and data that differ from those of the earlier run.
         data: of the spec, built already; None if other processes build it.
+        claimed: the empty folder of the new run, so that no other rerun takes its name; None if
+            the overrides name the run.
     """
 
     spec: Spec
@@ -43,6 +47,13 @@ class Rerun:
     overrides: list[str]
     differences: list[str]
     data: Data | None = None
+    claimed: Path | None = None
+
+    def release(self) -> None:
+        """Remove the folder of the new run if the run has not begun."""
+        if self.claimed is not None:
+            with suppress(OSError):  # it is not empty: the run has begun
+                self.claimed.rmdir()
 
 
 def prepare_rerun(
@@ -52,6 +63,9 @@ def prepare_rerun(
     without: Sequence[str] = (),
 ) -> Rerun:
     """Return a new run with the config of another one, and what differs from it.
+
+    It has a folder already if it has the name of the other run with a suffix; `Rerun.release`
+    removes the folder of a run that does not begin.
 
     Args:
         run: the folder of the other run.
@@ -77,8 +91,6 @@ def prepare_rerun(
     for key in FIXED:
         tree.pop(key, None)
     typed = {override_key(text): text for text in overrides}
-    if isinstance(name, str) and "run.name" not in typed:
-        tree["run"]["name"] = free_name(place, name)
     spec = read_spec_of(folder, apply_overrides(tree, overrides, FIXED), typed)
     spec.plugins = names
     spec.without = list(without)
@@ -89,6 +101,10 @@ def prepare_rerun(
     rerun.differences += data_differences(files, spec, data)
     if not is_launcher(spec):
         rerun.data = data
+    if isinstance(name, str) and "run.name" not in typed:
+        rerun.claimed = claim_name(expanded(spec.sections["run"]["root"]) / place.name, name)
+        spec.sections["run"]["name"] = rerun.claimed.name
+        spec.tree["run"]["name"] = rerun.claimed.name
     return rerun
 
 
@@ -98,13 +114,24 @@ def shortest(path: Path) -> Path:
     return path.relative_to(working) if path.is_relative_to(working) else path
 
 
-def free_name(experiment: Path, name: str) -> str:
-    """Return first_rerun for first, or first_rerun-2 and so on if it is taken."""
+def claim_name(experiment: Path, name: str) -> Path:
+    """Make the folder first_rerun for first, or first_rerun-2 and so on if it is taken.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
     base = re.sub(r"_rerun(-\d+)?$", "", name)[:110] + "_rerun"
     for number in range(1, MOST_SUFFIX):
-        candidate = base if number == 1 else f"{base}-{number}"
-        if not (experiment / candidate).exists():
-            return candidate
+        path = experiment / (base if number == 1 else f"{base}-{number}")
+        try:
+            experiment.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            reason = failure_reason(path, error)
+            raise write_error(error)(f"{path} cannot be created: {reason}") from error
+        return path
     raise RunError(f"{experiment} has too many runs named {base}: give run.name")
 
 

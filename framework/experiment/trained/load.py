@@ -29,7 +29,7 @@ from framework.data.input_rows import (
     opened,
     regrouped,
 )
-from framework.errors import ConfigError, DataError, RunError, short
+from framework.errors import ConfigError, DataError, Facts, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
 from framework.experiment.build import (
@@ -40,7 +40,7 @@ from framework.experiment.build import (
     scale_of,
 )
 from framework.experiment.model_limits import model_limits
-from framework.experiment.weights import find_checkpoint, load_into
+from framework.experiment.weights import find_checkpoint, load_into, no_checkpoint
 from framework.registry.discovery import is_loaded
 from framework.runs import checkpoint
 from framework.runs.folder import (
@@ -139,7 +139,8 @@ class Trained:
             DataError: it cannot be read, or the data set of the run does not support it.
         """
         if not path.exists():
-            raise DataError(f"--data {path}: no such file or folder")
+            error = DataError(f"--data {path}: no such file or folder")
+            raise error.with_facts(Facts("--data", str(path)))
         maker = self.spec.parts["data"]
         settings = {name: setting.default for name, setting in maker.entry.settings.items()}
         settings |= maker.settings
@@ -388,7 +389,7 @@ def open_run(run: str | Path, which: str | None = None) -> Trained:
     facts = read_facts(run)
     found = find_checkpoint(run, which or "best")
     if found is None:
-        raise RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
+        raise no_checkpoint(run)
     try:
         with model_limits(spec, checkpoint.read_shapes(found)):
             model = build_model(

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, wrong_option
 from framework.errors.paths import expanded, real_path
 from framework.system.files import unwritable, write_file
 
@@ -35,24 +35,22 @@ def choose_format(output: str, chosen: str | None = None) -> str:
     """
     if output == "-":
         if chosen not in (None, *TEXT_FORMATS):
-            raise FrameworkError(f"--format {chosen}: --output - prints only csv or jsonl")
+            raise wrong_option("--format", chosen, "csv or jsonl for --output -")
         return chosen or "csv"
     path = expanded(output)
     if chosen is None and (output.endswith("/") or (path.is_dir() and not path.suffix)):
         chosen = "images"
     suffix = path.suffix.removeprefix(".")
     if chosen is None and suffix not in FORMATS[:-1]:
-        raise FrameworkError(
-            f"--output {output}: expected a {EXPECTED} file, a folder for images (with a / at the "
-            "end), or - for the terminal"
-        )
+        expected = f"a {EXPECTED} file, a folder for images (with a / at the end), or -"
+        raise wrong_option("--output", output, expected)
     form = chosen or suffix
     if form == "images":
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FrameworkError(f"--output {output}: expected a new or empty folder for images")
+            raise wrong_option("--output", output, "a new or empty folder for images")
         check_pillow()
     elif path.is_dir():
-        raise FrameworkError(f"--output {output}: is a folder")
+        raise wrong_option("--output", output, "a file, not a folder")
     if not path.parent.is_dir():
         raise FrameworkError(f"--output {output}: no folder {path.parent}")
     return form

@@ -182,19 +182,24 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the model's tensors by name, from the header of the file.
 
     Raises:
-        CheckpointError: the header cannot be read.
+        CheckpointError: the file has another size than in the manifest, or its header cannot be
+            read.
     """
+    expected = read_manifest(checkpoint)["files"][MODEL]["bytes"]
     checkpoint = target_of(checkpoint)
     path = checkpoint / MODEL
     try:
         with open_checkpoint_file(checkpoint, MODEL) as file:
+            check_size(file, expected, path)
             length = int.from_bytes(file.read(8), "little")
             if length > MOST_BYTES:
                 raise CheckpointError(f"{path} cannot be read: its header has {length:,} bytes")
             header = parse_json(file.read(length), path)
         header.pop("__metadata__", None)
         return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
-    except (*JSON_FORM_ERRORS, RunError, OverflowError) as error:
+    except RunError as error:
+        raise CheckpointError(str(error)) from error
+    except (*JSON_FORM_ERRORS, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 

@@ -263,7 +263,7 @@ def test_settings_make_curves_of_their_own(capsys):
         (["gelu", "activation.aproximate=tanh"], "did you mean 'activation.approximate'"),
         (["gelu", "activation.approximate=cubic"], "expected one of none, tanh"),
         (["activation.alpha=1"], "expected a part before its settings"),
-        (["adam", "--steps", "1"], "--steps 1: expected from 2"),
+        (["adam", "--steps", "1"], "--steps 1: expected an integer from 2"),
         (["adam", "optimizer.lr=[1"], "expected KIND.SETTING=VALUE"),
         (["adam", "optimizer.lr=interval(0,1)"], "expected a value, or several"),
     ],
