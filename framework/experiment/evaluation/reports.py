@@ -17,7 +17,7 @@ from torch import nn
 
 from framework.contracts.logger import Logger
 from framework.data.dataset import Data
-from framework.errors import RunError, wrong_option
+from framework.errors import wrong_option
 from framework.errors.terminal import note
 from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
@@ -48,8 +48,6 @@ def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> Worst:
     Raises:
         FrameworkError: there are not so many samples, or a sample has no loss of its own.
     """
-    if count < 1:
-        raise wrong_option("--worst", count, "at least 1")
     loader = build_loader(trained.spec, trained.model, data, split)
     samples = len(loader.split)
     if count > samples:
