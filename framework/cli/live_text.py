@@ -59,14 +59,14 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}"
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """Return a number with four digits."""
     return f"{value:.4g}"
 
 
 def last_text(run: LiveRun, metric: str) -> str:
     """Return a metric and its last value."""
-    return f"{title(metric)} {number(run.metrics.curves[metric].last.value)}"
+    return f"{title(metric)} {four_digits(run.metrics.curves[metric].last.value)}"
 
 
 def metrics_of(runs: Sequence[LiveRun]) -> list[str]:

@@ -20,7 +20,7 @@ from framework.errors.terminal import printable, shortened, title
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runs.run_state import State
-from framework.runtime.display.plot import braille, ends, evenly_spaced, side_by_side, with_labels
+from framework.runtime.display.plot import braille, ends, evenly_spaced, text_columns, with_labels
 
 from .live_text import (
     MEASURES,
@@ -29,9 +29,9 @@ from .live_text import (
     clock,
     curves_of,
     eta_text,
+    four_digits,
     last_text,
     metrics_of,
-    number,
     progress_text,
     speed_text,
 )
@@ -199,7 +199,7 @@ class View:
             size = width // across
             height = rows // down
             charts = [chart(m, run.metrics.curves[m], size - 2, height, last_step) for m in row]
-            lines += side_by_side(charts, size - 2)
+            lines += text_columns(charts, size - 2)
         return lines
 
 
@@ -214,7 +214,7 @@ def cells(run: LiveRun, metrics: Sequence[str]) -> list[str]:
     row = [run.state, step, eta, speed, saved]
     for metric in metrics:
         curve = run.metrics.curves.get(metric)
-        row.append("" if curve is None else number(curve.last.value))
+        row.append("" if curve is None else four_digits(curve.last.value))
     return row
 
 
@@ -231,7 +231,7 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
     columns = max(4, width - LABEL_WIDTH - 1)
     rows = max(1, height - 3)
     heading = Text(title(metric), style="bold")
-    heading.append(f" {number(curve.last.value)}", style="not bold")
+    heading.append(f" {four_digits(curve.last.value)}", style="not bold")
     values = evenly_spaced(curve, 2 * columns, 0, last_step)
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)
@@ -249,7 +249,7 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
         top = math.log(high)
     drawn = braille(values, columns, rows, bottom, top, joined=True)
     below = ends("step 0", f"{last_step:,}", columns)
-    lines += with_labels(drawn, number(high), number(low), below, LABEL_WIDTH)
+    lines += with_labels(drawn, four_digits(high), four_digits(low), below, LABEL_WIDTH)
     return [*lines, Text()][:height]
 
 

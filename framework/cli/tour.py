@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.markdown import Markdown
 from rich.table import Table
 
-from framework.errors import wrong_option
+from framework.errors import RunError, wrong_option
 from framework.errors.terminal import printable_lines
 from framework.runtime.display.console import console
 
@@ -139,7 +139,10 @@ def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int])
         if command.startswith("framework train "):
             changed = " ".join([command, *map(shlex.quote, overrides)])
         elif " RUN" in command:
-            changed = command.replace("RUN", shlex.quote(str(newest_run())))
+            run_folder = newest_run()
+            if run_folder is None:
+                raise RunError(f"{command}: no run has been trained in the folder runs")
+            changed = command.replace("RUN", shlex.quote(str(run_folder)))
         console().print(f"$ {changed}", style="bold")
         sys.stdout.flush()  # before the output of the command
         started = time.monotonic()
@@ -150,10 +153,11 @@ def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int])
         print()
 
 
-def newest_run() -> Path:
-    """Return the folder of the run that was trained last."""
+def newest_run() -> Path | None:
+    """Return the folder of the run that was trained last; None if there is none."""
     configs = Path("runs").glob("*/*/config.yaml")
-    return max(configs, key=lambda file: file.stat().st_mtime, default=Path("runs/none/x")).parent
+    newest = max(configs, key=lambda file: file.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent
 
 
 def run_command(command: str) -> int:

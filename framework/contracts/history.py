@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from framework.data import SPLITS
 from framework.errors import FrameworkError, did_you_mean, short
 from framework.errors.terminal import title
 from framework.runtime.display import html
@@ -16,7 +17,6 @@ MOST_POINTS = 100_000
 """Points of a curve in memory."""
 MOST_TAGS = 10_000
 MOST_ROWS = 100  # tags that a notebook lists
-SPLITS = ("train", "val", "test")
 COLUMNS = 3  # charts side by side
 CHART_SIZE = (4.5, 3.2)  # inches
 LARGEST = 1e100  # matplotlib fails with values near the largest float
@@ -125,7 +125,7 @@ def quantity(tag: str) -> str:
     return name if name and split in SPLITS else tag
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """Return a value with four digits, and thousands in full: 0.1234, 31,706."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
@@ -311,10 +311,10 @@ class History(Mapping[str, Curve]):
             curve = self._curves[tag]
             best = at = ""
             if curve.best is not None:
-                best = number(curve.best.value)
+                best = short_number(curve.best.value)
                 at = f"{curve.best.step:,}"
             drawn = html.small_curve(list(curve), is_logarithmic([curve]))
-            rows.append((tag, number(curve.last.value), best, at, drawn))
+            rows.append((tag, short_number(curve.last.value), best, at, drawn))
         if not rows:
             return html.paragraph("Nothing was logged.")
         table = html.table(rows, head=("", "last", "best", "at step", ""))

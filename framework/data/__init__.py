@@ -1,1 +1,3 @@
 """Data sets, splits, loaders, workers, sample order, folds."""
+
+SPLITS = ("train", "val", "test")

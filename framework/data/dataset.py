@@ -36,6 +36,7 @@ from framework.runtime.memory import check_room
 from framework.runtime.memory_format import ChannelsLast, choose_memory_format
 from framework.system.files import read_json
 
+from . import SPLITS
 from .batch_slice import BatchSlice, filled
 from .foreign_loader import (
     READ_AGAIN as READ_AGAIN,
@@ -65,7 +66,6 @@ from .workers import (
     read_batches,
 )
 
-SPLITS = ("train", "val", "test")
 Target = Literal["class", "labels", "value", "none"]
 
 

@@ -117,13 +117,13 @@ def limits(mark: Range) -> JsonType:
     low, high = map(float, mark.interval[1:-1].split(","))
     found: JsonType = {}
     if low > float("-inf"):
-        found["minimum" if mark.interval[0] == "[" else "exclusiveMinimum"] = number(low)
+        found["minimum" if mark.interval[0] == "[" else "exclusiveMinimum"] = as_json_number(low)
     if high < float("inf"):
-        found["maximum" if mark.interval[-1] == "]" else "exclusiveMaximum"] = number(high)
+        found["maximum" if mark.interval[-1] == "]" else "exclusiveMaximum"] = as_json_number(high)
     return found
 
 
-def number(value: float) -> int | float:
+def as_json_number(value: float) -> int | float:
     """Return a whole number as an int."""
     return int(value) if value.is_integer() else value
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.live import Live
 
-SPLITS = ("train/", "val/")
+PREFIXES = ("train/", "val/")
 # These are shown elsewhere, or are no results.
 NOT_LISTED = ("train/samples_per_second", "train/seconds_per_epoch", "train/learning_rate")
 NOT_LISTED += ("train/communication", "train/waiting", "train/slowest_process")
@@ -171,7 +171,7 @@ class Progress(Callback):
         epoch = state.epoch + (state.batch > 0 or state.step == 0)
         return f"epoch {epoch}{of_total(epochs)}  step {state.step}{of_total(state.total_steps)}"
 
-    def _values(self, state: State, prefixes: str | tuple[str, ...] = SPLITS) -> list[str]:
+    def _values(self, state: State, prefixes: str | tuple[str, ...] = PREFIXES) -> list[str]:
         """Return the last logged values, such as "val/loss 0.3"."""
         values = []
         for tag, value in state.metrics.items():

@@ -73,7 +73,7 @@ class Curve:
 
 
 @dataclass
-class Curves:
+class PartCurves:
     """The curves of a part.
 
     Attributes:
@@ -87,7 +87,7 @@ class Curves:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def curves_of(maker: Maker, steps: int | None = None) -> Curves:
+def curves_of(maker: Maker, steps: int | None = None) -> PartCurves:
     """Return the curves of a part.
 
     Args:
@@ -114,7 +114,7 @@ def curves_of(maker: Maker, steps: int | None = None) -> Curves:
 # activations
 
 
-def activation_curves(maker: Maker) -> Curves:
+def activation_curves(maker: Maker) -> PartCurves:
     """Return an activation and its derivative, and the inputs for which it saturates.
 
     It saturates where |f'| is below 1 % of its maximum over [-10, 10], except at a minimum or
@@ -148,7 +148,7 @@ def activation_curves(maker: Maker) -> Curves:
     elif slope.isnan().all():
         note = "has no derivative"
     numbers = {"x": shown_x, "f": values, "derivative": slopes, "saturated": intervals}
-    return Curves(curves, note, numbers)
+    return PartCurves(curves, note, numbers)
 
 
 def saturated(x: Tensor, slope: Tensor) -> list[tuple[float | None, float | None]]:
@@ -179,13 +179,13 @@ def interval_text(interval: tuple[float | None, float | None]) -> str:
     if low is None and high is None:
         return "all x"
     if low is None:
-        return f"x < {number(high)}"
+        return f"x < {three_digits(high)}"
     if high is None:
-        return f"x > {number(low)}"
-    return f"{number(low)} < x < {number(high)}"
+        return f"x > {three_digits(low)}"
+    return f"{three_digits(low)} < x < {three_digits(high)}"
 
 
-def number(value: float | None) -> str:
+def three_digits(value: float | None) -> str:
     """Return a number with 3 digits, and 0 for one that is nearly 0."""
     assert value is not None
     return "0" if abs(value) < 2e-3 else f"{value:.3g}"
@@ -194,7 +194,7 @@ def number(value: float | None) -> str:
 # schedules
 
 
-def schedule_curves(maker: Maker, steps: int = 1000) -> Curves:
+def schedule_curves(maker: Maker, steps: int = 1000) -> PartCurves:
     """Return the factor on the learning rate over the steps of a run."""
     schedule = maker(steps)
     if observes(schedule):
@@ -207,13 +207,13 @@ def schedule_curves(maker: Maker, steps: int = 1000) -> Curves:
     note += f", ends at {factors[-1]:.3g}"
     panel = Panel("factor on the learning rate", "step")
     curve = Curve(panel, [float(step) for step in range(steps)], factors)
-    return Curves([curve], note, {"total_steps": steps, "factor": factors})
+    return PartCurves([curve], note, {"total_steps": steps, "factor": factors})
 
 
 # losses
 
 
-def loss_curves(maker: Maker) -> Curves:
+def loss_curves(maker: Maker) -> PartCurves:
     """Return a loss and its gradient over its error, its margin, or its output.
 
     | loss                                   | x                                                  |
@@ -251,7 +251,7 @@ def of_error(loss: Callable[..., Tensor]) -> bool:
         return torch.allclose(loss(outputs + 0.7, targets + 0.7), loss(outputs, targets))
 
 
-def over_error(loss: Callable[..., Tensor]) -> Curves | None:
+def over_error(loss: Callable[..., Tensor]) -> PartCurves | None:
     """Return a loss over the error of one value; None if it is constant."""
     target = torch.zeros(1, 1, dtype=torch.float64)
     x, values, slopes = along(lambda output: loss(output.reshape(1, 1), target), ERRORS)
@@ -261,10 +261,10 @@ def over_error(loss: Callable[..., Tensor]) -> Curves | None:
     if min(values) == max(values):
         return None
     numbers = {"x_is": "error", "x": x, "loss": values, "gradient": slopes}
-    return Curves(curves, "over the error, output - target", numbers)
+    return PartCurves(curves, "over the error, output - target", numbers)
 
 
-def over_output(loss: Callable[..., Tensor]) -> Curves | None:
+def over_output(loss: Callable[..., Tensor]) -> PartCurves | None:
     """Return a loss over one output for the targets 1 and 0; None if it is constant."""
     curves = []
     numbers: dict[str, Any] = {"x_is": "output"}
@@ -281,10 +281,10 @@ def over_output(loss: Callable[..., Tensor]) -> Curves | None:
         curves.append(Curve(Panel("loss", "output"), x, values, label))
         curves.append(Curve(Panel("gradient", "output"), x, slopes, label))
         numbers |= {"x": x, f"loss_{target:g}": values, f"gradient_{target:g}": slopes}
-    return Curves(curves, "over the output, for a target of 1 and of 0", numbers)
+    return PartCurves(curves, "over the output, for a target of 1 and of 0", numbers)
 
 
-def over_margin(loss: Callable[..., Tensor], target: Tensor) -> Curves:
+def over_margin(loss: Callable[..., Tensor], target: Tensor) -> PartCurves:
     """Return a loss over the output of the true class, where those of the others are 0."""
     weight = class_weights(loss)
     others = torch.zeros(1 if weight is None else len(weight) - 1, dtype=torch.float64)
@@ -299,7 +299,7 @@ def over_margin(loss: Callable[..., Tensor], target: Tensor) -> Curves:
     curves.append(Curve(Panel("gradient", "margin"), x, slopes))
     note = "over the margin, the output of the true class minus that of the other one"
     numbers = {"x_is": "margin", "x": x, "loss": values, "gradient": slopes}
-    return Curves(curves, note, numbers)
+    return PartCurves(curves, note, numbers)
 
 
 def along(
@@ -323,7 +323,7 @@ def along(
 # initializers
 
 
-def initializer_curves(maker: Maker) -> Curves:
+def initializer_curves(maker: Maker) -> PartCurves:
     """Return the distribution of weights, and the size of the outputs of 20 layers.
 
     The layers have 256 units, weights of the initializer, no biases, and no activation, relu, or
@@ -368,7 +368,7 @@ def initializer_curves(maker: Maker) -> Curves:
     histogram = {"edges": edges, "counts": [int(count) for count in counts]}
     about = {"mean": mean, "std": std, "min": low, "max": high, "histogram": histogram}
     numbers = {"units": WIDTH, "weights": about, "output_std": deviations}
-    return Curves(curves, note, numbers)
+    return PartCurves(curves, note, numbers)
 
 
 def histogram_curve(edges: list[float], counts: list[float]) -> Curve:
@@ -423,7 +423,7 @@ SURFACES = (
 )
 
 
-def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
+def optimizer_curves(maker: Maker, steps: int = 200) -> PartCurves:
     """Return the paths of an optimizer on the test surfaces.
 
     The point is the diagonal of a weight matrix (2, 2), as some optimizers update matrices by a
@@ -454,7 +454,7 @@ def optimizer_curves(maker: Maker, steps: int = 200) -> Curves:
         note += f" with lr={rate:g}"
     if rate is not None and longest < SHORT:
         note += f", too few to move far; try optimizer.lr={100 * rate:g}"
-    return Curves(curves, note, {"steps": steps, "lr": rate} | paths)
+    return PartCurves(curves, note, {"steps": steps, "lr": rate} | paths)
 
 
 def path_on(
@@ -486,7 +486,7 @@ def learning_rate(maker: Maker) -> float | None:
     return float(maker.settings.get("lr", setting.default))
 
 
-def contours(surface: Surface, columns: int, rows: int) -> Iterator[tuple[float, float]]:
+def contour_points(surface: Surface, columns: int, rows: int) -> Iterator[tuple[float, float]]:
     """Yield some points of a grid next to contour lines of a surface, whose levels differ by 10.
 
     Two of five points of a line are left, in each direction, so that it is dotted.
@@ -504,7 +504,7 @@ def contours(surface: Surface, columns: int, rows: int) -> Iterator[tuple[float,
             yield float(x[column]), float(y[row])
 
 
-MEASURES: dict[str, Callable[..., Curves]] = {
+MEASURES: dict[str, Callable[..., PartCurves]] = {
     "activation": activation_curves,
     "scheduler": schedule_curves,
     "loss": loss_curves,

@@ -11,7 +11,7 @@ from rich.text import Text
 from framework.errors import Facts, SettingError, did_you_mean, nearest
 from framework.errors.terminal import printable
 from framework.runtime.display.axis import Axis
-from framework.runtime.display.plot import TextChart, side_by_side
+from framework.runtime.display.plot import TextChart, text_columns
 
 from .tables import Part, value_text
 
@@ -156,7 +156,7 @@ def render(plotted: Sequence[Plotted], width: int) -> RenderableType:
         row = remaining[:across]
         remaining = remaining[across:]
         charts = [chart_of(panel, curves, size) for panel, curves in row]
-        lines += [*side_by_side(charts, size), Text()]
+        lines += [*text_columns(charts, size), Text()]
     for each in plotted:
         note = each.curves.note if each.problem is None else f"not plotted: {each.problem}"
         lines.append(Text.assemble((printable(each.label), "bold"), f"  {printable(note)}"))
@@ -207,13 +207,13 @@ def surface_chart(surface: Any, curves: Sequence[tuple[str, Any]], columns: int)
 
     Each path has its letter within it and where it ends; "o" is the start, and "x" the minimum.
     """
-    from .curves import contours
+    from .curves import contour_points
 
     left, right, bottom, top = surface.window
     x = Axis(left, right)
     y = Axis(bottom, top)
     chart = TextChart(surface.name, x, y, columns=columns, rows=ROWS + 4)
-    chart.scatter(contours(surface, 2 * chart.columns, 4 * chart.rows))
+    chart.scatter(contour_points(surface, 2 * chart.columns, 4 * chart.rows))
     for number, (label, curve) in enumerate(curves):
         letters = [0.3 + 0.12 * (number % 5), 1.0]
         chart.line(list(zip(curve.x, curve.y, strict=True)), printable(label), letters)

@@ -69,7 +69,7 @@ class Calibration:
 
 
 @dataclass
-class Curves:
+class DecisionCurves:
     """The curves of all classes, and the calibration.
 
     Attributes:
@@ -107,7 +107,7 @@ class Curves:
         }
 
 
-def compute_curves(decision: Decision, classes: Sequence[str]) -> Curves:
+def compute_curves(decision: Decision, classes: Sequence[str]) -> DecisionCurves:
     """Return the curves of each class against all others, and the calibration.
 
     Args:
@@ -119,7 +119,7 @@ def compute_curves(decision: Decision, classes: Sequence[str]) -> Curves:
         class_curves(name, positives(decision, index), scores(decision, index))
         for index, name in enumerate(names)
     ]
-    return Curves(found, compute_calibration(decision), len(decision.targets))
+    return DecisionCurves(found, compute_calibration(decision), len(decision.targets))
 
 
 def positives(decision: Decision, index: int) -> Tensor:
@@ -197,7 +197,7 @@ def compute_calibration(decision: Decision) -> Calibration:
     return Calibration(error, means.tolist(), accuracy.tolist(), counts.tolist())
 
 
-def curves_csv(curves: Curves) -> str:
+def curves_csv(curves: DecisionCurves) -> str:
     """Return the points of all curves as CSV: curve, class, threshold, x, y, count.
 
     x and y are recall and precision (pr), the rates of false and true positives (roc), and
@@ -222,41 +222,41 @@ def curves_csv(curves: Curves) -> str:
     return text.getvalue()
 
 
-def draw_curves(curves: Curves) -> list[Tensor]:
+def draw_curves(curves: DecisionCurves) -> list[Tensor]:
     """Return three charts of the same size, as images (1, 3, height, width) in [0, 1]."""
     charts = [draw_pr(curves), draw_roc(curves), draw_calibration(curves.calibration)]
     height = max(chart.shape[2] for chart in charts)
     return [with_height(chart, height) for chart in charts]
 
 
-def draw_pr(curves: Curves) -> Tensor:
+def draw_pr(curves: DecisionCurves) -> Tensor:
     """Draw precision over recall of the classes with the lowest average precision."""
     shown = lowest(curves, "average_precision")
     mean = curves.mean("average_precision")
-    title = f"precision and recall, mean AP {number(mean)}{shown_text(shown, curves)}"
+    title = f"precision and recall, mean AP {three_decimals(mean)}{shown_text(shown, curves)}"
     chart = Chart(title, Axis(0, 1), Axis(0, 1), "recall", "precision")
     for index, each in enumerate(shown):
         points = steps(each.recall[::-1], each.precision[::-1])
-        label = f"{each.name[:16]} {number(each.average_precision)}"
+        label = f"{each.name[:16]} {three_decimals(each.average_precision)}"
         chart.line(points, COLORS[index], label)
     return chart.tensor()
 
 
-def draw_roc(curves: Curves) -> Tensor:
+def draw_roc(curves: DecisionCurves) -> Tensor:
     """Draw the ROC curves of the classes with the smallest areas."""
     shown = lowest(curves, "auc")
-    title = f"ROC, mean AUC {number(curves.mean('auc'))}{shown_text(shown, curves)}"
+    title = f"ROC, mean AUC {three_decimals(curves.mean('auc'))}{shown_text(shown, curves)}"
     chart = Chart(title, Axis(0, 1), Axis(0, 1), "false positive rate", "true positive rate")
     chart.line([(0, 0), (1, 1)], GRAY)
     for index, each in enumerate(shown):
         points = list(zip(each.false_positive_rate, each.true_positive_rate, strict=True))
-        chart.line(points, COLORS[index], f"{each.name[:16]} {number(each.auc)}")
+        chart.line(points, COLORS[index], f"{each.name[:16]} {three_decimals(each.auc)}")
     return chart.tensor()
 
 
 def draw_calibration(calibration: Calibration) -> Tensor:
     """Draw accuracy over confidence; the size of a point grows with the decisions in its bin."""
-    title = f"calibration, expected error {number(calibration.error)}"
+    title = f"calibration, expected error {three_decimals(calibration.error)}"
     chart = Chart(title, Axis(0, 1), Axis(0, 1), "confidence", "accuracy")
     chart.line([(0, 0), (1, 1)], GRAY, "perfect")
     points = list(zip(calibration.confidence, calibration.accuracy, strict=True))
@@ -267,13 +267,13 @@ def draw_calibration(calibration: Calibration) -> Tensor:
     return chart.tensor()
 
 
-def lowest(curves: Curves, name: str) -> list[ClassCurves]:
+def lowest(curves: DecisionCurves, name: str) -> list[ClassCurves]:
     """Return the classes with the lowest value, at most `MOST_CURVES`."""
     known = [each for each in curves.classes if getattr(each, name) is not None]
     return sorted(known, key=lambda each: getattr(each, name))[:MOST_CURVES]
 
 
-def shown_text(shown: Sequence[ClassCurves], curves: Curves) -> str:
+def shown_text(shown: Sequence[ClassCurves], curves: DecisionCurves) -> str:
     """Return a note if a chart has not all classes."""
     if len(shown) == len(curves.classes):
         return ""
@@ -292,6 +292,6 @@ def steps(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
     return points
 
 
-def number(value: float | None) -> str:
+def three_decimals(value: float | None) -> str:
     """Return a value with three digits; "-" if there is none."""
     return "-" if value is None else f"{value:.3f}"

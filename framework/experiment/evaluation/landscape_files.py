@@ -16,7 +16,7 @@ from framework.runtime.display.drawing import (
     Axis,
     Chart,
     color_bar,
-    contours,
+    contour_map,
     encode_png,
     side_by_side,
 )
@@ -55,7 +55,7 @@ def draw_landscape(landscape: Landscape, scale: Axis) -> Tensor:
     kind = "main" if landscape.directions == "pca" else "random"
     title = f"{landscape.run.parent.name}/{landscape.run.name}, loss {landscape.center:.4g}"
     chart = Chart(title, x, y, f"first {kind} direction", "second", height=400)
-    chart.background(contours(torch.tensor(landscape.losses, dtype=torch.float64), scale))
+    chart.background(contour_map(torch.tensor(landscape.losses, dtype=torch.float64), scale))
     path = [(each["x"], each["y"]) for each in landscape.path]
     inside = [point for point in path if is_inside(point, x, y)]
     chart.line(path, PATH_COLOR)

@@ -28,15 +28,15 @@ from framework.runs.run_state import is_written
 from framework.runtime.display.drawing import encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
-from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
+from .curves import DecisionCurves, compute_curves, curves_csv, draw_curves, positives, scores
 from .decisions import Decision, read_decisions
-from .worst import MOST_SHOWN, Worst, describe, find_worst, shower
+from .worst import MOST_SHOWN, WorstSamples, describe, find_worst, shower
 
 FOLDER = "evaluation"  # in the folder of a run
 MOST_PR_CURVES = 20  # cards on the page of TensorBoard
 
 
-def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> Worst:
+def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> WorstSamples:
     """Return the samples of a split with the highest loss.
 
     Args:
@@ -79,12 +79,12 @@ def decisions_of_run(trained: Trained, data: Data, split: str) -> Decision:
         return read_decisions(evaluator, batches)
 
 
-def curves_of_run(trained: Trained, decision: Decision) -> Curves:
+def curves_of_run(trained: Trained, decision: Decision) -> DecisionCurves:
     """Return the curves of decisions, with the names of the classes of the run."""
     return compute_curves(decision, trained.facts["classes"])
 
 
-def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
+def save_worst(trained: Trained, worst: WorstSamples, split: str) -> list[Path]:
     """Write the samples as JSON, and images of them as a PNG; return the files."""
     written = [write(trained.run, f"worst-{split}.json", as_json(worst.rows()))]
     picture = worst.picture()
@@ -93,7 +93,7 @@ def save_worst(trained: Trained, worst: Worst, split: str) -> list[Path]:
     return written
 
 
-def save_curves(trained: Trained, curves: Curves, split: str) -> list[Path]:
+def save_curves(trained: Trained, curves: DecisionCurves, split: str) -> list[Path]:
     """Write the points as CSV and JSON, and the charts as a PNG; return the files."""
     content = curves.summary() | {"curves": asdict(curves)}
     picture = side_by_side(draw_curves(curves))
@@ -168,7 +168,7 @@ def last_step(run: Path) -> int:
     return max(steps, default=0)
 
 
-def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
+def log_worst(logger: Logger, worst: WorstSamples, tag: str, step: int) -> None:
     """Record samples: images with captions, sounds, and a table of everything else.
 
     Args:
@@ -188,7 +188,9 @@ def log_worst(logger: Logger, worst: Worst, tag: str, step: int) -> None:
         logger.audio(f"{tag}/sounds", waves, shown.rate, step)
 
 
-def log_curves(logger: Logger, curves: Curves, decision: Decision, tag: str, step: int) -> None:
+def log_curves(
+    logger: Logger, curves: DecisionCurves, decision: Decision, tag: str, step: int
+) -> None:
     """Record the charts as three images, and the curves of precision and recall of the classes.
 
     Args:

@@ -136,7 +136,7 @@ def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 @dataclass
-class Worst:
+class WorstSamples:
     """The samples with the highest loss in a readable form, the highest loss first.
 
     Attributes:
@@ -215,7 +215,7 @@ def describe(
     scale: Scale | None = None,
     show: Callable[[Tensor], Shown] | None = None,
     names: Callable[[Sequence[int]], dict[str, list[Any]]] | None = None,
-) -> Worst:
+) -> WorstSamples:
     """Return samples in a readable form.
 
     Args:
@@ -237,7 +237,7 @@ def describe(
     shown = Shown()
     if show is not None and worst.inputs is not None:
         shown = show(worst.inputs)
-    return Worst(columns, shown, worst.measured)
+    return WorstSamples(columns, shown, worst.measured)
 
 
 def predictions(

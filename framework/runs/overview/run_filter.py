@@ -195,7 +195,7 @@ def comparison_of(operator: str, text: str, is_text: bool) -> Callable[[Any], bo
         text: the value in the expression.
         is_text: it is in quotes, and so neither a number nor null.
     """
-    number = None if is_text else number_of(text)
+    number = None if is_text else parsed_number(text)
     pattern = None if is_text else text.replace("[", "[[]").replace("?", "[?]")
 
     def equal(value: Any) -> bool:
@@ -237,7 +237,7 @@ def holds(operator: str, value: Any, other: Any) -> bool:
     return bool(value >= other)
 
 
-def number_of(text: str) -> float | None:
+def parsed_number(text: str) -> float | None:
     """Return the number that a text is; None for any other text."""
     try:
         return float(text)

@@ -372,7 +372,7 @@ def with_height(image: Tensor, height: int) -> Tensor:
     return F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0)
 
 
-def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:
+def contour_map(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:
     """Return a map of values in bands of colors with a dark line between two bands.
 
     Args:
@@ -400,7 +400,7 @@ def contours(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> T
 
 
 def color_bar(title: str, scale: Axis, bands: int = 16, height: int = 320) -> Tensor:
-    """Return the colors of `contours` with the values at their borders: (1, 3, H, W)."""
+    """Return the colors of `contour_map` with the values at their borders: (1, 3, H, W)."""
     canvas = Canvas(84, height)
     top, bottom = Chart.TOP, height - Chart.BOTTOM
     step = (bottom - top) / bands

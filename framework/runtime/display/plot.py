@@ -296,7 +296,7 @@ def between(start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int,
         )
 
 
-def side_by_side(blocks: Sequence[Sequence[Text]], width: int) -> list[Text]:
+def text_columns(blocks: Sequence[Sequence[Text]], width: int) -> list[Text]:
     """Return blocks of lines next to each other, each `width` characters wide, with gaps of 2."""
     found = []
     for parts in zip_longest(*blocks):

@@ -40,19 +40,12 @@ class ClassCounts(ValidationCallback):
 
     def __init__(self, every: Every = "1epoch"):
         super().__init__(every)
-        self.counts: Tensor | None = None
-        self.counted_step = -1
-
-    def reset(self) -> None:
-        super().reset()
-        self.counts = None
-        self.counted_step = -1
+        self.counts: Tensor | None = None  # at the last step that was shown
 
     def show(self, trainer: Context) -> None:
         self.counts = self._known_counts(trainer)
         if self.counts is None:
             self.counts = count_pairs(trainer, self.name)
-        self.counted_step = trainer.state.step
         self.show_counts(trainer, self.counts)
 
     def show_counts(self, trainer: Context, counts: Tensor) -> None:
@@ -62,7 +55,8 @@ class ClassCounts(ValidationCallback):
     def _known_counts(self, trainer: Context) -> Tensor | None:
         """Return the counts of another callback at this step."""
         for callback in trainer.callbacks:
-            if isinstance(callback, ClassCounts) and callback.counted_step == trainer.state.step:
+            is_other = isinstance(callback, ClassCounts) and callback is not self
+            if is_other and callback.shown_step == trainer.state.step:
                 return callback.counts
         return None
 

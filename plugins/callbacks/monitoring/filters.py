@@ -78,10 +78,10 @@ def filters_image(weight: Tensor) -> Tensor:
     height, width = shades.shape[-2:]
     factor = math.ceil(PIXELS / math.sqrt(height * width))
     enlarged = shades.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return side_by_side(enlarged, columns or max(1, WIDTH // (width * factor + LINE)))
+    return tiled(enlarged, columns or max(1, WIDTH // (width * factor + LINE)))
 
 
-def side_by_side(images: Tensor, max_columns: int) -> Tensor:
+def tiled(images: Tensor, max_columns: int) -> Tensor:
     """Return images (N, C, H, W) as one image, in rows; the space between them is white."""
     columns = min(len(images), max_columns)
     missing = -len(images) % columns

@@ -108,8 +108,7 @@ class SampleDistance(Callback):
         with trainer.precision.inference(trainer.model), seeds.undisturbed():
             torch.manual_seed(seeds.derive(trainer.seed, "samples"))  # the same draws each time
             rows = trainer.strategy.forward(trainer.task.pictures, trainer.model, inputs)
-        samples = rows["samples"]
-        samples = samples.float().flatten(1)
+        samples = rows["samples"].float().flatten(1)
         inputs = inputs.float().flatten(1)
         precision, coverage = precision_and_coverage(samples, inputs)
         # numbers, not tensors: a later callback may monitor them in this event

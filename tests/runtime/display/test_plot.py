@@ -5,7 +5,7 @@ import math
 from rich.text import Text
 
 from framework.runtime.display.axis import Axis
-from framework.runtime.display.plot import TextChart, ends, half_blocks, side_by_side, with_labels
+from framework.runtime.display.plot import TextChart, ends, half_blocks, text_columns, with_labels
 
 
 def plain(chart):
@@ -54,7 +54,7 @@ def test_a_logarithmic_axis_leaves_out_zero():
 
 
 def test_blocks_side_by_side_are_padded_and_cut():
-    lines = side_by_side([[Text("ab"), Text("c")], [Text("defghij")]], 4)
+    lines = text_columns([[Text("ab"), Text("c")], [Text("defghij")]], 4)
     assert [line.plain for line in lines] == ["ab    def…", "c"]
 
 
