@@ -19,6 +19,7 @@ def trace_graph(model: nn.Module, inputs: Any) -> bytes:
     One forward pass in eval mode records it and leaves the model unchanged.
 
     Args:
+        model: the model.
         inputs: the only argument of the model, a tuple of its positional arguments, or a dict of
             its keyword arguments.
     """
