@@ -29,7 +29,7 @@ from framework.system.files import make_folder, write_file
 
 from .curves import Curves, compute_curves, curves_csv, draw_curves, positives, scores
 from .decisions import Decision, read_decisions
-from .worst import MOST_SHOWN, Worst, describe, find_worst, shower
+from .worst import MOST_SHOWN, Worst, describe, find_worst, show_function
 
 FOLDER = "evaluation"  # in the folder of a run
 MOST_PR_CURVES = 20  # cards on the page of TensorBoard
@@ -62,7 +62,7 @@ def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> Worst:
             trained.task,
             trained.facts["classes"],
             trained.scale,
-            shower(part, trained.facts["data"]),
+            show_function(part, trained.facts["data"]),
             partial(data.sample_names, split),
         )
 
