@@ -20,7 +20,14 @@ from framework.errors.terminal import printable, shortened, title
 from framework.runs.overview.live import LiveRun
 from framework.runs.overview.watched import Watched
 from framework.runs.run_state import State
-from framework.runtime.display.plot import braille, ends, evenly_spaced, text_columns, with_labels
+from framework.runtime.display.plot import (
+    LABEL_WIDTH,
+    braille,
+    ends,
+    evenly_spaced,
+    text_columns,
+    with_labels,
+)
 
 from .live_text import (
     MEASURES,
@@ -49,7 +56,6 @@ COLORS: dict[State, str] = {
 }
 LINEAR = ("train/learning_rate", *MEASURES)
 LOGARITHMIC = 30.0  # ratio of the highest to the lowest value from which a scale is logarithmic
-LABEL_WIDTH = 9  # of the values at the left of a curve
 CHART_ROWS = 8  # of a curve, title and axis included, at least
 CHART_COLUMNS = 38
 MOST_DETAILS = 7  # lines on the selected run
@@ -249,7 +255,7 @@ def chart(metric: str, curve: Curve, width: int, height: int, last_step: int) ->
         top = math.log(high)
     drawn = braille(values, columns, rows, bottom, top, joined=True)
     below = ends("step 0", f"{last_step:,}", columns)
-    lines += with_labels(drawn, four_digits(high), four_digits(low), below, LABEL_WIDTH)
+    lines += with_labels(drawn, four_digits(high), four_digits(low), below)
     return [*lines, Text()][:height]
 
 

@@ -399,14 +399,14 @@ def layout_value(layout: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any
 
 
 def histogram_bars(values: Tensor, bins: int) -> Tensor:
-    """Count the finite values in bars of equal width.
+    """Count the values that are finite in float32 in bars of equal width.
 
     Returns:
         (left edge, right edge, count) of each bar: shape (bins, 3), float64 on the CPU. One bar if
         all values are equal, none without a finite value.
     """
-    values = values.detach().flatten()
-    values = values[values.isfinite()].float()
+    values = values.detach().flatten().float()
+    values = values[values.isfinite()]
     if values.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.float64)
     smallest, largest = values.aminmax()

@@ -22,6 +22,7 @@ def trace_graph(model: nn.Module, inputs: Any) -> bytes:
     parameters of a model that draws samples, such as a GAN, the graph also shows how it draws one.
 
     Args:
+        model: the model.
         inputs: the only argument of the model, a tuple of its positional arguments, or a dict of
             its keyword arguments.
     """

@@ -27,12 +27,13 @@ OBSERVING = ("progress", "gradient_norm", "health")  # of the default set; the o
 
 
 class Workload(NamedTuple):
-    """An experiment, and the callbacks to measure besides those of the default set.
+    """An experiment, and the callbacks to measure.
 
     Args:
         overrides: of the experiment.
-        callbacks: of the category "not by default".
+        callbacks: that are not on by default.
         settings: of these callbacks.
+        with_default: whether to measure those that are on by default too.
     """
 
     overrides: Sequence[str]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +17,37 @@ from torch.utils.tensorboard.summary import hparams
 from framework.cli.board import link_runs, look_through, selected_runs, serve_board
 from framework.errors import FrameworkError, RunError, SettingError
 from run_folders import write_run
+
+
+@contextmanager
+def serving(root, *selections):
+    """Yield a process that serves the runs; a signal must end it."""
+    start = "from pathlib import Path; from framework.cli.board import serve_board"
+    command = f"{start}; serve_board(Path({str(root)!r}), 0, {list(selections)!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield process
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def served_tags(address, count):
+    """Return the tags of each run, when TensorBoard has read so many runs or after a minute."""
+    found = {}
+    until = time.monotonic() + 60
+    while len(found) < count and time.monotonic() < until:
+        with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=20) as answer:
+            found = json.load(answer)
+    return found
 
 
 def test_the_board_serves_the_runs_until_a_signal(tmp_path):
@@ -28,15 +60,7 @@ def test_the_board_serves_the_runs_until_a_signal(tmp_path):
         run = tmp_path / "runs" / "default" / str(number)
         run.mkdir()
         (run / "events.out.tfevents.1").touch()
-    start = "from pathlib import Path; from framework.cli.board import serve_board"
-    command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
+    with serving(tmp_path / "runs") as process:
         line = process.stdout.readline()
         assert line.startswith(f"TensorBoard shows {tmp_path / 'runs'} at http://127.0.0.1:")
         advice = process.stdout.readline()
@@ -52,10 +76,6 @@ def test_the_board_serves_the_runs_until_a_signal(tmp_path):
             with urllib.request.urlopen(page, timeout=20) as answer:
                 metrics = json.load(answer).get("metricInfos", [])
         assert [each["name"]["tag"] for each in metrics] == ["val/loss", "speed/mfu"]
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
 
 
 def make_fifo(run, outside):
@@ -102,26 +122,10 @@ def test_links_and_special_files_are_not_served(tmp_path):
             writer.add_scalar(tag, 0.5, 1)
     for make in (make_fifo, make_folder_link):
         make(run, outside)
-    start = "from pathlib import Path; from framework.cli.board import serve_board"
-    command = f"{start}; serve_board(Path({str(tmp_path / 'runs')!r}), 0)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
+    with serving(tmp_path / "runs") as process:
         address = process.stdout.readline().split(" at ")[1].split()[0]
-        found = {}
-        until = time.monotonic() + 60
-        while not found and time.monotonic() < until:
-            with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=20) as answer:
-                found = json.load(answer)
+        found = served_tags(address, 1)
         assert {run: list(tags) for run, tags in found.items()} == {"default/first": ["mine"]}
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
@@ -215,27 +219,11 @@ def test_the_board_shows_the_selected_runs(root, tmp_path, odd):
             writer.add_scalar("val/loss", 0.5, 1)
     if odd:  # the slower loader
         make_fifo(root / "other/first", tmp_path)
-    start = "from pathlib import Path; from framework.cli.board import serve_board"
-    command = f"{start}; serve_board(Path({str(root)!r}), 0, ['lr=0.0*', 'first'])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
+    with serving(root, "lr=0.0*", "first") as process:
         line = process.stdout.readline()
         assert line.startswith(f"TensorBoard shows 3 of the runs in {root} at ")
         address = line.split(" at ")[1].split()[0]
-        found = {}
-        until = time.monotonic() + 60
-        while len(found) < 3 and time.monotonic() < until:
-            with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=20) as answer:
-                found = json.load(answer)
+        found = served_tags(address, 3)
         sweep = "default/sweep3"
         trials = [f"{sweep}/001_lr-0.01_seed-2", f"{sweep}/002_lr-0.001_seed-2"]
         assert sorted(found) == [*trials, "other/first"]
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()

@@ -1,6 +1,7 @@
 """The samples with the highest loss, for a trained run and within a fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -213,6 +214,21 @@ def test_tensorboard_keeps_the_records_of_the_run(digits, command):
     for tag, plugin in plugins.items():
         assert events.SummaryMetadata(tag).plugin_data.plugin_name == plugin
         assert [event.step for event in events.Tensors(tag)] == [40]
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "status.json"])
+def test_a_run_with_impossible_steps_is_evaluated(digits, tmp_path, command, file):
+    run = tmp_path / "run"
+    shutil.copytree(digits.folder, run, symlinks=True)
+    if file == "metrics.jsonl":
+        with (run / file).open("a") as metrics:
+            metrics.write(f'{{"step": {2**63 - 1}, "val/loss": 1}}\n')
+    else:
+        status = json.loads((run / file).read_text())
+        (run / file).write_text(json.dumps(status | {"step": 10**400}))
+    status, _, err = command(f"eval {run} --worst 2")
+    assert status == 0, err
+    assert "val/loss" in scalars_of(run)
 
 
 def test_no_event_file_is_added_while_the_run_is_being_trained(digits, command):

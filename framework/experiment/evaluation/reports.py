@@ -23,17 +23,18 @@ from framework.experiment.build import build_loader
 from framework.experiment.trained.load import Trained, facts_that_fit
 from framework.registry.kinds import loggers
 from framework.runs import checkpoint
-from framework.runs.run_files import RunFiles
+from framework.runs.run_files import RunFiles, number_in
 from framework.runs.run_state import is_written
 from framework.runtime.display.drawing import encode_png, side_by_side
 from framework.system.files import make_folder, write_file
 
 from .curves import DecisionCurves, compute_curves, curves_csv, draw_curves, positives, scores
 from .decisions import Decision, read_decisions
-from .worst import MOST_SHOWN, WorstSamples, describe, find_worst, shower
+from .worst import MOST_SHOWN, WorstSamples, describe, find_worst, show_function
 
 FOLDER = "evaluation"  # in the folder of a run
 MOST_PR_CURVES = 20  # cards on the page of TensorBoard
+MOST_STEP = 2**63 - 2  # in a file of TensorBoard, which has steps of 64 bits, and one more
 
 
 def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> WorstSamples:
@@ -62,7 +63,7 @@ def worst_of_run(trained: Trained, data: Data, split: str, count: int) -> WorstS
             trained.task,
             trained.facts["classes"],
             trained.scale,
-            shower(part, trained.facts["data"]),
+            show_function(part, trained.facts["data"]),
             partial(data.sample_names, split),
         )
 
@@ -158,14 +159,14 @@ def run_logger(trained: Trained) -> Iterator[tuple[Logger, int] | None]:
 
 
 def last_step(run: Path) -> int:
-    """Return the last step that a run has recorded."""
+    """Return the last step that a run has recorded, at most `MOST_STEP`."""
     files = RunFiles(run)
-    steps = [row.step for row in files.rows()]
-    status = files.status.get("step")
-    if isinstance(status, int):
-        steps.append(status)
-    steps += [checkpoint.step_of(each) for each in checkpoint.listed(run / "checkpoints")]
-    return max(steps, default=0)
+    last = int(number_in(files.status, "step") or 0)
+    for row in files.rows():
+        last = max(last, row.step)
+    for each in checkpoint.listed(run / "checkpoints"):
+        last = max(last, checkpoint.step_of(each))
+    return min(last, MOST_STEP)
 
 
 def log_worst(logger: Logger, worst: WorstSamples, tag: str, step: int) -> None:

@@ -22,7 +22,7 @@ from framework.runs.folder import read_config, read_facts
 from .decisions import NO_CLASSES, decide, read_decisions
 from .reports import log_curves, log_worst
 from .samples import read_rows as read_rows
-from .worst import describe, find_worst, shower
+from .worst import describe, find_worst, show_function
 
 
 def check_worst(trainer: Context) -> None:
@@ -126,4 +126,4 @@ def show_inputs(
             part = datasets.get(name).part if name in datasets else None
         except (OSError, RunError, LookupError, TypeError):
             part = None
-    return shower(part, {**facts.get("data", {}), **changed_facts})(inputs.detach().cpu())
+    return show_function(part, {**facts.get("data", {}), **changed_facts})(inputs.detach().cpu())

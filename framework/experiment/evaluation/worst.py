@@ -204,7 +204,9 @@ def text_of(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         texts = [text_of(each) for each in value[:MOST_LABELS]]
-        return ", ".join(texts + ["..."] * (len(value) > MOST_LABELS)) or "none"
+        if len(value) > MOST_LABELS:
+            texts.append("...")
+        return ", ".join(texts) or "none"
     return "" if value is None else str(value)
 
 
@@ -212,9 +214,9 @@ def describe(
     worst: Candidates,
     task: Task,
     classes: Sequence[str],
-    scale: Scale | None = None,
-    show: Callable[[Tensor], Shown] | None = None,
-    names: Callable[[Sequence[int]], dict[str, list[Any]]] | None = None,
+    scale: Scale | None,
+    show: Callable[[Tensor], Shown],
+    names: Callable[[Sequence[int]], dict[str, list[Any]]],
 ) -> WorstSamples:
     """Return samples in a readable form.
 
@@ -222,7 +224,7 @@ def describe(
         worst: the samples.
         task: makes readable predictions of outputs.
         classes: the names of the classes; empty if unknown.
-        scale: of the targets.
+        scale: of the targets; None if they have none.
         show: makes inputs readable.
         names: returns columns that identify samples by their numbers.
     """
@@ -230,12 +232,12 @@ def describe(
     columns: dict[str, list[Any]] = {
         "sample": [number if number >= 0 else None for number in numbers]
     }
-    if names is not None and all(number >= 0 for number in numbers):
+    if all(number >= 0 for number in numbers):
         columns |= names(numbers)
     columns["loss"] = worst.losses.tolist()
     columns |= predictions(worst, task, classes, scale)
     shown = Shown()
-    if show is not None and worst.inputs is not None:
+    if worst.inputs is not None:
         shown = show(worst.inputs)
     return WorstSamples(columns, shown, worst.measured)
 
@@ -261,8 +263,13 @@ def predictions(
 
 def values_of(rows: Tensor) -> list[Any]:
     """Return the numbers of each row: one number, or a list."""
-    flat = rows.double().flatten(1) if rows.ndim > 1 else rows.double()[:, None]
-    return flat[:, 0].tolist() if flat.shape[1] == 1 else flat.tolist()
+    numbers = rows.double()
+    if numbers.ndim > 1:
+        numbers = numbers.flatten(1)
+        if numbers.shape[1] == 1:
+            numbers = numbers[:, 0]
+    found: list[Any] = numbers.tolist()
+    return found
 
 
 def class_columns(decision: Decision, classes: Sequence[str]) -> dict[str, list[Any]]:
@@ -298,7 +305,7 @@ def names_at(row: Iterable[int], names: Sequence[str]) -> list[str]:
     return [name for value, name in zip(row, names, strict=True) if value]
 
 
-def shower(part: type[Data] | None, facts: Mapping[str, Any]) -> Callable[[Tensor], Shown]:
+def show_function(part: type[Data] | None, facts: Mapping[str, Any]) -> Callable[[Tensor], Shown]:
     """Return the function that makes inputs readable: that of the data set if it is known."""
     kind = Data if part is None else part
     return lambda inputs: kind.show(inputs, dict(facts))

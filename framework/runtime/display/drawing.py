@@ -7,6 +7,7 @@ import io
 import math
 import unicodedata
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 CARD = 350
 """Pixels of the width of an image in TensorBoard, which enlarges and reduces others unevenly."""
+COLUMNS = 4  # of images with captions
+BANDS = 16  # of colors in a map with contours
+CONTOUR_PIXELS = 400  # of a side of it
 Color = tuple[int, int, int]
 BLACK = (40, 40, 40)
 GRAY = (215, 215, 215)
@@ -65,9 +69,7 @@ class Canvas:
         scaled = [(2 * x, 2 * y) for x, y in points]
         self.draw.line(scaled, fill=color, width=width, joint="curve")
 
-    def dot(
-        self, x: float, y: float, color: Color, radius: float = 2.5, edge: Color = WHITE
-    ) -> None:
+    def dot(self, x: float, y: float, color: Color, radius: float, edge: Color) -> None:
         """Draw a filled circle with an edge."""
         box = [2 * (x - radius), 2 * (y - radius), 2 * (x + radius), 2 * (y + radius)]
         self.draw.ellipse(box, fill=color, outline=edge)
@@ -283,7 +285,7 @@ def pixels_of(colors: Tensor) -> list[list[Color]]:
     return [[(red, green, blue) for red, green, blue in row] for row in rows]
 
 
-def captioned(images: Tensor, captions: Sequence[str], columns: int = 4) -> Tensor:
+def captioned(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Return images (N, 1 or 3, H, W) in [0, 1] in rows, each above its caption.
 
     Args:
@@ -291,22 +293,21 @@ def captioned(images: Tensor, captions: Sequence[str], columns: int = 4) -> Tens
             CARD pixels.
         captions: a text for each image; each line of it is cut to the width of its column. If all
             are empty, there is no space for them.
-        columns: images in a row.
 
     Returns:
         One image (1, 3, height, width).
     """
-    factor = max(1, (CARD // columns - 8) // images.shape[-1])
+    factor = max(1, (CARD // COLUMNS - 8) // images.shape[-1])
     large = F.interpolate(images.float().expand(-1, 3, -1, -1), scale_factor=factor, mode="nearest")
     height, width = large.shape[-2:]
     lines = [caption.split("\n") for caption in captions]
     text_height = 16 * max(map(len, lines)) + 6 if any(captions) else 8
-    column = max(width + 8, CARD // columns)
-    rows = math.ceil(len(images) / columns)
-    canvas = Canvas(max(CARD, min(columns, len(images)) * column), rows * (height + text_height))
+    column = max(width + 8, CARD // COLUMNS)
+    rows = math.ceil(len(images) / COLUMNS)
+    canvas = Canvas(max(CARD, min(COLUMNS, len(images)) * column), rows * (height + text_height))
     for number, picture in enumerate(large):
-        left = (number % columns) * column + 4
-        top = (number // columns) * (height + text_height) + 4
+        left = (number % COLUMNS) * column + 4
+        top = (number // COLUMNS) * (height + text_height) + 4
         canvas.paste(picture, left, top, width, height)
         for row, line in enumerate(lines[number]):
             text = cut_to_width(canvas, line, column - 6)
@@ -372,44 +373,41 @@ def with_height(image: Tensor, height: int) -> Tensor:
     return F.pad(image, (0, 0, 0, height - image.shape[2]), value=1.0)
 
 
-def contour_map(values: Tensor, scale: Axis, bands: int = 16, size: int = 400) -> Tensor:
+def contour_map(values: Tensor, scale: Axis) -> Tensor:
     """Return a map of values in bands of colors with a dark line between two bands.
 
     Args:
         values: shape (rows, columns), the lowest row first; one that is not finite is gray.
         scale: the values of the first and the last color; others get these colors.
-        bands: the number of colors.
-        size: the pixels of a side.
 
     Returns:
-        An image (3, size, size) in [0, 1], with the lowest row at the bottom.
+        An image (3, 400, 400) in [0, 1], with the lowest row at the bottom.
     """
-    shares = torch.tensor([[scale.position(value) for value in row] for row in values.tolist()])
+    shares = torch.tensor([list(map(scale.position, row)) for row in values.tolist()])
     shares = shares.masked_fill(shares == -math.inf, 0.0)
     fine = F.interpolate(
-        shares[None, None], (size, size), mode="bilinear", align_corners=True
+        shares[None, None], (CONTOUR_PIXELS, CONTOUR_PIXELS), mode="bilinear", align_corners=True
     ).flip(2)[0, 0]
-    band = (fine.nan_to_num(0, 1, 0).clamp(0, 1) * bands).long().clamp(max=bands - 1)
-    picture = colors_of((band + 0.5) / bands)
+    band = (fine.nan_to_num(0, 1, 0).clamp(0, 1) * BANDS).long().clamp(max=BANDS - 1)
     edge = torch.zeros_like(band, dtype=torch.bool)
     edge[:, 1:] |= band[:, 1:] != band[:, :-1]
     edge[1:] |= band[1:] != band[:-1]
-    picture = torch.where(edge, picture * 0.75, picture)
-    gray = torch.tensor(GRAY).reshape(3, 1, 1) / 255
-    return torch.where(fine.isfinite(), picture, gray)
+    finite = fine.isfinite()
+    picture = colors_of(torch.where(finite, (band + 0.5) / BANDS, torch.nan))
+    return torch.where(edge & finite, picture * 0.75, picture)
 
 
-def color_bar(title: str, scale: Axis, bands: int = 16, height: int = 320) -> Tensor:
+def color_bar(title: str, scale: Axis, height: int) -> Tensor:
     """Return the colors of `contour_map` with the values at their borders: (1, 3, H, W)."""
     canvas = Canvas(84, height)
     top, bottom = Chart.TOP, height - Chart.BOTTOM
-    step = (bottom - top) / bands
-    colors = pixels_of(colors_of((torch.arange(bands)[None] + 0.5) / bands))[0]
+    step = (bottom - top) / BANDS
+    colors = pixels_of(colors_of((torch.arange(BANDS)[None] + 0.5) / BANDS))[0]
     for index, color in enumerate(colors):
         canvas.box(6, bottom - (index + 1) * step, 22, bottom - index * step, color)
     canvas.text(4, 14, title, "lm")
-    for index in range(0, bands + 1, 2):
-        share = index / bands
+    for index in range(0, BANDS + 1, 2):
+        share = index / BANDS
         if scale.log:
             value = scale.low * (scale.high / scale.low) ** share
         else:

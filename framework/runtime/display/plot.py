@@ -20,7 +20,7 @@ DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))
 BLANK = 0x2800
 STYLES = ("cyan", "yellow", "magenta", "green", "red", "blue")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LABEL_WIDTH = 9
+LABEL_WIDTH = 9  # characters at the left of `with_labels`
 
 
 def braille(
@@ -99,9 +99,7 @@ def evenly_spaced(
     return values
 
 
-def with_labels(
-    drawn: Sequence[str], top: str, bottom: str, below: str, width: int = LABEL_WIDTH
-) -> list[Text]:
+def with_labels(drawn: Sequence[str], top: str, bottom: str, below: str) -> list[Text]:
     """Return lines of `braille` with labels of the y axis at the left, and a line below.
 
     Args:
@@ -109,15 +107,14 @@ def with_labels(
         top: the label of the first line.
         bottom: the label of the last line.
         below: the text below the lines, see `ends`.
-        width: the width of the labels.
     """
     labels = [""] * len(drawn)
     labels[-1] = bottom
     labels[0] = top
     lines = []
     for label, dots in zip(labels, drawn, strict=True):
-        lines.append(Text.assemble((f"{label:>{width}} ", "dim"), (dots, "cyan")))
-    return [*lines, Text(f"{'':>{width}} {below}", "dim")]
+        lines.append(Text.assemble((f"{label:>{LABEL_WIDTH}} ", "dim"), (dots, "cyan")))
+    return [*lines, Text(f"{'':>{LABEL_WIDTH}} {below}", "dim")]
 
 
 def ends(first: str, last: str, columns: int, middle: str = "") -> str:

@@ -163,12 +163,13 @@ class Recorder:
             self.kept = inputs[0].detach().clone()
 
     def _after_activation(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = self.kept
+        self.kept = None
         if self.is_measuring or self.call is None or self.call.activation is not None:
             return
         self.call.activation = module
-        self.call.inputs = inputs[0] if self.kept is None else self.kept
+        self.call.inputs = inputs[0] if kept is None else kept
         self.call.output = output
-        self.kept = None
 
     def _finish_call(self) -> None:
         """Add the numbers of the current call to those of its layer."""

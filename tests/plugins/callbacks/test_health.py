@@ -113,6 +113,20 @@ def test_the_numbers_are_those_of_hooks_and_copies(activation, settings):
     assert of_step(record, 4) == {}
 
 
+def test_an_activation_that_overwrites_its_inputs_does_not_change_the_numbers():
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)]
+        model = nn.Sequential(nn.Dropout(0.1), nn.ReLU(inplace), *layers)
+        with torch.no_grad():
+            model[2].weight.mul_(20)
+        _, record = fit(model=model, callbacks=[health(every="2steps")])
+        found.append(of_step(record, 2))
+    assert 0 < found[0]["stuck/2"] < 1
+    assert found[0] == found[1]
+
+
 def test_a_step_of_several_batches_is_measured_as_one():
     """The activations are those of the first batch; the gradient is that of the step."""
     reference = Reference(2)

@@ -178,6 +178,7 @@ def test_texts_images_and_histograms(tmp_path):
     board.histogram("weights", torch.cat([values, torch.tensor([math.nan, math.inf])]), 5)
     board.histogram("same", torch.ones(4, dtype=torch.bfloat16), 5)
     board.histogram("nothing", torch.tensor([math.nan]), 5)
+    board.histogram("large", torch.tensor([1.0, 1e39], dtype=torch.float64), 5)
     board.close()
     events = read(tmp_path)
     assert tensors(events, "config")[0].string_val[0] == b"# Title"
@@ -194,6 +195,7 @@ def test_texts_images_and_histograms(tmp_path):
     assert numpy.allclose(bars[:, 0], edges[:-1])
     assert numpy.frombuffer(tensors(events, "same")[0].tensor_content).tolist() == [1, 1, 4]
     assert tensors(events, "nothing")[0].tensor_content == b""
+    assert numpy.frombuffer(tensors(events, "large")[0].tensor_content).tolist() == [1, 1, 1]
 
 
 def test_a_curve_of_precision_and_recall_is_that_of_scikit_learn(tmp_path):

@@ -59,8 +59,8 @@ def test_blocks_side_by_side_are_padded_and_cut():
 
 
 def test_labels_are_at_both_ends():
-    lines = with_labels(["xx", "yy", "zz"], "9", "0", ends("a", "b", 2), width=3)
-    assert [line.plain for line in lines] == ["  9 xx", "    yy", "  0 zz", "    ab"]
+    lines = with_labels(["xx", "yy", "zz"], "9", "0", ends("a", "b", 2))
+    assert [line.plain[6:] for line in lines] == ["  9 xx", "    yy", "  0 zz", "    ab"]
     assert ends("1", "20", 9, "log") == "1 log  20"
 
 

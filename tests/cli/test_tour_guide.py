@@ -1,0 +1,83 @@
+"""The course of `framework tour`: its lessons, the commands that run, and the answers to a user."""
+
+import os
+import shlex
+
+import pytest
+
+from framework.cli import tour
+
+LESSONS = [
+    tour.Lesson(1, "one", "text one", ["framework train a=1", "framework find RUN"], "", "first"),
+    tour.Lesson(2, "two", "text two", ["framework train a=2"], "", "second"),
+]
+
+
+@pytest.fixture
+def guided(tmp_path, monkeypatch):
+    """Return a function that answers the questions of a tour; the commands that it has run."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*answers):
+        left = list(answers)
+        commands = []
+
+        def read(prompt):
+            if not left:
+                raise EOFError
+            return left.pop(0)
+
+        monkeypatch.setattr("builtins.input", read)
+        guide = tour.Guide(LESSONS, lambda command: commands.append(command) or 0)
+        guide.run(0, ["b=3"])
+        assert not left
+        return commands
+
+    return run
+
+
+def test_the_lessons_follow_each_other_and_the_settings_belong_to_the_first(guided, capsys):
+    commands = guided("", "", "", "", "", "")
+    assert commands == [
+        "framework train a=1 b=3",
+        "framework find runs/none",
+        "framework train a=2",
+    ]
+    out = capsys.readouterr().out
+    places = [out.index(text) for text in ("text one", "first", "text two", "second")]
+    assert places == sorted(places)
+
+
+def test_a_lesson_is_repeated_with_settings_and_the_tour_goes_back(guided):
+    repeated = guided("", "", "r lr='0.1 2'", "", "", "wrong", "r lr", "'", "q")
+    first = ["framework train a=1 b=3", "framework find runs/none"]
+    assert repeated == [*first, "framework train a=1 'lr=0.1 2'", first[1]]
+    assert guided("", "", "", "", "", "b", "", "", "q")[2:] == [
+        "framework train a=2",
+        "framework train a=1",
+        first[1],
+    ]
+    assert guided("q") == []
+
+
+def test_a_command_gets_the_newest_run(guided, tmp_path):
+    for name, seconds in (("new run", 20), ("old", 10)):
+        folder = tmp_path / "runs/default" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("")
+        os.utime(folder / "config.yaml", (seconds, seconds))
+    assert shlex.split(guided("", "q")[1]) == ["framework", "find", "runs/default/new run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lesson 11", "--lesson 11: expected 1 to 10"),
+        ("--json", "--json requires --list"),
+        ("lr", "expected KEY=VALUE, got lr"),
+    ],
+)
+def test_wrong_options_are_errors(command, words, message):
+    status, _, err = command(f"tour {words}")
+    assert status == 2
+    assert message in err
