@@ -7,7 +7,6 @@ import io
 import math
 import unicodedata
 from collections.abc import Sequence
-from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
