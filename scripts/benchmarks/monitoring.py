@@ -73,6 +73,19 @@ WORKLOADS = {
 }
 
 
+def measured(workload: Workload) -> list[str]:
+    """Return the callbacks that are measured with a workload."""
+    return [*(DEFAULT if workload.with_default else ()), *workload.callbacks]
+
+
+def available(names: Sequence[str]) -> list[str]:
+    """Return the callbacks that are measured with some of the workloads."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys(measured(WORKLOADS[name]))
+    return list(found)
+
+
 def monitoring(names: Sequence[str], only: Sequence[str] | None, rounds: int, threads: int) -> int:
     """Print a table for each workload.
 
@@ -99,7 +112,7 @@ def costs(name: str, process: Process, only: Sequence[str] | None, rounds: int) 
     if workload.with_default:
         sets[ALL] = DEFAULT
         sets[", ".join(OBSERVING)] = OBSERVING
-    for callback in (*(DEFAULT if workload.with_default else ()), *workload.callbacks):
+    for callback in measured(workload):
         if only is None or callback in only:
             sets[callback] = [callback]
     cpu: dict[str, list[float]] = {label: [] for label in sets}

@@ -245,6 +245,11 @@ def test_a_contender_that_was_killed_is_reported():
     ("arguments", "facts"),
     [
         (["speed", "--contenders", "sklearn"], ["'sklearn'", "'handwritten'"]),
+        (["monitoring", "--callbacks", "health,speed"], ["'health,speed'", "'health'"]),
+        (
+            ["monitoring", "--workloads", "sounds", "--callbacks", "sounds", "filters"],
+            ["unknown 'filters'", "'sounds', 'spectrograms'"],
+        ),
         (["speed", "--peers", "/nowhere"], ["--peers /nowhere", "/nowhere/bin/python"]),
         (["speed", "--rounds", "0"], ["--rounds", "1 or more", "0"]),
         (["sped"], ["invalid choice: 'sped'"]),

@@ -13,7 +13,8 @@ import framework as fw
 import substitutes
 from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
-from framework_plugins.callbacks.health.problems import Observation, vanishing_gradients
+from framework_plugins.callbacks.health.layers import QUANTITIES, Layer
+from framework_plugins.callbacks.health.problems import Observation, Watch, vanishing_gradients
 from runs import composed, run_training
 
 HEALTH = ["callbacks=[health]", "trainer.max_epochs=4", "trainer.validate_every=100epochs"]
@@ -48,6 +49,11 @@ CASES = {
         "bad": ["optimizer.lr=1e-9"],
         "warning": r"the learning rate is too small: .* try optimizer\.lr=0\.0001 \(now 1e-09\)",
         "remedies": ["optimizer.lr=0.0001"],
+    },
+    "small_sgd": {
+        "bad": ["optimizer=sgd", "optimizer.lr=1e-4"],
+        "warning": r"the learning rate is too small: .* try optimizer\.lr=0\.01 \(now 0\.0001\)",
+        "remedies": ["optimizer.lr=0.01"],
     },
     "large": {
         "bad": ["optimizer=sgd", "optimizer.lr=30", "model.activation=tanh"],
@@ -228,6 +234,27 @@ def test_a_discriminator_that_recognizes_all_samples_is_reported():
     expected = r"health: the discriminator recognizes all samples, .*task\.penalty=1"
     with pytest.warns(UserWarning, match=expected):
         trainer.fit(model, data, task=task, optimizer=optimizer, batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("update", "factor", "losses", "warns"),
+    [
+        (5e-5, 1.0, (2.3, 2.29, 2.3), True),
+        (5e-5, 1.0, (2.3, 2.1, 2.0), False),  # it falls
+        (5e-5, 1.0, (4.0, 2.9, 3.1), False),  # that of a trained model varies
+        (5e-5, 0.3, (2.3, 2.29, 2.3), False),  # the schedule reduces the rate
+        (2e-4, 1.0, (2.3, 2.29, 2.3), False),
+    ],
+)
+def test_updates_are_too_small_if_the_loss_stays(update, factor, losses, warns):
+    watch = Watch(first_loss=2.3)
+    texts = []
+    for step, loss in zip((16, 32, 64), losses, strict=True):
+        numbers = {name: [math.nan] for name in QUANTITIES} | {"gradient": [1.0]}
+        numbers |= {"update": [update], "weight": [1.0]}
+        layer = Layer("linear", nn.Linear(1, 1), [])
+        texts += watch.messages(Observation(step, [layer], numbers, loss, 0.1, factor))
+    assert ["the learning rate is too small" in text for text in texts] == [True] * warns
 
 
 def test_a_warning_is_given_once_also_after_a_resume(tmp_path):

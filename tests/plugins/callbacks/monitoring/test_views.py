@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import framework as fw
 from framework import drawing
 from framework.errors import SettingError
+from framework_plugins.callbacks.monitoring import speed as speed_callback
 from framework_plugins.callbacks.monitoring.attention import (
     AttentionRecorder,
     attention_image,
@@ -240,13 +241,33 @@ def test_modules_that_only_reshape_have_no_activations():
     assert float(found["5"].min()) < 0
 
 
-def test_speed_logs_the_use_of_the_device():
-    shown, _ = fit(build("speed", peak_tflops=1e-6))
+class Clock(fw.Callback):
+    """A clock on which a step takes a quarter of a second, and a validation 10 seconds."""
+
+    changes_training = False
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def perf_counter(self):
+        return self.seconds
+
+    def on_step_end(self, trainer):
+        self.seconds += 0.25
+
+    def on_validation_start(self, trainer):
+        self.seconds += 10  # after the callback `speed`, which comes first
+
+
+def test_speed_logs_the_use_of_the_device(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(speed_callback, "time", clock)
+    shown, _ = fit(build("speed", peak_tflops=1e-6), clock)
     speed = {tag: value for tag, value in shown.values.items() if tag.startswith("speed/")}
     assert speed.keys() == {"speed/data_wait", "speed/memory_gib", "speed/mfu"}
     flops = 3 * 2 * (5 * 9 * 36 + 180 * 3)  # of a sample: convolution and linear layer
-    ratio = speed["speed/mfu"] / (shown.values["train/samples_per_second"] * flops / 1e6)
-    assert ratio == pytest.approx(1, rel=0.3)
+    samples_per_second = 4 / 0.25
+    assert speed["speed/mfu"] == pytest.approx(samples_per_second * flops / 1e6)
     assert 0 <= speed["speed/data_wait"] <= 1
     assert 0.05 < speed["speed/memory_gib"] < 50
 
