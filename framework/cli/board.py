@@ -117,6 +117,8 @@ def selected_runs(root: Path, selections: Sequence[str]) -> list[str]:
         SettingError: a filter is wrong.
     """
     table = RunTable(list_runs(root))
+    if not table.runs:
+        raise RunError(f"--runs {selections[0]}: {root} has no runs")
     found: dict[str, None] = {}
     for text in selections:
         if text == "best":

@@ -781,11 +781,11 @@ def data(arguments: list[str]) -> None:
         print_line(f"{rows} rows in {file}")
 
 
-def tour(arguments: list[str]) -> None:
+def tour(arguments: list[str]) -> int:
     """Run `framework tour`."""
     from .tour import tour as run_tour  # not at the top: rich takes 0.1 s
 
-    run_tour(arguments)
+    return run_tour(arguments)
 
 
 def completion(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.markdown import Markdown
 from rich.table import Table
 
-from framework.errors import RunError, wrong_option
+from framework.errors import FrameworkError, RunError, wrong_option
 from framework.errors.terminal import printable_lines
 from framework.runtime.display.console import console
 
@@ -73,8 +73,12 @@ def read_lessons() -> list[Lesson]:
     return lessons
 
 
-def tour(arguments: list[str]) -> None:
-    """Run `framework tour`."""
+def tour(arguments: list[str]) -> int:
+    """Run `framework tour`.
+
+    Returns:
+        The exit status: 2 without a terminal after a command with a user error, otherwise 0.
+    """
     parser = Parser("tour", "Learn deep learning in ten short lessons.", help_texts.TOUR)
     first = "begin with this lesson; without a terminal, run only this one"
     parser.add_argument("--lesson", type=int, metavar="N", help=first)
@@ -99,8 +103,11 @@ def tour(arguments: list[str]) -> None:
         chosen = lessons if args.lesson is None else [lessons[args.lesson - 1]]
         for lesson in chosen:
             print_lesson(lesson, len(lessons))
-            run_all(lesson, args.overrides, run_command)
+            status = run_all(lesson, args.overrides, run_command)
+            if status:
+                return status
             print_markdown(f"{lesson.notes}\n\n**Answer.** {lesson.answer}\n")
+    return 0
 
 
 def print_list(lessons: Sequence[Lesson], as_json: bool) -> None:
@@ -132,8 +139,13 @@ def print_markdown(text: str) -> None:
         print(printable_lines(text))
 
 
-def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int]) -> None:
-    """Run the commands of a lesson, with further settings for those that train."""
+def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int]) -> int:
+    """Run the commands of a lesson, with further settings for those that train.
+
+    Returns:
+        0; or 2 after a command with a user error, such as a folder that cannot be written. The
+        commands after it are not run. A training that fails is part of a lesson.
+    """
     for command in lesson.commands:
         changed = command
         if command.startswith("framework train "):
@@ -151,6 +163,9 @@ def run_all(lesson: Lesson, overrides: Sequence[str], run: Callable[[str], int])
         ended = f"exit status {status}, " if status else ""
         console().print(f"({ended}{seconds:.0f} s)", style="dim")
         print()
+        if status == FrameworkError.exit_status:
+            return status
+    return 0
 
 
 def newest_run() -> Path | None:

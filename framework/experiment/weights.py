@@ -13,6 +13,7 @@ from framework.errors.paths import expanded
 from framework.errors.user_code import text_of
 from framework.runs import checkpoint
 from framework.runs.folder import resolve_run
+from framework.runs.run_files import RunFiles
 from framework.runtime.dtensors import load_model_state
 
 
@@ -59,6 +60,11 @@ def no_checkpoint(run: Path) -> RunError:
     skipped = checkpoint.newest(folder)[1] if folder.is_dir() else []
     if skipped:
         return RunError(f"{run} has no undamaged checkpoint: {skipped[0]}")
+    files = RunFiles(run)
+    if files.state in ("running", "paused"):
+        return RunError(f"{run} has no checkpoint yet: it is {files.state}")
+    if "callbacks.checkpoint" in files.settings and files.state != "done":
+        return RunError(f"{run} has no checkpoint: it ended before the first one was saved")
     return RunError(f"{run} has no checkpoint: was it trained with callbacks.checkpoint?")
 
 

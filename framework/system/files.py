@@ -310,7 +310,7 @@ def failure_reason(
         elif written is not None:
             size = f"{written:,} bytes were written and removed, "
         return f"{reason} ({size}{free_disk_bytes(path):,} bytes are free)"
-    if not path.parent.exists():
+    if error.errno == errno.ENOENT and not path.parent.exists():
         return f"the folder {path.parent} no longer exists"
     return reason
 

@@ -11,6 +11,8 @@ from typing import Any
 def prepare_streams() -> None:
     """Make stdout and stderr replace characters that they cannot encode; discard output if closed.
 
+    A closed stdin is empty.
+
     Python sets a stream that was closed before the start to None. The next opened file would get
     its descriptor.
     """
@@ -19,6 +21,8 @@ def prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # never closed
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # never closed
     if sys.stderr is None:

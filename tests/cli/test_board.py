@@ -181,7 +181,10 @@ def test_runs_are_selected_by_name_pattern_filter_or_rank(root, selections, chos
         assert names == chosen
 
 
-def test_a_selection_without_runs_is_an_error(root):
+def test_a_selection_without_runs_is_an_error(root, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"--runs best: .*empty has no runs"):
+        selected_runs(tmp_path / "empty", ["best"])
     with pytest.raises(RunError, match="--runs third: none of the 4 runs"):
         selected_runs(root, ["third"])
     with pytest.raises(SettingError, match=r"--runs 'loss=1'.*there is no column"):

@@ -18,6 +18,7 @@ from framework.errors import BuildError, DataError, RunError
 from framework.experiment.build import check_smallest_batch
 from framework.experiment.experiment import Experiment, train
 from framework.experiment.trained.load import open_run
+from framework.runs.folder import RunFolder
 from runs import logged
 
 QUICK = [
@@ -101,13 +102,22 @@ def test_a_run_that_cannot_be_loaded_gives_the_reason(result, tmp_path):
     config.write_text(config.read_text().replace("width: 16", "width: 17"))
     with pytest.raises(RunError, match=r"does not fit the model of .*copy: .*size mismatch"):
         open_run(copy)
-    saved = next((copy / "checkpoints").glob("step-*"))
-    (saved / "model.safetensors").unlink()
+    for saved in (copy / "checkpoints").glob("step-*"):
+        (saved / "model.safetensors").unlink()
     with pytest.raises(RunError, match=r"no undamaged checkpoint: .*model\.safetensors is missing"):
         open_run(copy, "last")
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(RunError, match="has no checkpoint"):
+    with pytest.raises(RunError, match="has no checkpoint: was it trained"):
         open_run(copy)
+    status = copy / "status.json"
+    status.write_text(status.read_text().replace('"done"', '"failed"'))
+    with pytest.raises(RunError, match="ended before the first one was saved"):
+        open_run(copy)
+    status.write_text(status.read_text().replace('"failed"', '"running"'))
+    folder = RunFolder.existing(copy)
+    with pytest.raises(RunError, match="no checkpoint yet: it is running"):
+        open_run(copy)
+    folder.release()
     with pytest.raises(RunError, match="there is no checkpoint"):
         open_run(copy, copy / "checkpoints" / "step-00000040")
     (copy / "facts.json").write_text("{")

@@ -69,6 +69,25 @@ def test_standard_input_is_predicted(command, trained, tmp_path, monkeypatch):
     assert predicted(command, f"predict {trained} --input - --output -") == expected
 
 
+@pytest.mark.parametrize("weight", ["null", "balanced"])
+def test_other_data_need_the_data_of_training_for_balanced_weights_only(
+    weight, command, trained, tmp_path
+):
+    status, _, err = command(f"rerun {trained} task.loss.weight={weight} run.name=w")
+    assert status == 0, err
+    write_table(tmp_path / "new.csv", 0, 50)
+    line = "eval runs/default/w --data new.csv --json"
+    expected = command(line)[1]
+    assert "data/accuracy" in json.loads(expected)["metrics"]
+    (tmp_path / "t.csv").unlink()
+    status, out, err = command(line)
+    if weight == "null":
+        assert (status, out) == (0, expected)
+    else:
+        assert status == 2
+        assert "t.csv: no such file" in err
+
+
 def test_a_run_is_evaluated_on_other_data(command, trained, tmp_path):
     write_table(tmp_path / "new.csv", 0, 50)
     status, out, err = command(f"eval {trained} --data new.csv --json")

@@ -1,5 +1,6 @@
 """Files of a run folder are opened without links, within limits, and written atomically."""
 
+import errno
 import os
 import socket
 
@@ -8,6 +9,7 @@ import pytest
 from framework.errors import RunError
 from framework.system.files import (
     TEMPORARY,
+    failure_reason,
     open_file,
     parse_json,
     parse_yaml,
@@ -203,3 +205,11 @@ def test_torn_and_undecodable_rows_are_skipped(tmp_path):
         b'{"a": 1}\n\xff\n[1]\n{"b"\n' + b"[" * 10**5 + b'\n\n{"c": 3}\n{"d": 4}'
     )
     assert list(read_rows(tmp_path, "rows")) == [{"a": 1}, {"c": 3}]
+
+
+def test_the_reason_of_a_file_below_a_missing_folder_is_that_of_the_system(tmp_path):
+    path = tmp_path / "missing" / "file"
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    assert failure_reason(path, read_only) == "Read-only file system"
+    removed = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    assert failure_reason(path, removed) == f"the folder {path.parent} no longer exists"

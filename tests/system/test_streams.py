@@ -87,6 +87,16 @@ def test_commands_work_with_closed_streams(tmp_path):
             capture_output=True,
         )
         assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run(
+        f"{shlex.quote(FRAMEWORK)} tour --lesson 1 optimizer.lr=x <&-",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "optimizer.lr=x: expected float" in done.stderr
+    assert done.stdout.count("$ framework train") == 1, "the first error ends the lesson"
     script = "import sys; from framework.system.streams import prepare_streams; prepare_streams()"
     script += "; f = open('x'); print(1); sys.exit(f.fileno())"
     (tmp_path / "x").touch()

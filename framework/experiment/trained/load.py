@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from framework.data.input_rows import (
     opened,
     regrouped,
 )
+from framework.data.workers import Split
 from framework.errors import ConfigError, DataError, Facts, RunError, short
 from framework.errors.paths import expanded, pasted, shorter
 from framework.errors.user_code import describe, user_errors
@@ -154,8 +155,9 @@ class Trained:
         data.classes = self.facts["classes"]
         data.out_shape = (len(data.classes),) if data.classes else tuple(self.facts["out_shape"])
         data.scale = self.scale
-        depends_on_training = isinstance(self.task.criterion, DataDependentLoss)
-        self.task.check(build_data(self.spec) if depends_on_training else data)
+        self.task.check(data)
+        if isinstance(self.task.criterion, DataDependentLoss):
+            self.task.criterion.learn(TrainingData(self.spec, data))
         return data
 
     @property
@@ -361,6 +363,26 @@ def nearly_equal(first: Scale | None, second: Scale | None) -> bool:
         return False
     difference = (mean - other_mean).abs() + (std - other_std).abs()
     return bool((difference <= 1e-3 * std).all())
+
+
+class TrainingData(Data):
+    """The training data of a run, which is only built if it is read.
+
+    Args:
+        spec: of the run.
+        other: data with the same shapes and classes.
+    """
+
+    def __init__(self, spec: Spec, other: Data):
+        self.spec = spec
+        self.target = other.target
+        self.in_shape = other.in_shape
+        self.out_shape = other.out_shape
+        self.classes = other.classes
+
+    @cached_property
+    def train(self) -> Split:  # type: ignore[override]
+        return build_data(self.spec).train
 
 
 def open_run(run: str | Path, which: str | None = None) -> Trained:
