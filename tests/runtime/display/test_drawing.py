@@ -93,7 +93,7 @@ def test_the_middle_of_a_long_name_is_cut():
     cut = cut_in_the_middle(canvas, "10 layers.11.attention.output", 100)
     start, end = cut.split("…")
     assert start.startswith("10 lay")
-    assert end and "output".endswith(end)
+    assert end in ("put", "tput", "utput")
     assert canvas.draw.textlength(cut, canvas.font) <= 200
 
 
