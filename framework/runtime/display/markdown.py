@@ -34,9 +34,7 @@ def table(
 
 def line(cells: Iterable[Sequence[str]]) -> str:
     """Return a line of a table; each cell has lines of text."""
-    texts = []
-    for lines in cells:
-        texts.append("<br>".join(map(cell, lines)))
+    texts = ["<br>".join(map(cell, lines)) for lines in cells]
     return f"| {' | '.join(texts)} |"
 
 
