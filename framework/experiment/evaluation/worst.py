@@ -179,7 +179,7 @@ class Worst:
         if not rows:
             return ""
         cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]
-        return markdown.table(list(rows[0]), cells, wrap=60)
+        return markdown.table(list(rows[0]), cells, wrap=44)
 
 
 def percentage(cells: Mapping[str, Any]) -> str:
