@@ -189,7 +189,7 @@ class WorstSamples:
         if not rows:
             return ""
         cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]
-        return markdown.table(list(rows[0]), cells)
+        return markdown.table(list(rows[0]), cells, wrap=44)
 
 
 def percentage(cells: Mapping[str, Any]) -> str:

@@ -356,7 +356,7 @@ def cut_in_the_middle(canvas: Canvas, text: str, width: int) -> str:
     kept = len(text)
     while kept > 2 and canvas.draw.textlength(cut, canvas.font) > 2 * width:
         kept -= 1
-        end = kept // 2
+        end = kept // 3
         cut = f"{text[: kept - end]}…{text[len(text) - end :]}"
     return cut
 

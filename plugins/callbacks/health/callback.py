@@ -102,6 +102,7 @@ class Health(Callback):
         self.watch = Watch()
         self.first_loss: Tensor | None = None
         self.steps: list[int] = []
+        self.shown_step = -1
         self.names: list[str] = []
         self.history = torch.zeros(0, len(QUANTITIES), 0)
         self.messages: list[str] = []
@@ -292,7 +293,7 @@ class Health(Callback):
             self.history = self.history[::2]
 
     def on_fit_end(self, trainer: Context) -> None:
-        if self.seen is not None:
+        if self.seen is not None and self.seen.step != self.shown_step:
             self._show(trainer)
 
     def _show(self, trainer: Context) -> None:
@@ -300,7 +301,8 @@ class Health(Callback):
         assert self.seen is not None
         if not trainer.loggers:
             return
-        step = trainer.state.step
+        step = self.seen.step
+        self.shown_step = step
         table = layer_table(self.seen, self.messages)
         for logger in trainer.loggers:
             logger.text("health", table, step)

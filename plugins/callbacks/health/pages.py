@@ -23,7 +23,7 @@ LOGARITHMIC = ("std", "gradient", "update", "weight")
 
 def layer_table(seen: Observation, messages: Sequence[str]) -> str:
     """Return the numbers of an observation, with a row for each layer, and all warnings."""
-    columns = ["mean", "std", "saturated or dead", "gradient", "update / weight", "weight"]
+    columns = ["mean", "std", "saturated\nor dead", "gradient", "update /\nweight", "weight"]
     rows = []
     for row, layer in enumerate(seen.layers):
         cells = [f"{row + 1} `{layer.name}`", layer.activation]

@@ -29,7 +29,7 @@ from .samples import (
 )
 
 MAP = 80  # pixels of a map at least, so that four fit into a card of TensorBoard
-MOST_NAMED = 24  # tokens beside a map
+MOST_NAMED = 32  # tokens beside a map
 MOST_HEADS = 8
 MOST_LAYERS = 12
 GAP = 6

@@ -78,7 +78,8 @@ def target_texts(targets: Tensor, names: Sequence[str]) -> list[str]:
 def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
     """Return the text of each token; their numbers if the data has no tokenizer.
 
-    A space is "·", a line break "\\n", and a token without text "[]": the font of images has these.
+    A space is "·", a line break "\\n", an unknown character or word "[?]", and a token without text
+    "[]": the font of images has these.
     """
     split = trainer.train_batches.split
     tokenizer = None
@@ -86,8 +87,12 @@ def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
         tokenizer = split.facts.get("tokenizer")
     if tokenizer is None:
         return [str(token) for token in tokens]
-    texts = [str(tokenizer.decode([token])) for token in tokens]
-    return [text.replace("\n", "\\n").replace(" ", "·") or "[]" for text in texts]
+    texts = []
+    for token in tokens:
+        text = str(tokenizer.decode([token]))
+        text = text.replace("\n", "\\n").replace(" ", "·").replace("\ufffd", "[?]")
+        texts.append(text or "[]")
+    return texts
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:

@@ -278,8 +278,20 @@ def test_a_short_run_draws_no_images():
     trainer = fw.Trainer(max_steps=10, callbacks=callbacks, loggers=[record])
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
-    assert [tag for _, tag, _ in record.texts] == ["health"]
+    assert [(step, tag) for step, tag, _ in record.texts] == [(10, "health")]
     assert record.shown == []
+
+
+def test_the_numbers_are_shown_at_the_step_that_they_are_of(monkeypatch):
+    record = Shown()
+    model = network()
+    callback = health(every="7steps", scalars=False)
+    monkeypatch.setattr("framework_plugins.callbacks.health.callback.FIRST_DRAWING", 0.0)
+    trainer = fw.Trainer(max_steps=10, callbacks=[callback], loggers=[record])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    trainer.fit(model, SPLIT, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
+    assert [step for step, _, _ in record.texts] == [7]
+    assert {step for step, _, _ in record.shown} <= {7}
 
 
 def test_a_model_that_cannot_run_outside_of_its_step_gives_one_warning():

@@ -119,8 +119,8 @@ def test_the_middle_of_a_long_name_is_cut():
     assert cut_in_the_middle(canvas, "blocks.0", 100) == "blocks.0"
     cut = cut_in_the_middle(canvas, "10 layers.11.attention.output", 100)
     start, end = cut.split("…")
-    assert start.startswith("10 la")
-    assert end.endswith("output")
+    assert start.startswith("10 lay")
+    assert end in ("put", "tput", "utput")
     assert canvas.draw.textlength(cut, canvas.font) <= 200
 
 

@@ -17,3 +17,13 @@ def test_a_cell_cannot_end_its_column_or_its_row_or_be_html():
 def test_numbers_are_aligned_to_the_right():
     lines = markdown.table(["class", "recall", "samples"], [], texts=1).splitlines()
     assert lines == ["| class | recall | samples |", "|---|--:|--:|"]
+
+
+def test_a_long_text_continues_on_a_new_line():
+    found = markdown.table(["two\nlines", "b"], [["one two three", "<b>"], ["", "x|y"]], wrap=8)
+    assert found.splitlines() == [
+        "| two<br>lines | b |",
+        "|---|---|",
+        "| one two<br>three | &lt;b> |",
+        "|  | x\\|y |",
+    ]
