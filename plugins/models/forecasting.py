@@ -155,6 +155,7 @@ class NBeats(nn.Module):
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
         self.naive = SeasonalNaive(in_shape, out_shape, season or 1, "nbeats")
         self.blocks = nn.ModuleList(NBeatsBlock(*sizes, activation, dropout) for _ in range(depth))
+        self.blocks[-1].backcast.requires_grad_(False)  # no block reads the rest of the past
 
     def forward(self, x: Tensor) -> Tensor:
         past = x[:, :, 0] - x[:, -1:, 0]

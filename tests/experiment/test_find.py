@@ -41,6 +41,14 @@ def test_the_suggested_rate_depends_on_the_optimizer(command):
     assert found(command, "optimizer=sgd")["suggestion"] > 5 * found(command)["suggestion"]
 
 
+def test_the_curve_begins_at_its_lowest_loss(command):
+    _, out, err = command("find lr --json optimizer=sgd")
+    losses = json.loads(out)["losses"]
+    labels = re.findall(r"^ +([\d.]+) [\u2800-\u28ff]", err, re.MULTILINE)
+    assert labels[-1] == f"{min(losses):.3g}"
+    assert float(labels[0]) == pytest.approx(2 * losses[0] - min(losses), rel=0.01)
+
+
 def test_groups_keep_their_factors_on_the_rate(command):
     """If all parameters have a tenth of the rate, the optimizer's own rate is ten times as high."""
     slower = found(command, "'parameters.rates={*: 0.1}'")

@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict] = {
     "callback/activation_checkpointing": {"patterns": ["*"]},
 }
 # Parameters without effect on an output, by the beginning of their names.
-UNUSED_PARAMETERS = {"model/gan": "generator.", "model/nbeats": "blocks.2.backcast."}
+UNUSED_PARAMETERS = {"model/gan": "generator."}
 # Models of tasks that call parts of the model, and tasks with a trained model (tested elsewhere).
 MODELS = {"task/adversarial": "gan", "task/variational": "vae"}
 NEED_TRAINED_MODEL = {"task/distillation"}

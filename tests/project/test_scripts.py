@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from shipped import shipped
 
@@ -146,6 +148,20 @@ def test_every_dependency_is_pinned_exactly():
     for version in pins.values():
         # no local builds such as +cpu
         assert re.fullmatch(r"\d+(\.\d+)*(b\d+)?(\.post\d+)?", version)
+
+
+def test_every_pinned_version_runs_on_the_oldest_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = re.search(r">=(\d+\.\d+)", project["requires-python"])[1] + ".0"
+    compared = 0
+    for line in (ROOT / "scripts/constraints.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        for distribution in metadata.distributions(name=name) if version else ():
+            if distribution.version == version:
+                compared += 1
+                needed = distribution.metadata["Requires-Python"] or ""
+                assert SpecifierSet(needed).contains(oldest), f"{line} needs Python {needed}"
+    assert compared > 50  # the others are not installed here, or in another version
 
 
 @pytest.mark.parametrize(

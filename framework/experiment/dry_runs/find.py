@@ -252,13 +252,14 @@ def fit_arguments(built: Experiment) -> dict[str, Any]:
 def show_learning_rates(spec: Spec) -> dict[str, Any]:
     """Print the curve of a learning rate range test and the suggested rate; return them."""
     found = find_learning_rate(spec)
-    top = min(max(found.losses), 2 * found.losses[0])
+    bottom = min(found.losses)
+    top = min(max(found.losses), 2 * found.losses[0] - bottom)  # the fall has half of the height
     losses = [min(loss, top) for loss in found.losses]
-    lines = braille(losses, CURVE_COLUMNS, CURVE_ROWS)
+    lines = braille(losses, CURVE_COLUMNS, CURVE_ROWS, bottom, top)
     first = f"{found.rates[0]:.1g}"
     last = f"{found.rates[-1]:.2g}"
     below = ends(first, last, CURVE_COLUMNS, "loss over the learning rate, logarithmic")
-    for line in with_labels(lines, f"{top:.3g}", "0", below):
+    for line in with_labels(lines, f"{top:.3g}", f"{bottom:.3g}", below):
         print(line.plain)
     print(f"suggest  optimizer.lr={found.suggestion:.2g}, where the loss decreases fastest")
     print(f"         the loss is lowest at {found.lowest:.2g}; do not use a larger learning rate")

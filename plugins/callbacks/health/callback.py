@@ -67,9 +67,9 @@ class Health(Callback):
     most 1 % of the time of the run.
 
     The warnings are about vanishing and exploding gradients, saturated and dead units, exploding
-    activations, a learning rate that is too small or too large, inputs that are not scaled, and
-    generators of adversarial training that collapse. A problem must persist over three
-    observations. The thresholds, with sources, are in health/problems.py.
+    activations, layers without a gradient, a learning rate that is too small or too large, inputs
+    that are not scaled, and generators of adversarial training that collapse. A problem must
+    persist over three observations. The thresholds, with sources, are in health/problems.py.
 
     The activations are those of an extra forward pass of some samples of a training batch, in
     training mode, which leaves buffers and random numbers as they were. So compiled steps and CUDA

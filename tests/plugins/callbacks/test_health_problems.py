@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import deque
 from copy import deepcopy
 
 import pytest
@@ -13,8 +14,9 @@ import framework as fw
 import substitutes
 from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
-from framework_plugins.callbacks.health.layers import QUANTITIES, Layer
-from framework_plugins.callbacks.health.problems import Observation, Watch, vanishing_gradients
+from framework_plugins.callbacks.health.layers import QUANTITIES, Layer, find_layers
+from framework_plugins.callbacks.health.problems import VANISHING, Observation, Watch, vanishing_gradients
+from framework_plugins.callbacks.health.responses import response_of
 from runs import composed, run_training
 
 HEALTH = ["callbacks=[health]", "trainer.max_epochs=4", "trainer.validate_every=100epochs"]
@@ -57,8 +59,8 @@ CASES = {
     },
     "large": {
         "bad": ["optimizer=sgd", "optimizer.lr=30", "model.activation=tanh"],
-        "warning": r"the learning rate is too large: .* try optimizer\.lr=0\.1 \(now 30\)",
-        "remedies": ["optimizer.lr=0.1"],
+        "warning": r"the learning rate is too large: .* try optimizer\.lr=0\.01 \(now 30\)",
+        "remedies": ["optimizer.lr=0.01"],
     },
     "inputs": {
         "bad": ["data=unscaled_of_tests"],
@@ -129,7 +131,7 @@ def test_the_remedy_removes_the_warning(name, remedy, tmp_path):
 def test_an_infinite_gradient_does_not_make_others_vanish(largest, rows):
     numbers = {"gradient": [largest, 1.0, 2.0]}
     seen = Observation(step=1, layers=[], numbers=numbers, loss=1.0, rate=0.1, factor=1.0)
-    assert vanishing_gradients(seen) == rows
+    assert vanishing_gradients(seen, VANISHING) == rows
 
 
 def test_a_bias_that_kills_relus_is_named():
@@ -176,6 +178,117 @@ def test_an_optimizer_without_a_learning_rate_gets_advice_without_one(size, word
         warnings.simplefilter("always")
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
     assert any(re.search(words, str(each.message)) for each in caught)
+class Branch(nn.Module):
+    """A network whose first layer is cut off from the loss, frozen, or not used."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.second = nn.Linear(16, 3)
+        self.change = change
+        if change == "frozen":
+            self.first.requires_grad_(False)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.change == "detached":
+            hidden = hidden.detach()
+        if self.change == "unused":
+            hidden = torch.cat([x, x, x[:, :4]], 1)
+        return self.second(hidden.relu())
+
+
+def deep(activation, depth):
+    layers = []
+    for _ in range(depth):
+        layers += [nn.Linear(6, 6), activation()]
+    return nn.Sequential(*layers, nn.Linear(6, 3))
+
+
+def with_zeros(model):
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def texts_of_fit(model, rate=0.01, scale=1.0):
+    """Train a classifier with plain SGD for 80 steps; return the warnings of `health`."""
+    inputs = torch.randn(640, 6, generator=torch.Generator().manual_seed(0))
+    data = fw.TensorSplit(inputs * scale, (inputs[:, 0] > 0).long())
+    trainer = fw.Trainer(max_epochs=2, callbacks=[fw.callbacks.build("health", every="10steps")])
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+def test_layers_of_zeros_need_an_initializer(activation):
+    (text,) = texts_of_fit(with_zeros(deep(activation, 2)))
+    assert re.search(r"layer 1 of 3, 0 .*also 2: all weights are 0 .*initializer=kaiming", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [("detached", True), ("unused", True), ("frozen", False), (None, False)]
+)
+def test_a_layer_without_a_gradient_is_named_unless_it_is_frozen(change, found):
+    torch.manual_seed(0)
+    texts = texts_of_fit(Branch(change))
+    assert len(texts) == found
+    assert not found or "layer 1 of 2, first (Linear): its weights get no gradient" in texts[0]
+
+
+def test_vanishing_gradients_of_sigmoids_cannot_be_initialized_away():
+    torch.manual_seed(0)
+    (text,) = texts_of_fit(deep(nn.Sigmoid, 5))
+    assert re.search(r"layer 1 of 6, 0 \(sigmoid\).*: vanishing .*activation=relu, or norm", text)
+    assert not texts_of_fit(deep(nn.ReLU, 5), rate=0.1)
+
+
+def test_inputs_that_saturate_the_first_layer_are_the_problem():
+    torch.manual_seed(0)
+    (text,) = texts_of_fit(deep(nn.Tanh, 2), scale=1e4)
+    assert "layer 1 of 3, 0 (tanh) are saturated" in text
+    assert "data.normalize=true" in text
+
+
+SATURATED = {"stuck": [0.0, 0.6]}
+DEAD = {"stuck": [0.9, 0.0], "gradient": [0.0, 1.0], "update": [1e-8, 1e-8]}
+EXPLODING = {"gradient": [1e6, 1.0]}
+LARGE = {"update": [0.02, 0.02]}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "since", "losses", "expected"),
+    [
+        (SATURATED, 3, [2.0, 1.5, 1.0, 0.5, 0.4, 0.3], None),  # the network has become sure
+        (SATURATED, 0, [2.0, 1.5, 1.0, 0.5, 0.4, 0.3], "saturated"),
+        (SATURATED, 3, [2.0] * 6, "saturated"),
+        (DEAD, 3, [2.0, 1.5, 1.0, 0.5, 0.4, 0.3], None),
+        (DEAD, 3, [2.0, 9.0, 5.0, 2.0, 2.0, 2.0], "dead"),  # and not a rate that is too small
+        (EXPLODING, 0, [2.0] * 6, "exploding gradients"),  # and no vanishing ones
+        (LARGE, 0, [2.0, 0.5, 0.5, 0.6, 0.5, 0.6], None),
+        (LARGE, 0, [2.0, 0.5, 0.5, 0.5, 1.8, 1.8, 1.8], "learning rate is too large"),
+    ],
+)
+def test_a_problem_counts_if_the_loss_agrees(numbers, since, losses, expected):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    layers = find_layers(model)[:2]
+    for layer, activation in zip(layers, (model[1], model[3]), strict=True):
+        layer.response = response_of(activation)
+    healthy = {quantity: [1.0, 1.0] for quantity in QUANTITIES}
+    healthy |= {"stuck": [0.0, 0.0], "update": [1e-3, 1e-3]}
+    watch = Watch(first_loss=losses[0])
+    watch.dead[0] = deque([torch.arange(8) < 7] * 3)
+    texts = []
+    for number, loss in enumerate(losses):
+        changed = numbers if number >= since else {}
+        step = 16 * (number + 1)
+        seen = Observation(step, layers, healthy | changed, loss=loss, rate=0.1, factor=1.0)
+        texts += watch.messages(seen)
+    assert len(texts) == (expected is not None)
+    assert expected is None or expected in texts[0]
 
 
 class Stuck(nn.Module):
