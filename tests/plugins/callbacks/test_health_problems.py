@@ -15,7 +15,12 @@ import substitutes
 from framework.composition.compose import CommandLine, run_composed
 from framework.experiment.experiment import train
 from framework_plugins.callbacks.health.layers import QUANTITIES, Layer, find_layers
-from framework_plugins.callbacks.health.problems import VANISHING, Observation, Watch, vanishing_gradients
+from framework_plugins.callbacks.health.problems import (
+    VANISHING,
+    Observation,
+    Watch,
+    vanishing_gradients,
+)
 from framework_plugins.callbacks.health.responses import response_of
 from runs import composed, run_training
 
@@ -178,6 +183,8 @@ def test_an_optimizer_without_a_learning_rate_gets_advice_without_one(size, word
         warnings.simplefilter("always")
         trainer.fit(model, data, task=nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=16)
     assert any(re.search(words, str(each.message)) for each in caught)
+
+
 class Branch(nn.Module):
     """A network whose first layer is cut off from the loss, frozen, or not used."""
 
