@@ -258,14 +258,19 @@ def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
-    """Return an image (1, 3, H, W) of outputs against targets, over the range of targets."""
-    low = targets.min()
-    high = targets.max()
+    """Return an image (1, 3, H, W) of outputs against targets, over the range of targets.
+
+    Samples whose output or target is not finite are left out.
+    """
+    is_finite = outputs.isfinite() & targets.isfinite()
+    outputs = outputs[is_finite]
+    targets = targets[is_finite]
+    low, high = targets.aminmax() if len(targets) else (torch.zeros(()), torch.ones(()))
     x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
     y = rescale(outputs, low, high).clamp(0, 1) * (size - 1)
     pixels = (size - 1 - y.round().long()) * size + x.round().long()
     counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
-    paper = 1 - counts.log1p() / counts.max().log1p()
+    paper = 1 - counts.log1p() / counts.max().clamp(min=1).log1p()
     ends = (float(low), float(high))
     axis = drawing.Axis(ends[0], max(ends[1], ends[0] + 1e-6))
     chart = drawing.Chart(

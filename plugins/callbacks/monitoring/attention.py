@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from framework import (
+    Batch,
     Callback,
     Context,
     Every,
@@ -64,6 +65,7 @@ class AttentionMaps(Callback):
 
     def on_fit_start(self, trainer: Context) -> None:
         check_has_validation(trainer.val_batches, "callbacks.attention")
+        attention_of(trainer, spread_samples(trainer, 1))
 
     def on_validation_end(self, trainer: Context) -> None:
         if is_due(self.cadence, trainer.state):
@@ -77,18 +79,12 @@ class AttentionMaps(Callback):
         labels = labels_of(trainer, batch)
         for number, label in enumerate(labels):
             sample = map_rows(lambda rows, n=number: rows[n : n + 1], batch)  # type: ignore[misc]
-            with AttentionRecorder() as recorder:
-                model_outputs(trainer, sample)
-            if not recorder.weights:
-                raise SettingError(
-                    f"callbacks.attention: model {type(trainer.model).__name__} calls no "
-                    "scaled_dot_product_attention"
-                )
+            weights = attention_of(trainer, sample)
             inputs = trainer.task.fields.only_input(sample)
             names = None
             if not inputs.is_floating_point() and inputs.ndim == 2:
                 names = token_texts(trainer, inputs[0].tolist())
-            image = attention_image(recorder.weights, names, as_pictures(inputs), label)
+            image = attention_image(weights, names, as_pictures(inputs), label)
             for logger in trainer.loggers:
                 logger.images(f"attention/{number}", image, trainer.state.step)
 
@@ -115,6 +111,22 @@ class AttentionRecorder(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             self.weights.append(attention_weights(*args, **kwargs))
         return function(*args, **kwargs)
+
+
+def attention_of(trainer: Context, sample: Batch) -> list[Tensor]:
+    """Return the weights of each layer for a batch of one sample.
+
+    Raises:
+        SettingError: the model has no attention that can be recorded.
+    """
+    with AttentionRecorder() as recorder:
+        model_outputs(trainer, sample)
+    if not recorder.weights:
+        raise SettingError(
+            f"callbacks.attention: model {type(trainer.model).__name__} calls no "
+            "scaled_dot_product_attention"
+        )
+    return recorder.weights
 
 
 def attention_weights(

@@ -92,7 +92,8 @@ class Embeddings(Callback):
         images = as_pictures(trainer.task.fields.only_input(batch))
         if images is not None and max(images.shape[-2:]) > THUMBNAIL:
             scale = THUMBNAIL / max(images.shape[-2:])
-            images = F.interpolate(images, scale_factor=scale, mode="area")
+            height, width = (max(1, round(size * scale)) for size in images.shape[-2:])
+            images = F.interpolate(images, (height, width), mode="area")
         step = trainer.state.step
         for logger in trainer.loggers:
             logger.embedding("features", points, labels, step, images)

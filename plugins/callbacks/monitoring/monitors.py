@@ -14,6 +14,7 @@ from framework import (
     SettingError,
     Transform,
     callbacks,
+    check_read_again,
     class_names,
     drawing,
     dtensors,
@@ -122,6 +123,13 @@ class Histograms(Callback):
     def reset(self) -> None:
         super().reset()
         self.logged_step = 0
+
+    def on_fit_start(self, trainer: Context) -> None:
+        if self.activations:
+            batches = trainer.train_batches
+            if trainer.val_batches is not None:
+                batches = trainer.val_batches
+            check_read_again(batches, "callbacks.histograms.activations")
 
     def needs_gradients(self, trainer: Context) -> bool:
         in_minutes = self.cadence.unit not in ("step", "epoch")  # `due` would restart the clock

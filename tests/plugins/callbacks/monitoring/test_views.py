@@ -1,5 +1,7 @@
 """Callbacks that show what a model has learned: filters, attention, embeddings; and its inputs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 import framework as fw
 from framework import drawing
 from framework.errors import SettingError
+from framework_plugins.callbacks.monitoring import speed
 from framework_plugins.callbacks.monitoring.attention import AttentionRecorder, attention_image
 from framework_plugins.callbacks.monitoring.filters import filters_image
 from framework_plugins.callbacks.monitoring.samples import spread_samples, target_texts
@@ -52,6 +55,13 @@ def fit(*callbacks, model=None, split=SPLIT, val=None, epochs=2, **settings):
     settings = {"task": LOSS, "batch_size": 4, "val": val or split} | settings
     trainer.fit(model, split, optimizer=optimizer, **settings)
     return shown, model
+
+
+class Never(fw.Callback):
+    """Fails at the first step."""
+
+    def on_step_start(self, trainer):
+        raise AssertionError("the training has begun")
 
 
 def build(name, **settings):
@@ -134,7 +144,7 @@ def test_attention_maps_are_those_of_the_layers_of_the_model():
     two_layers = attention_image([torch.ones(4, 3, 3)] * 2, None, IMAGES[:1], "")
     assert shown.pictures["attention/0", 6].shape == two_layers.shape != one_layer.shape
     with pytest.raises(SettingError, match=r"callbacks\.attention: model Sequential calls no"):
-        fit(build("attention"))
+        fit(build("attention"), Never())
 
 
 def test_embeddings_are_the_inputs_of_the_last_layer():
@@ -145,6 +155,13 @@ def test_embeddings_are_the_inputs_of_the_last_layer():
     torch.testing.assert_close(vectors, expected.detach())
     assert labels == [str(index % 3) for index in chosen.tolist()]
     assert images.shape == (6, 1, 8, 8)
+
+
+def test_thumbnails_of_narrow_images_have_a_row_at_least():
+    split = fw.TensorSplit(torch.rand(8, 1, 2, 200), torch.arange(8) % 3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(400, 3))
+    shown, _ = fit(build("embeddings"), model=model, split=split)
+    assert shown.points["features"][2].shape == (8, 1, 1, 32)
 
 
 def test_embeddings_of_a_layer_and_of_tokens():
@@ -199,13 +216,27 @@ def test_activations_are_those_of_the_innermost_modules():
 
 def test_speed_logs_the_use_of_the_device():
     shown, _ = fit(build("speed", peak_tflops=1e-6))
-    speed = {tag: value for tag, value in shown.values.items() if tag.startswith("speed/")}
-    assert speed.keys() == {"speed/data_wait", "speed/memory_gib", "speed/mfu"}
+    values = {tag: value for tag, value in shown.values.items() if tag.startswith("speed/")}
+    assert values.keys() == {"speed/data_wait", "speed/memory_gib", "speed/mfu"}
     flops = 3 * 2 * (5 * 9 * 36 + 180 * 3)  # of a sample: convolution and linear layer
-    ratio = speed["speed/mfu"] / (shown.values["train/samples_per_second"] * flops / 1e6)
+    ratio = values["speed/mfu"] / (shown.values["train/samples_per_second"] * flops / 1e6)
     assert ratio == pytest.approx(1, rel=0.3)
-    assert 0 <= speed["speed/data_wait"] <= 1
-    assert 0.05 < speed["speed/memory_gib"] < 50
+    assert 0 <= values["speed/data_wait"] <= 1
+    assert 0.05 < values["speed/memory_gib"] < 50
+
+
+def test_the_peak_of_a_slow_device_is_measured_with_small_matrices(monkeypatch):
+    clock = [0.0]
+
+    def slow_product(self, other):
+        clock[0] += 2 * len(self) ** 3 / 1e8  # seconds, at 1e8 FLOP/s
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow_product)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(device=torch.device("cpu"), precision=SimpleNamespace(dtype=None))
+    assert speed.measured_peak(trainer) == pytest.approx(1e8)
+    assert clock[0] < 1
 
 
 def test_the_first_batch_is_shown_with_its_classes():
