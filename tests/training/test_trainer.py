@@ -422,7 +422,7 @@ def test_values_measured_while_the_trainer_is_open_are_logged():
         ({"validate_every": "0steps"}, "validate_every.* a cadence"),
         (
             {"validate_every": "0.5epochs"},
-            "validate_every=0.5epochs: expected a whole number of epochs",
+            r"validate_every=0.5epochs: expected a cadence like .*whole steps or epochs",
         ),
         ({"device": "gpu"}, "expected device"),
     ],
