@@ -140,6 +140,8 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
             "no loss of its own"
         )
     losses = unreduced_losses(task, rows)
+    if losses is None:
+        losses = criterion_losses(task, rows)
     if losses is not None:
         return losses.double().cpu()
     if has_dtensors(measured.model):
@@ -157,7 +159,7 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
 
 
 def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
-    """Return the losses of samples from the outputs; None if they need a forward pass each.
+    """Return the losses of samples from the outputs; None if they need a call for each sample.
 
     The loss must be a mean of torch without weights. Their mean is compared with the loss of the
     batch: a task may do more than to call its criterion.
@@ -180,6 +182,39 @@ def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
     if len(losses) != len(rows):
         return None
     losses = losses.reshape(len(rows), -1).mean(1)
-    mean = losses.double().mean()
-    same = torch.isclose(mean, rows.step.loss.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
-    return losses if bool(same) else None
+    return losses if is_loss_of_batch(losses.double().mean(), rows) else None
+
+
+def criterion_losses(task: Task, rows: Rows) -> Tensor | None:
+    """Return the losses of samples from the outputs, with a call of the criterion for each.
+
+    The criterion must be a loss of torch or a subclass of one, such as with class weights. None if
+    the loss of the batch is not the mean of these losses.
+    """
+    criterion = task.criterion
+    outputs = rows.outputs
+    targets = rows.targets
+    if criterion is None or outputs is None or targets is None:
+        return None
+    if known_function(criterion)[0] is None:
+        return None
+    losses = []
+    counts = []
+    for row in range(len(rows)):
+        loss = criterion(outputs[row : row + 1], targets[row : row + 1])
+        losses.append(loss.detach().double().sum())
+        count = task.count(select_rows(rows.batch, row, row + 1))
+        counts.append(torch.as_tensor(count, dtype=torch.float64, device=loss.device))
+    found = torch.stack(losses)
+    weights = torch.stack(counts)
+    is_counted = weights > 0
+    mean = (found * weights)[is_counted].sum() / weights.sum()
+    if not is_loss_of_batch(mean, rows):
+        return None
+    return torch.where(is_counted, found, -torch.inf)
+
+
+def is_loss_of_batch(mean: Tensor, rows: Rows) -> bool:
+    """Return whether a mean of the losses of samples is the loss of the task for all of them."""
+    loss = rows.step.loss.double()
+    return bool(torch.isclose(mean, loss, rtol=1e-3, atol=1e-6, equal_nan=True))
