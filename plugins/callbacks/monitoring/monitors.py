@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from framework import (
@@ -30,21 +31,34 @@ UNCHANGED = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
-    """Logs the 2-norm of all gradients together as train/gradient_norm, at logged steps."""
+    """Logs the 2-norm of all gradients together as train/gradient_norm, at logged steps.
+
+    For a task with phases, such as `adversarial`, these are the gradients of all phases of a step.
+    """
 
     changes_training = False
 
     def __init__(self) -> None:
         self.measured: Tensor | None = None
+        self.measured_step = -1
+
+    def reset(self) -> None:
+        super().reset()
+        self.measured = None
+        self.measured_step = -1
 
     def needs_gradients(self, trainer: Context) -> bool:
         return will_log(trainer)
 
     def on_gradients(self, trainer: Context) -> None:
-        self.measured = None
         if not will_log(trainer):
+            self.measured = None
             return
-        self.measured = total_norm(gradients_of(trainer.optimizer))
+        norm = total_norm(gradients_of(trainer.optimizer))
+        step = trainer.state.step
+        is_later_phase = self.measured is not None and self.measured_step == step
+        self.measured = torch.hypot(self.measured, norm) if is_later_phase else norm
+        self.measured_step = step
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:
@@ -102,7 +116,8 @@ class Histograms(Callback):
     not finite are left out. A sparse gradient counts with its stored values, a complex number with
     both parts. Activations are the outputs of the innermost modules in evaluation mode for some
     samples of the validation split, or of the training split without one. The step is that whose
-    update follows; the last values are those of the trained model, unless its step is logged.
+    update follows; the last values are those of the trained model, unless its step is logged or a
+    signal ends the run.
 
     Args:
         every: how often to log them; each time copies all parameters from the device.
@@ -140,16 +155,20 @@ class Histograms(Callback):
         return f"copies all weights and gradients{also}, {self.cadence}"
 
     def on_gradients(self, trainer: Context) -> None:
-        if not self.cadence.due(trainer.state):
-            return
         step = trainer.state.step + 1  # a resumed run logs it again, and readers discard the first
-        self._log_model(trainer, step)
+        is_later_phase = self.logged_step == step
+        if not is_later_phase:
+            if not self.cadence.due(trainer.state):
+                return
+            self._log_model(trainer, step)
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 log_histogram(trainer, f"gradients/{name}", parameter.grad, step)
 
     def on_fit_end(self, trainer: Context) -> None:
-        if self.logged_step < trainer.state.step:
+        stop = trainer.state.stop
+        is_interrupted = stop is not None and stop.signal is not None  # a resumed run goes on
+        if self.logged_step < trainer.state.step and not is_interrupted:
             self._log_model(trainer, trainer.state.step)
 
     def _log_model(self, trainer: Context, step: int) -> None:
