@@ -144,15 +144,25 @@ def as_pictures(inputs: Any) -> Tensor | None:
 
 
 def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; their numbers if the data has no tokenizer."""
+    """Return the text of each token; their numbers if the tokenizer of the data has no text."""
+    tokenizer = tokenizer_of(trainer)
+    size = 0 if tokenizer is None else tokenizer.size
+    texts = []
+    for token in tokens:
+        if token >= size:
+            texts.append(str(token))
+            continue
+        text = str(tokenizer.decode([token]))
+        texts.append(text.replace("\n", "⏎").replace(" ", "␣") or "·")
+    return texts
+
+
+def tokenizer_of(trainer: Context) -> Any:
+    """Return the tokenizer of the training data, or None."""
     split = trainer.train_batches.split
-    tokenizer = None
     if isinstance(split, WindowSplit | RaggedSplit):
-        tokenizer = split.facts.get("tokenizer")
-    if tokenizer is None:
-        return [str(token) for token in tokens]
-    texts = [str(tokenizer.decode([token])) for token in tokens]
-    return [text.replace("\n", "⏎").replace(" ", "␣") or "·" for text in texts]
+        return split.facts.get("tokenizer")
+    return None
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:

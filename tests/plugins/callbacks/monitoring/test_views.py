@@ -178,6 +178,17 @@ def test_embeddings_of_a_layer_and_of_tokens():
         fit(build("embeddings", layer="9"))
 
 
+def test_token_embeddings_have_a_row_for_each_token_of_the_text():
+    tokens = torch.arange(1, 200) % 5 + 1
+    split = fw.WindowSplit(tokens, 8, tokenizer=SimpleNamespace(size=6, decode=str))
+    model = fw.models.build("decoder", (8,), (8, 6), width=8, depth=1, ngrams=2, buckets=64)
+    task = fw.tasks.build("language_modelling")
+    shown, _ = fit(build("embeddings", tokens=True), model=model, split=split, task=task)
+    vectors, labels, _ = shown.points["tokens"]
+    assert torch.equal(vectors, model.embedding.weight.detach()), "not the table of the n-grams"
+    assert labels == [f"[{number}]" for number in range(6)]
+
+
 def test_sounds_are_the_real_part_of_the_waveforms():
     inputs = torch.zeros(4, 2, 10)
     inputs[:, 0] = torch.linspace(-1, 1, 10)
