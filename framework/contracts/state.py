@@ -14,8 +14,10 @@ from framework.runtime.shared_time import SHARED_TIME as SHARED_TIME
 from .history import History
 
 COUNTERS = ("step", "epoch", "batch", "samples")
-EVERY = r"\s*(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*"
-Every = Annotated[str, Pattern(EVERY, "a cadence like 10steps, 1epoch or 5min")]
+NUMBER = r"(?!0+(?:\.0*)?[a-z\s])(\d+(?:\.0+)?|\d+\.\d+(?=\s*(?:s|sec|min|h)\b))"
+EVERY = rf"\s*{NUMBER}\s*(steps?|epochs?|s|sec|min|h)\s*"
+A_CADENCE = "a cadence like 10steps, 1epoch or 5min (whole steps or epochs)"
+Every = Annotated[str, Pattern(EVERY, A_CADENCE)]
 SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 CALLBACK = "callback"  # `Stop.by` if a callback sets `state.stop` to a text
@@ -200,11 +202,9 @@ def parse_cadence(every: str) -> tuple[float, str]:
     """
     match = re.fullmatch(EVERY, every)
     if match is None or float(match[1]) <= 0:
-        raise ValueError("expected a cadence like 10steps, 1epoch or 5min")
+        raise ValueError(f"expected {A_CADENCE}")
     number = float(match[1])
     unit = match[2].rstrip("s") if match[2] != "s" else "s"
-    if unit in ("step", "epoch") and number != int(number):
-        raise ValueError(f"expected a whole number of {unit}s")
     return number, unit
 
 

@@ -122,12 +122,15 @@ class ForeignLoader:
         return built_in and isinstance(self.batches, Iterator)
 
     def epoch(self, epoch: int | None = None, start: int = 0) -> Iterator[Batch]:
-        """Return an iterator over the batches of an epoch.
+        """Return an iterator over the batches of an epoch, for a measurement.
+
+        Afterwards the generators of the loader are as before, so that the measurement does not
+        change the order of the training that reads the same loader.
 
         Args:
             epoch: the epoch of training, counted from 0; `set_epoch` of the loader, its samplers
-                and its data set is called. None for a measurement, which does not call it: the
-                measurement may read the same loader as the training that it interrupts.
+                and its data set is called. None: it is not called, since the measurement may
+                interrupt a training that reads the same loader.
             start: number of batches to skip.
 
         Raises:
@@ -139,10 +142,12 @@ class ForeignLoader:
             kind = type(self.batches).__name__
             raise DataError(f"the data is a {kind}, which can be read only once; {READ_AGAIN}")
         self.started = True
-        return self._prepare(self._iterate(start))
+        return self._prepare(self._measured(start))
 
     def training_epoch(self, epoch: int, start: int, accumulate: int = 1) -> Iterator[Batch]:
-        """Return the same as `epoch`, and record the states of a source that has one.
+        """Return an iterator over the batches of an epoch of training, which advances generators.
+
+        It records the states of a source that has one.
 
         If a state was loaded, the source continues from it, and no batch is read to skip it.
 
@@ -151,10 +156,10 @@ class ForeignLoader:
             start: number of batches to skip.
             accumulate: batches per step.
         """
-        if self.states is None:
-            return self.epoch(epoch, start)
         set_epoch(self.batches, epoch)
         self.started = True
+        if self.states is None:
+            return self._prepare(self._iterate(start))
         length = known_length(self)
         return self._prepare(self.states.record(epoch, start, self._iterate, length, accumulate))
 
@@ -202,6 +207,15 @@ class ForeignLoader:
             if isinstance(generator, torch.Generator) and is_new:
                 found.append(generator)
         return found
+
+    def _measured(self, start: int) -> Iterator[Any]:
+        """Yield the batches from number `start`, and restore the generators of the loader."""
+        states = [(generator, generator.get_state()) for generator in self.generators()]
+        try:
+            yield from self._iterate(start)
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
     def _iterate(self, start: int) -> Iterator[Any]:
         """Return an iterator that begins with batch number `start`.

@@ -59,18 +59,22 @@ class TensorBoard(Logger):
         self._test_values: dict[str, float] = {}
 
     def open(self, folder: Path | None, step: int, metrics: Sequence[str]) -> None:
-        """Begin an event file; readers then discard the records of earlier files after `step`."""
+        """Begin an event file; readers then discard the records of earlier files after `step`.
+
+        A run that starts again at step 0 discards all of them.
+        """
         if folder is None:
             warn_of_no_folder("tensorboard")
             return
-        self._resumed = any(Path(folder).glob("events.out.tfevents.*"))
+        has_earlier_files = any(Path(folder).glob("events.out.tfevents.*"))
+        self._resumed = has_earlier_files and step > 0
         self._file = EventFile(Path(folder))
         self._folder = Path(folder)
         self._embeddings = {}
         self._step = step
         self._logged_tags = set()
-        if self._resumed:
-            self._file.discard_after(step)
+        if has_earlier_files:
+            self._file.discard_from(step + 1 if step > 0 else 0)
         self._test_values = {}
         pairs = {name: both_splits(name) for name in ("loss", *metrics)}
         self._layout = {BOTH_SPLITS: pairs}
@@ -300,9 +304,9 @@ class EventFile:
             self._file.path.unlink(missing_ok=True)  # an event file without a record
             raise
 
-    def discard_after(self, step: int) -> None:
-        """Make readers discard the records of earlier files after `step`, for a resumed run."""
-        event = self._event(wall_time=time.time(), step=step + 1)
+    def discard_from(self, step: int) -> None:
+        """Make readers discard the records of earlier files from `step` on, for a resumed run."""
+        event = self._event(wall_time=time.time(), step=step)
         event.session_log.status = SESSION_START
         self._append(event)  # TensorBoard takes the first such event for the start of the run
         self._append(event)

@@ -267,20 +267,26 @@ def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
-    """Return an image (1, 3, H, W) of outputs against targets, over the range of targets."""
-    ends = (float(targets.min()), float(targets.max()))
+    """Return an image (1, 3, H, W) of outputs against targets, over the range of targets.
+
+    Samples whose output or target is not finite are left out.
+    """
+    is_finite = outputs.isfinite() & targets.isfinite()
+    outputs = outputs[is_finite]
+    targets = targets[is_finite]
+    low, high = targets.aminmax() if len(targets) else (torch.zeros(()), torch.ones(()))
+    ends = (float(low), float(high))
     axis = drawing.Axis(*ends)
     title = f"{len(targets):,} validation samples"
     chart = drawing.Chart(title, axis, axis, "true value", "prediction", height=drawing.CARD)
     if len(targets) > MOST_POINTS:
-        x = rescale(targets, targets.min(), targets.max()).clamp(0, 1) * (size - 1)
-        y = rescale(outputs, targets.min(), targets.max()).clamp(0, 1) * (size - 1)
+        x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
+        y = rescale(outputs, low, high).clamp(0, 1) * (size - 1)
         pixels = (size - 1 - y.round().long()) * size + x.round().long()
         counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
         chart.background(1 - counts.log1p()[None] / counts.max().log1p())
     else:
-        pairs = torch.cat([targets, outputs], 1).tolist()
-        chart.points([(x, y) for x, y in pairs], drawing.COLORS[0])
+        chart.points(list(zip(targets.tolist(), outputs.tolist(), strict=True)), drawing.COLORS[0])
     chart.line([(ends[0], ends[0]), (ends[1], ends[1])], RED, "perfect")
     return chart.tensor()
 

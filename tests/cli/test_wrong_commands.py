@@ -167,7 +167,7 @@ def surroundings(folder):
             [
                 "optimizer.lr=-1: ",
                 "optimizer.amsgrad=2: ",
-                "a cadence like 10steps, 1epoch or 5min",
+                "a cadence like 10steps, 1epoch or 5min (whole steps or epochs)",
                 "run.name=['a']: ",
                 "loader.batch_size: ",
             ],

@@ -140,7 +140,7 @@ def test_the_complete_tree_gives_the_same_spec_again():
         ),
         (
             {"trainer": {"max_steps": 1, "log_every": "1.5steps"}},
-            ["trainer.log_every=1.5steps: expected a whole number of steps"],
+            ["trainer.log_every=1.5steps: expected a cadence like 10steps"],
         ),
         (
             {"data": {"_target_": "os.system"}},

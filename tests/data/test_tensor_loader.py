@@ -135,8 +135,9 @@ def epochs(loader: DataLoader, gathered: bool) -> tuple[list, list[torch.Tensor]
     """Return the batches of two epochs and, after each batch, the state of all generators."""
     batches = []
     states = []
-    for _ in range(2):
-        for batch in ForeignLoader(loader).epoch() if gathered else loader:
+    for epoch in range(2):
+        read = ForeignLoader(loader).training_epoch(epoch, 0) if gathered else loader
+        for batch in read:
             batches.append(batch)
             torch.rand(3)  # as a model with dropout
             states.append(torch.get_rng_state())
@@ -163,6 +164,18 @@ def test_gathered_batches_are_those_of_the_loader(name):
             assert tensor.dtype == wanted.dtype
             assert tensor.stride() == wanted.stride()
     assert all(map(torch.equal, states, expected_states))
+
+
+@pytest.mark.parametrize("data", [DATA, [(torch.rand(3), 0), (torch.rand(3), 1)] * 20])
+def test_a_measurement_leaves_the_generator_of_a_loader_as_it_is(data):
+    loader = DataLoader(data, batch_size=8, shuffle=True, generator=generator())
+    before = loader.generator.get_state()
+    batches = ForeignLoader(loader)
+    list(batches.epoch())
+    next(batches.epoch(1))  # not read to its end
+    assert torch.equal(loader.generator.get_state(), before)
+    list(batches.training_epoch(0, 0))
+    assert not torch.equal(loader.generator.get_state(), before)
 
 
 @pytest.mark.parametrize("index", [50, -51])

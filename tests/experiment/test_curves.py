@@ -10,7 +10,7 @@ from torch import nn
 
 import framework as fw
 from framework.contracts.task import LossTask
-from framework.errors import SettingError
+from framework.errors import DataError, SettingError
 from framework.experiment.evaluation.curves import compute_curves, curves_csv, draw_curves
 from framework.experiment.evaluation.decisions import Decision, decide, read_decisions
 from framework.experiment.trained.load import open_run
@@ -215,3 +215,15 @@ def test_ignored_targets_are_left_out():
     with trainer.reading(split, model=nn.Linear(4, 3), task=task, batch_size=5) as read:
         decision = read_decisions(trainer, read)
     assert decision.targets.tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 1, 2]
+
+
+def test_data_with_ignored_classes_only_is_an_error():
+    trainer = fw.Trainer(max_steps=1, device="cpu")
+    task = LossTask(nn.CrossEntropyLoss())
+    split = fw.TensorSplit(torch.randn(12, 4), torch.full((12,), -100))
+    model = nn.Linear(4, 3)
+    with (
+        trainer.reading(split, model=model, task=task, batch_size=5) as read,
+        pytest.raises(DataError, match="no sample with a class"),
+    ):
+        read_decisions(trainer, read)

@@ -37,6 +37,7 @@ LOSSES = {
     "with class weights": nn.CrossEntropyLoss(weight=WEIGHT),
     "a function": F.cross_entropy,
     "an own module": Own(),
+    "of the framework": fw.losses.build("cross_entropy", weight=WEIGHT.tolist()),
 }
 
 
@@ -66,6 +67,18 @@ def test_the_loss_of_a_sample_is_that_of_a_batch_of_one(name):
     )
 
 
+@pytest.mark.parametrize("name", ["cross entropy", "with class weights", "of the framework"])
+def test_a_loss_of_torch_and_its_subclasses_need_no_further_forward_pass(name):
+    model = network()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    task = LossTask(LOSSES[name])
+    trainer = evaluator()
+    with trainer.reading(fw.TensorSplit(X, CLASSES), model=model, task=task, batch_size=7) as read:
+        find_worst(trainer, read, 3)
+    assert len(calls) == 4, "one for each batch"
+
+
 @pytest.mark.parametrize("name", ["cross entropy", "a function", "an own module"])
 def test_the_mean_of_the_losses_is_the_loss_of_the_evaluation(name):
     model = network()
@@ -78,7 +91,14 @@ def test_the_mean_of_the_losses_is_the_loss_of_the_evaluation(name):
     assert losses.mean().item() == pytest.approx(value["test/loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), F.cross_entropy])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        F.cross_entropy,
+        fw.losses.build("cross_entropy", weight=WEIGHT.tolist(), ignore_index=-100),
+    ],
+)
 def test_a_sample_whose_class_is_ignored_is_not_among_the_worst(loss):
     targets = CLASSES.clone()
     targets[::2] = -100

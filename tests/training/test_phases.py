@@ -1,5 +1,8 @@
 """Steps of several phases, each with its own loss, parameters and update."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 import framework as fw
 from framework import Step, Task, Trainer
 from framework.contracts.metric import Measures
+from framework.contracts.state import SHARED_TIME
 from framework.contracts.task import Phase
 from framework.data.dataset import Loader
 from framework.errors import SettingError
@@ -182,3 +186,48 @@ def test_buffered_values_are_saved():
     measures.add(torch.tensor(1.0), None, None, 2, {"kl": torch.tensor(1e6)})
     measures.undo(mark)
     assert measures.read() == other.read() == {"loss": 1.0, "kl": 9.5}
+
+
+class Watch(fw.Callback):
+    """Stores the norm of the gradients of each phase, by step."""
+
+    def __init__(self):
+        self.norms = {}
+
+    def on_gradients(self, trainer):
+        gradients = [each.grad for each in trainer.model.parameters() if each.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        self.norms.setdefault(trainer.state.step + 1, []).append(norm)
+
+
+class Histograms(fw.Logger):
+    def __init__(self):
+        self.tags = []
+
+    def histogram(self, tag, values, step):
+        self.tags.append((tag, step))
+
+
+@pytest.mark.parametrize("every", ["2steps", "1epoch", "5min"])
+def test_histograms_of_a_step_with_phases_are_logged_once(every, monkeypatch):
+    clock = itertools.count(step=400)  # seconds: 5 minutes have always passed
+    monkeypatch.setattr(SHARED_TIME, "now", lambda: float(next(clock)))
+    logger = Histograms()
+    fit(fw.callbacks.build("histograms", every=every), loggers=[logger], max_epochs=1)
+    assert len(logger.tags) == len(set(logger.tags))
+    names = {f"{kind}/{name}" for kind in ("weights", "gradients") for name in names_of(Duel())}
+    assert {tag for tag, step in logger.tags if step == 1} == names
+
+
+def names_of(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def test_the_gradient_norm_is_that_of_all_phases():
+    watch = Watch()
+    norm = fw.callbacks.build("gradient_norm")
+    trainer = fit(watch, norm, log_every="1steps", max_epochs=2)
+    logged = trainer.state.history["train/gradient_norm"]
+    expected = {step: math.hypot(*norms) for step, norms in watch.norms.items()}
+    assert all(len(norms) == 2 for norms in watch.norms.values())
+    assert dict(zip(logged.steps, logged.values, strict=True)) == pytest.approx(expected)

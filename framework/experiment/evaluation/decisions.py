@@ -104,4 +104,6 @@ def read_decisions(measured: Measured, batches: Any) -> Decision:
     if targets.ndim == 2:
         return Decision(probabilities, targets)
     known = targets >= 0
+    if not known.any():
+        raise DataError("the evaluation data has no sample with a class: all are ignored")
     return Decision(probabilities[known], targets[known])

@@ -140,6 +140,8 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
             "no loss of its own"
         )
     losses = unreduced_losses(task, rows)
+    if losses is None:
+        losses = criterion_losses(task, rows)
     if losses is not None:
         return losses
     if has_dtensors(measured.model):
@@ -159,7 +161,7 @@ def row_losses(measured: Measured, rows: Rows) -> Tensor:
 def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
     """Return the losses of samples from the outputs, in float64 on the CPU.
 
-    None if they need a forward pass each.
+    None if they need a call for each sample.
 
     The loss must be a mean of torch without weights. Their mean is compared with the loss of the
     batch: a task may do more than to call its criterion.
@@ -182,9 +184,41 @@ def unreduced_losses(task: Task, rows: Rows) -> Tensor | None:
     if len(losses) != len(rows):
         return None
     losses = in_float64(losses.reshape(len(rows), -1).mean(1))
+    return losses if is_loss_of_batch(losses.mean(), rows) else None
+
+
+def criterion_losses(task: Task, rows: Rows) -> Tensor | None:
+    """Return the losses of samples from the outputs, in float64 on the CPU.
+
+    The criterion, which is called for each sample, must be a loss of torch or a subclass of one,
+    such as with class weights. None if the loss of the batch is not the mean of these losses.
+    """
+    criterion = task.criterion
+    outputs = rows.outputs
+    targets = rows.targets
+    if criterion is None or outputs is None or targets is None:
+        return None
+    if known_function(criterion)[0] is None:
+        return None
+    losses = []
+    counts = []
+    for row in range(len(rows)):
+        loss = criterion(outputs[row : row + 1], targets[row : row + 1])
+        losses.append(in_float64(loss.detach()).sum())
+        counts.append(float(task.count(select_rows(rows.batch, row, row + 1))))
+    found = torch.stack(losses)
+    weights = torch.tensor(counts, dtype=torch.float64)
+    is_counted = weights > 0
+    mean = (found * weights)[is_counted].sum() / weights.sum()
+    if not is_loss_of_batch(mean, rows):
+        return None
+    return torch.where(is_counted, found, -torch.inf)
+
+
+def is_loss_of_batch(mean: Tensor, rows: Rows) -> bool:
+    """Return whether a mean of the losses of samples is the loss of the task for all of them."""
     of_batch = in_float64(rows.step.loss)
-    same = torch.isclose(losses.mean(), of_batch, rtol=1e-3, atol=1e-6, equal_nan=True)
-    return losses if bool(same) else None
+    return bool(torch.isclose(mean, of_batch, rtol=1e-3, atol=1e-6, equal_nan=True))
 
 
 def in_float64(losses: Tensor) -> Tensor:

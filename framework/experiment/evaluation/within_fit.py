@@ -21,7 +21,7 @@ from framework.runs.folder import read_config, read_facts
 
 from .decisions import NO_CLASSES, decide, read_decisions
 from .reports import log_curves, log_worst
-from .samples import read_rows as read_rows
+from .samples import Rows as Rows, read_rows as read_rows
 from .worst import describe, find_worst, show_function
 
 
@@ -45,16 +45,25 @@ def check_curves(trainer: Context) -> None:
     Raises:
         SettingError: the task has neither.
     """
+    rows = first_rows(trainer)
+    if rows is None:
+        return
+    outputs, targets = rows.outputs, rows.targets
+    is_known = outputs is not None and targets is not None
+    if not is_known or decide(trainer.task, outputs, targets) is None:  # type: ignore[arg-type]
+        name = type(trainer.task).__name__
+        raise SettingError(f"callbacks.curves: {NO_CLASSES}; got {name}")
+
+
+def first_rows(trainer: Context) -> Rows | None:
+    """Return the results for the first samples of the validation split (collective).
+
+    None if this process reads no sample.
+    """
     assert trainer.val_batches is not None
     results = read_rows(trainer, trainer.val_batches)
     try:
-        for rows in results:
-            outputs, targets = rows.outputs, rows.targets
-            is_known = outputs is not None and targets is not None
-            if not is_known or decide(trainer.task, outputs, targets) is None:  # type: ignore[arg-type]
-                name = type(trainer.task).__name__
-                raise SettingError(f"callbacks.curves: {NO_CLASSES}; got {name}")
-            return
+        return next(results, None)
     finally:
         results.close()  # type: ignore[attr-defined]  # a generator
 

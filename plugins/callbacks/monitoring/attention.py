@@ -59,6 +59,10 @@ class AttentionMaps(ValidationCallback):
         super().__init__(every)
         self.count = count
 
+    def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
+        attention_of(trainer, measured_samples(trainer, 1))
+
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, {self.cadence}"
 
@@ -67,19 +71,13 @@ class AttentionMaps(ValidationCallback):
         pictures = evaluation.show_inputs(trainer, trainer.task.fields.only_input(batch)).images
         for number, label in enumerate(labels_of(trainer, batch)):
             sample = select_rows(batch, number, number + 1)
-            with AttentionRecorder() as recorder:
-                model_outputs(trainer, sample)
-            if not recorder.weights:
-                raise SettingError(
-                    f"callbacks.attention: model {type(trainer.model).__name__} calls no "
-                    "scaled_dot_product_attention"
-                )
+            all_weights = attention_of(trainer, sample)
             inputs = trainer.task.fields.only_input(sample)
             names = None
             if not inputs.is_floating_point() and inputs.ndim == 2:
                 names = token_texts(trainer, inputs[0].tolist())
-            weights = without_padding(recorder.weights)
-            if names is not None and len(names) == recorder.weights[0].shape[1]:
+            weights = without_padding(all_weights)
+            if names is not None and len(names) == all_weights[0].shape[1]:
                 names = names[: weights[0].shape[1]]
             picture = None if pictures is None else pictures[number]
             image = attention_image(weights, names, picture, label)
@@ -109,6 +107,22 @@ class AttentionRecorder(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             self.weights.append(attention_weights(*args, **kwargs))
         return function(*args, **kwargs)
+
+
+def attention_of(trainer: Context, sample: Batch) -> list[Tensor]:
+    """Return the weights of each layer for a batch of one sample.
+
+    Raises:
+        SettingError: the model has no attention that can be recorded.
+    """
+    with AttentionRecorder() as recorder:
+        model_outputs(trainer, sample)
+    if not recorder.weights:
+        raise SettingError(
+            f"callbacks.attention: model {type(trainer.model).__name__} calls no "
+            "scaled_dot_product_attention"
+        )
+    return recorder.weights
 
 
 def attention_weights(

@@ -15,6 +15,7 @@ from framework import (
     PositiveInt,
     SettingError,
     callbacks,
+    check_read_again,
     drawing,
     files,
     read_spread_samples,
@@ -241,11 +242,13 @@ def animation_header(width: int, height: int) -> bytes:
 
 
 def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
-    """Return inputs (N, 2) and targets (N,) of the training split, on the CPU.
+    """Return finite inputs (N, 2) and targets (N,) of the training split, on the CPU.
 
     Raises:
         SettingError: the data has other inputs or targets.
+        DataError: the data can be read only once.
     """
+    check_read_again(trainer.train_batches, "callbacks.boundary")
     batch = read_spread_samples(trainer.train_batches, most, trainer.device)
     inputs = trainer.task.fields.only_input(batch)
     shape = tuple(inputs.shape[1:])
@@ -265,7 +268,12 @@ def training_points(trainer: Context, most: int) -> tuple[Tensor, Tensor]:
     targets = targets.flatten()
     if targets.is_floating_point():
         targets = targets.float()
-    return inputs.to("cpu", copy=True), targets.to("cpu", copy=True)
+    inputs = inputs.to("cpu", copy=True)
+    targets = targets.to("cpu", copy=True)
+    is_finite = inputs.isfinite().all(1) & targets.isfinite()
+    if not is_finite.any():
+        raise SettingError(f"{NEEDS} training points that are finite")
+    return inputs[is_finite], targets[is_finite]
 
 
 def axis_of(values: Tensor) -> drawing.Axis:

@@ -42,6 +42,16 @@ class ClassCounts(ValidationCallback):
         super().__init__(every)
         self.counts: Tensor | None = None  # at the last step that was shown
 
+    def reset(self) -> None:
+        super().reset()
+        self.counts = None
+
+    def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
+        rows = evaluation.first_rows(trainer)
+        if rows is not None:
+            pairs_of(rows, self.name)
+
     def show(self, trainer: Context) -> None:
         self.counts = self._known_counts(trainer)
         if self.counts is None:
@@ -202,12 +212,7 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
     counts = torch.zeros(0, 0, dtype=torch.float64)
     assert trainer.val_batches is not None
     for rows in evaluation.read_rows(trainer, trainer.val_batches):
-        targets = rows.step.targets.cpu()
-        outputs = rows.step.outputs.cpu()
-        if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
-            raise SettingError(
-                f"callbacks.{name} needs one class for each sample; this task has other targets"
-            )
+        outputs, targets = pairs_of(rows, name)
         classes = outputs.shape[1]
         known = targets >= 0
         pairs = targets[known] * (classes + 1) + predicted_classes(outputs[known])
@@ -215,6 +220,22 @@ def count_pairs(trainer: Context, name: str) -> Tensor:
         counts = new.double() if counts.numel() == 0 else counts + new
     counts_of_processes = [each for each in trainer.strategy.gather(counts) if each.numel() > 0]
     return torch.stack(counts_of_processes).sum(0)
+
+
+def pairs_of(rows: evaluation.Rows, name: str) -> tuple[Tensor, Tensor]:
+    """Return outputs (samples, classes) and targets (samples,), on the CPU.
+
+    Raises:
+        SettingError: the targets are no classes.
+    """
+    outputs = rows.outputs
+    targets = rows.targets
+    is_known = outputs is not None and targets is not None
+    if not is_known or targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
+        raise SettingError(
+            f"callbacks.{name} needs one class for each sample; this task has other targets"
+        )
+    return outputs.cpu(), targets.cpu()
 
 
 def counts_table(counts: Tensor, names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from .samples import (
     measured_samples,
     model_outputs,
     token_texts,
+    tokenizer_of,
 )
 
 THUMBNAIL = 32  # largest side in pixels
@@ -72,7 +73,7 @@ class Embeddings(ValidationCallback):
                 "callbacks.embeddings: the model has no linear layer; choose the module with the "
                 "features by callbacks.embeddings.layer"
             )
-        if self.tokens and first_embedding(trainer.model) is None:
+        if self.tokens and token_embedding(trainer) is None:
             raise SettingError("callbacks.embeddings.tokens: the model has no token embedding")
 
     def cost(self) -> str:
@@ -85,11 +86,12 @@ class Embeddings(ValidationCallback):
         images = evaluation.show_inputs(trainer, trainer.task.fields.only_input(batch)).images
         if images is not None and max(images.shape[-2:]) > THUMBNAIL:
             scale = THUMBNAIL / max(images.shape[-2:])
-            images = F.interpolate(images, scale_factor=scale, mode="area")
+            height, width = (max(1, round(size * scale)) for size in images.shape[-2:])
+            images = F.interpolate(images, (height, width), mode="area")
         step = trainer.state.step
         for logger in trainer.loggers:
             logger.embedding("features", points, labels, step, images)
-        embedding = first_embedding(trainer.model) if self.tokens else None
+        embedding = token_embedding(trainer) if self.tokens else None
         if embedding is None:
             return
         vectors = dtensors.full_tensor(embedding.weight.detach()).float().cpu()[: self.count]
@@ -131,9 +133,17 @@ def points(features: Any) -> Tensor:
     return rows
 
 
-def first_embedding(model: nn.Module) -> nn.Embedding | nn.EmbeddingBag | None:
-    """Return the first token embedding of a model; None without one."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+def token_embedding(trainer: Context) -> nn.Embedding | nn.EmbeddingBag | None:
+    """Return the embedding of the model with a row for each token of the data.
+
+    If there is none, return the first embedding; None without one.
+    """
+    tokenizer = tokenizer_of(trainer)
+    first = None
+    for module in trainer.model.modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if tokenizer is not None and module.num_embeddings == tokenizer.size:
             return module
-    return None
+        first = first or module
+    return first

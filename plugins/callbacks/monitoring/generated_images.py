@@ -1,15 +1,21 @@
 """Callbacks for generative tasks: generated images, and their distance from the data."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from framework import (
+    Batches,
     Callback,
     Context,
     Every,
     PositiveInt,
+    Range,
     SettingError,
     callbacks,
+    check_has_validation,
+    check_read_again,
     drawing,
     read_first_samples,
     seeds,
@@ -17,6 +23,8 @@ from framework import (
 from framework.contracts.model import GenerativeModel
 from framework.contracts.periodic_callback import PeriodicCallback
 from framework.contracts.task import PictureTask
+
+NEIGHBORS = 5  # of an input, to define its neighborhood
 
 
 @callbacks.register("pictures")
@@ -42,6 +50,7 @@ class Pictures(PeriodicCallback):
         if not isinstance(trainer.task, PictureTask):
             name = type(trainer.task).__name__
             raise SettingError(f"callbacks.pictures: task {name} generates no images")
+        check_read_again(held_out_batches(trainer), "callbacks.pictures")
 
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, {self.cadence}"
@@ -61,7 +70,8 @@ class Pictures(PeriodicCallback):
         low = inputs.min()
         high = inputs.max()
         for tag, rows in rows_by_tag.items():
-            images = as_images(((rows.float() - low) / (high - low)).clamp(0, 1)).cpu()
+            scaled = (rows.float() - low) / (high - low).clamp(min=1e-6)
+            images = as_images(scaled.clamp(0, 1)).cpu()
             image = drawing.captioned(images, [""] * len(images))
             for logger in trainer.loggers:
                 logger.images(tag, image, trainer.state.step)
@@ -90,13 +100,20 @@ class SampleDistance(Callback):
 
     changes_training = False
 
-    def __init__(self, count: PositiveInt = 1000):
+    def __init__(self, count: Annotated[int, Range("[6, inf)")] = 1000):
         self.count = count
 
     def on_fit_start(self, trainer: Context) -> None:
         if not isinstance(trainer.model, GenerativeModel):
             name = type(trainer.model).__name__
             raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
+        check_has_validation(trainer.val_batches, "callbacks.sample_distance")
+        inputs = len(held_out(trainer, self.count))
+        if inputs <= NEIGHBORS:
+            raise SettingError(
+                f"callbacks.sample_distance: expected at least {NEIGHBORS + 1} samples in the "
+                f"validation split, got {inputs}"
+            )
 
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, in each validation"
@@ -123,9 +140,13 @@ class SampleDistance(Callback):
 
 def held_out(trainer: Context, count: int) -> Tensor:
     """Return the first inputs of the validation split, or of the training split without one."""
-    batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
-    batch = read_first_samples(batches, count, trainer.device)
+    batch = read_first_samples(held_out_batches(trainer), count, trainer.device)
     return trainer.task.fields.only_input(batch)
+
+
+def held_out_batches(trainer: Context) -> Batches:
+    """Return the batches of the validation split, or of the training split without one."""
+    return trainer.train_batches if trainer.val_batches is None else trainer.val_batches
 
 
 def as_images(rows: Tensor) -> Tensor:
@@ -153,7 +174,7 @@ def discrepancy(samples: Tensor, inputs: Tensor) -> Tensor:
 
 
 def precision_and_coverage(
-    samples: Tensor, inputs: Tensor, count: int = 5
+    samples: Tensor, inputs: Tensor, count: int = NEIGHBORS
 ) -> tuple[Tensor, Tensor]:
     """Return precision and coverage of samples (m, D) and inputs (n, D).
 

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework import Context, Every, PositiveInt, callbacks, dtensors, numbers_of
+from framework import (
+    Context,
+    Every,
+    PositiveInt,
+    callbacks,
+    check_read_again,
+    dtensors,
+    numbers_of,
+)
 from framework.contracts.periodic_callback import PeriodicCallback
 
 from .samples import measured_samples, model_outputs
@@ -21,7 +29,8 @@ class Histograms(PeriodicCallback):
     both parts. Activations are the outputs of the innermost modules in evaluation mode for some
     samples of the validation split, or of the training split without one. Modules that only reshape
     or return their input, such as dropout, have none. The step is that whose
-    update follows; the last values are those of the trained model, unless its step is logged.
+    update follows; the last values are those of the trained model, unless its step is logged or a
+    signal ends the run.
 
     Args:
         every: how often to log them; each time copies all parameters from the device.
@@ -40,6 +49,13 @@ class Histograms(PeriodicCallback):
     def reset(self) -> None:
         super().reset()
         self.logged_gradients = set()
+
+    def on_fit_start(self, trainer: Context) -> None:
+        if self.activations:
+            batches = trainer.train_batches
+            if trainer.val_batches is not None:
+                batches = trainer.val_batches
+            check_read_again(batches, "callbacks.histograms.activations")
 
     def needs_gradients(self, trainer: Context) -> bool:
         return self.cadence.due(trainer.state)

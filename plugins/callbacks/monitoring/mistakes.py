@@ -9,8 +9,8 @@ class Worst(ValidationCallback):
     """Shows the samples of the validation split with the highest loss.
 
     The loggers get a table with label, prediction, probability and loss, and images with captions
-    or sounds. It reads the split a second time. A loss that is not a mean of torch, or has class
-    weights, needs a forward pass for each sample.
+    or sounds. It reads the split a second time. A loss that is neither a loss of torch nor a
+    subclass of one needs a forward pass for each sample.
 
     Args:
         count: samples to show.

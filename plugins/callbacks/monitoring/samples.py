@@ -76,23 +76,30 @@ def target_texts(targets: Tensor, names: Sequence[str]) -> list[str]:
 
 
 def token_texts(trainer: Context, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; their numbers if the data has no tokenizer.
+    """Return the text of each token; their numbers if the tokenizer of the data has no text.
 
     A space is "·", a line break "\\n", an unknown character or word "[?]", and a token without text
     "[]": the font of images has these.
     """
-    split = trainer.train_batches.split
-    tokenizer = None
-    if isinstance(split, WindowSplit | RaggedSplit):
-        tokenizer = split.facts.get("tokenizer")
-    if tokenizer is None:
-        return [str(token) for token in tokens]
+    tokenizer = tokenizer_of(trainer)
+    size = 0 if tokenizer is None else tokenizer.size
     texts = []
     for token in tokens:
+        if token >= size:
+            texts.append(str(token))
+            continue
         text = str(tokenizer.decode([token]))
         text = text.replace("\n", "\\n").replace(" ", "·").replace("\ufffd", "[?]")
         texts.append(text or "[]")
     return texts
+
+
+def tokenizer_of(trainer: Context) -> Any:
+    """Return the tokenizer of the training data, or None."""
+    split = trainer.train_batches.split
+    if isinstance(split, WindowSplit | RaggedSplit):
+        return split.facts.get("tokenizer")
+    return None
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:

@@ -1,5 +1,6 @@
 """Callbacks that log scalars: the norm of the gradient, and learning rates."""
 
+import torch
 from torch import Tensor, nn
 
 from framework import Callback, Context, callbacks, dtensors, numbers_of
@@ -8,20 +9,34 @@ from framework_plugins.callbacks.gradients import gradients_of
 
 @callbacks.register("gradient_norm")
 class GradientNorm(Callback):
-    """Logs the 2-norm of all gradients together as train/gradient_norm, at logged steps."""
+    """Logs the 2-norm of all gradients together as train/gradient_norm, at logged steps.
+
+    For a task with phases, such as `adversarial`, these are the gradients of all phases of a step.
+    """
 
     changes_training = False
 
     def __init__(self) -> None:
         self.measured: Tensor | None = None
+        self.measured_step = -1
+
+    def reset(self) -> None:
+        super().reset()
+        self.measured = None
+        self.measured_step = -1
 
     def needs_gradients(self, trainer: Context) -> bool:
         return will_log(trainer)
 
     def on_gradients(self, trainer: Context) -> None:
-        self.measured = None
-        if will_log(trainer):
-            self.measured = total_norm(gradients_of(trainer.optimizer))
+        if not will_log(trainer):
+            self.measured = None
+            return
+        norm = total_norm(gradients_of(trainer.optimizer))
+        step = trainer.state.step
+        is_later_phase = self.measured is not None and self.measured_step == step
+        self.measured = torch.hypot(self.measured, norm) if is_later_phase else norm
+        self.measured_step = step
 
     def on_log(self, trainer: Context) -> None:
         if self.measured is not None:

@@ -19,6 +19,8 @@ from framework import (
 )
 
 PRODUCTS = 8  # of matrices, to measure the peak of a device
+SMALLEST = 128  # rows of a matrix
+MOST_SECONDS = 0.1  # larger matrices are not multiplied: some CPUs need seconds in fp16
 
 
 @callbacks.register("speed")
@@ -105,14 +107,18 @@ def step_flops(trainer: Context) -> int:
 def measured_peak(trainer: Context) -> float:
     """Return the FLOP/s of the best of some products of large matrices in the run's precision."""
     device = trainer.device
-    size = 1024 if device.type == "cpu" else 4096
+    largest = 1024 if device.type == "cpu" else 4096
     dtype = trainer.precision.dtype or torch.float32
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(PRODUCTS):
-        began = time.perf_counter()
-        matrix @ matrix
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    size = SMALLEST
+    while True:
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(PRODUCTS):
+            began = time.perf_counter()
+            matrix @ matrix
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+        if size == largest or best * PRODUCTS > MOST_SECONDS:
+            return 2 * size**3 / best
+        size *= 2

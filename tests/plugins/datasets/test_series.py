@@ -11,6 +11,7 @@ import framework as fw
 from framework.data.dataset import ForeignLoader
 from framework.errors import BuildError, DataError, SettingError
 from framework.experiment.trained.load import open_run
+from framework_plugins.models.forecasting import draw_scatter
 from runs import cut_off_at, require_data, run_training
 
 
@@ -225,6 +226,17 @@ class TestPictures:
             batch_size=len(targets),
         )
         return album.pictures
+
+    @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+    def test_values_that_are_not_finite_are_left_out(self, wrong):
+        targets = torch.linspace(-1, 1, 9)[:, None]
+        outputs = targets.clone()
+        outputs[2] = wrong
+        known = torch.arange(9) != 2
+        expected = draw_scatter(targets[known], targets[known])
+        assert torch.equal(draw_scatter(outputs, targets), expected)
+        assert torch.equal(draw_scatter(targets, outputs), expected)
+        assert draw_scatter(targets * torch.nan, targets).isfinite().all()
 
     def test_one_value_is_drawn_against_the_true_one(self):
         model = torch.nn.Linear(1, 1)

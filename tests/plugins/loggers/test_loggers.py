@@ -16,6 +16,7 @@ import torch
 from google.protobuf.text_format import Parse
 from PIL import Image
 from sklearn.metrics import precision_recall_curve
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -71,6 +72,18 @@ def test_a_resumed_run_discards_the_records_after_its_checkpoint(tmp_path):
     second.close()
     curve = [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")]
     assert curve == [(10, 1), (20, 1), (30, 1), (40, 2), (50, 2), (60, 2)]
+
+
+def test_a_run_that_starts_again_discards_all_records(tmp_path):
+    for value in (1.0, 2.0):  # killed before its first checkpoint
+        logger = log(tmp_path)
+        scalars(logger, {"start": value}, 0)
+        scalars(logger, {"train/loss": value}, 1)
+        logger.close()
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for tag, step in (("start", 0), ("train/loss", 1)):
+        points = [(e.step, float(*e.tensor_proto.float_val)) for e in events.Tensors(tag)]
+        assert points == [(step, 2.0)], tag
 
 
 def test_a_killed_run_keeps_all_its_records(tmp_path):

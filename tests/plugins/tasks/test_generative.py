@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
 import framework as fw
-from framework.errors import BuildError
+from framework.errors import BuildError, SettingError
 from regressions import assert_same_weights
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -189,6 +189,15 @@ def test_micro_batches_give_the_same_adversarial_step_with_a_penalty():
     in_parts = train_gan(3, micro_batch=16).model
     for one, other in zip(whole.parameters(), in_parts.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+def test_the_sample_distance_needs_more_samples_than_neighbors():
+    data = digits()
+    data.val = fw.TensorSplit(*(tensor[:5] for tensor in data.val.tensors))
+    with pytest.raises(SettingError, match=r"sample_distance: expected at least 6 samples .* 5$"):
+        fit({"name": "gan"}, "adversarial", data, fw.callbacks.build("sample_distance"), epochs=1)
+    with pytest.raises(SettingError, match=r"count.*\[6, inf\)"):
+        fw.callbacks.build("sample_distance", count=5)
 
 
 def test_the_sample_distance_equals_its_formula():

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 import framework as fw
 import stacked
 from framework.data.dataset import Loader
-from framework.errors import SettingError
+from framework.errors import DataError, SettingError
 from runs import cut_off_at, logged, run_training
 
 SMALL = ("data=spirals", "data.samples=120", "model.width=8", "trainer.max_epochs=3")
@@ -160,17 +161,21 @@ def test_an_interrupted_and_resumed_run_has_each_frame_once(tmp_path, monkeypatc
     assert len(frames_of(part)) == 1 + 27 // 3
 
 
-def test_it_does_not_change_training():
+@pytest.mark.parametrize("reading", ["a data set", "a loader with its own generator"])
+def test_it_does_not_change_training(reading):
     data = fw.datasets.build("blobs", samples=100)
     weights = []
     for callbacks in ([], [fw.callbacks.build("boundary", every="2steps")]):
         torch.manual_seed(0)
+        source = {"data": data, "batch_size": 20}
+        if reading != "a data set":
+            points = torch.utils.data.TensorDataset(*data.train.tensors)
+            generator = torch.Generator().manual_seed(1)
+            source = {"data": DataLoader(points, 20, shuffle=True, generator=generator)}
         model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
         trainer = fw.Trainer(max_epochs=3, callbacks=callbacks, loggers=[Images()])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        trainer.fit(
-            model, data, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer, batch_size=20
-        )
+        trainer.fit(model, **source, task=torch.nn.CrossEntropyLoss(), optimizer=optimizer)
         weights.append([*model.state_dict().values()])
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one, other)
@@ -188,6 +193,29 @@ def test_other_data_is_an_error(overrides, problem, tmp_path):
         run_training(
             *overrides, "+callbacks=boundary", "trainer.max_steps=1", f"run.root={tmp_path}"
         )
+
+
+def test_points_that_are_not_finite_are_left_out():
+    inputs = torch.rand(20, 2)
+    inputs[3, 0] = torch.nan
+    inputs[5, 1] = torch.inf
+    targets = inputs[:, :1].nan_to_num(0)
+    targets[7] = torch.nan
+    callback, logger, _ = fit(network(1), fw.TensorSplit(inputs, targets), nn.MSELoss())
+    kept = [row for row in range(20) if row not in (3, 5, 7)]
+    assert torch.equal(callback.inputs, inputs[kept])
+    assert logger.found["boundary", 0].isfinite().all()
+    with pytest.raises(SettingError, match="training points that are finite"):
+        fit(network(1), fw.TensorSplit(inputs * torch.nan, targets), nn.MSELoss())
+
+
+def test_training_data_that_can_be_read_only_once_is_an_error():
+    batches = ((torch.rand(8, 2), torch.arange(8) % 3) for _ in range(3))
+    trainer = fw.Trainer(max_epochs=1, callbacks=[fw.callbacks.build("boundary")])
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(DataError, match=r"callbacks\.boundary: expected data that can be read"):
+        trainer.fit(model, batches, task=nn.CrossEntropyLoss(), optimizer=optimizer)
 
 
 def test_stacked_trials_have_the_pictures_of_trials_alone():

@@ -77,6 +77,28 @@ def test_targets_without_classes_are_an_error():
         fit(data, torch.nn.MSELoss(), 1, max_epochs=1)
 
 
+@pytest.mark.parametrize("name", ["confusion", "per_class"])
+def test_tokens_are_an_error_before_the_first_step(name):
+    tokens = torch.arange(40).reshape(8, 5) % 4
+    data = fw.Data()
+    data.train = data.val = fw.TensorSplit(tokens, tokens)
+    model = torch.nn.Embedding(4, 4)
+    trainer = fw.Trainer(max_epochs=1, callbacks=[fw.callbacks.build(name)])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    task = fw.tasks.build("language_modelling")
+    with pytest.raises(SettingError, match=rf"callbacks\.{name} needs one class for each sample"):
+        trainer.fit(model, data, task=task, optimizer=optimizer)
+    assert trainer.state.step == 0
+
+
+def test_a_split_without_a_counted_target_has_scores_of_0():
+    data = fw.datasets.build("blobs", samples=100)
+    data.val = fw.TensorSplit(data.val.tensors[0], torch.full((len(data.val),), -100))
+    logged, _ = fit(data, torch.nn.CrossEntropyLoss(), 3, ["confusion", "per_class"], max_epochs=1)
+    assert logged.values["val_per_class/recall/0"] == 0
+    assert logged.table.count("| 0.000 | 0.000 | 0.000 | 0 |") == 3
+
+
 def test_the_scores_of_each_class_equal_those_of_scikit_learn():
     data = fw.datasets.build("blobs", samples=400, noise=4.0, val_fraction=0.4)
     loss = torch.nn.CrossEntropyLoss()

@@ -1,5 +1,7 @@
 """Callbacks that only log, each in a fit of a tiny regression."""
 
+import signal
+
 import pytest
 import torch
 
@@ -42,6 +44,16 @@ def test_the_learning_rate_of_each_parameter_group_is_logged():
     assert record.of("train/learning_rate/0") == rates
     assert record.of("train/learning_rate/bias") == largest_rates
     assert record.of("train/learning_rate") == largest_rates
+
+
+def test_histograms_of_an_interrupted_run_are_those_of_the_whole_run():
+    class Interrupt(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 5:
+                trainer.stop("signal", "SIGTERM", signal.SIGTERM)
+
+    _, record = fit(build("histograms"), Interrupt(), epochs=2)
+    assert {step for step, _, _ in record.histograms} == {1, 4}, "not 5, which is not due"
 
 
 def test_histograms_show_weights_and_gradients_from_the_start_to_the_end():

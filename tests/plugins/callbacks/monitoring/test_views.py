@@ -1,5 +1,7 @@
 """Callbacks that show what a model has learned: filters, attention, embeddings; and its inputs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,13 @@ def fit(*callbacks, model=None, split=SPLIT, val=None, epochs=2, **settings):
     settings = {"task": LOSS, "batch_size": 4, "val": val or split} | settings
     trainer.fit(model, split, optimizer=optimizer, **settings)
     return shown, model
+
+
+class Never(fw.Callback):
+    """Fails at the first step."""
+
+    def on_step_start(self, trainer):
+        raise AssertionError("the training has begun")
 
 
 def build(name, **settings):
@@ -152,7 +161,7 @@ def test_attention_maps_are_those_of_the_layers_of_the_model():
     two_layers = attention_image([torch.ones(4, 3, 3)] * 2, None, IMAGES[0], "0")
     assert shown.pictures["attention/0", 6].shape == two_layers.shape != one_layer.shape
     with pytest.raises(SettingError, match=r"callbacks\.attention: model Sequential calls no"):
-        fit(build("attention"))
+        fit(build("attention"), Never())
 
 
 def test_embeddings_are_the_inputs_of_the_last_layer():
@@ -163,6 +172,13 @@ def test_embeddings_are_the_inputs_of_the_last_layer():
     torch.testing.assert_close(vectors, expected.detach())
     assert labels == [str(index % 3) for index in chosen.tolist()]
     assert images.shape == (6, 1, 8, 8)
+
+
+def test_thumbnails_of_narrow_images_have_a_row_at_least():
+    split = fw.TensorSplit(torch.rand(8, 1, 2, 200), torch.arange(8) % 3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(400, 3))
+    shown, _ = fit(build("embeddings"), model=model, split=split)
+    assert shown.points["features"][2].shape == (8, 1, 1, 32)
 
 
 def test_embeddings_of_a_layer_and_of_tokens():
@@ -177,6 +193,17 @@ def test_embeddings_of_a_layer_and_of_tokens():
     assert torch.equal(shown.points["tokens"][0], model[0].weight.detach())
     with pytest.raises(SettingError, match=r"callbacks\.embeddings\.layer=9"):
         fit(build("embeddings", layer="9"))
+
+
+def test_token_embeddings_have_a_row_for_each_token_of_the_text():
+    tokens = torch.arange(1, 200) % 5 + 1
+    split = fw.WindowSplit(tokens, 8, tokenizer=SimpleNamespace(size=6, decode=str))
+    model = fw.models.build("decoder", (8,), (8, 6), width=8, depth=1, ngrams=2, buckets=64)
+    task = fw.tasks.build("language_modelling")
+    shown, _ = fit(build("embeddings", tokens=True), model=model, split=split, task=task)
+    vectors, labels, _ = shown.points["tokens"]
+    assert torch.equal(vectors, model.embedding.weight.detach()), "not the table of the n-grams"
+    assert labels == [f"[{number}]" for number in range(6)]
 
 
 def test_sounds_are_the_real_part_of_the_waveforms():
@@ -270,6 +297,20 @@ def test_speed_logs_the_use_of_the_device(monkeypatch):
     assert speed["speed/mfu"] == pytest.approx(samples_per_second * flops / 1e6)
     assert 0 <= speed["speed/data_wait"] <= 1
     assert 0.05 < speed["speed/memory_gib"] < 50
+
+
+def test_the_peak_of_a_slow_device_is_measured_with_small_matrices(monkeypatch):
+    clock = [0.0]
+
+    def slow_product(self, other):
+        clock[0] += 2 * len(self) ** 3 / 1e8  # seconds, at 1e8 FLOP/s
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow_product)
+    monkeypatch.setattr(speed_callback.time, "perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(device=torch.device("cpu"), precision=SimpleNamespace(dtype=None))
+    assert speed_callback.measured_peak(trainer) == pytest.approx(1e8)
+    assert clock[0] < 1
 
 
 def test_the_first_batch_is_shown_with_its_classes():
