@@ -284,7 +284,7 @@ def pixels_of(colors: Tensor) -> list[list[Color]]:
     return [[(red, green, blue) for red, green, blue in row] for row in rows]
 
 
-def captioned(images: Tensor, captions: Sequence[str]) -> Tensor:
+def captioned(images: Tensor, captions: Sequence[str], columns: int = COLUMNS) -> Tensor:
     """Return images (N, 1 or 3, H, W) in [0, 1] in rows, each above its caption.
 
     Args:
@@ -292,21 +292,22 @@ def captioned(images: Tensor, captions: Sequence[str]) -> Tensor:
             CARD pixels.
         captions: a text for each image; each line of it is cut to the width of its column. If all
             are empty, there is no space for them.
+        columns: images in a row.
 
     Returns:
         One image (1, 3, height, width).
     """
-    factor = max(1, (CARD // COLUMNS - 8) // images.shape[-1])
+    factor = max(1, (CARD // columns - 8) // images.shape[-1])
     large = F.interpolate(images.float().expand(-1, 3, -1, -1), scale_factor=factor, mode="nearest")
     height, width = large.shape[-2:]
     lines = [caption.split("\n") for caption in captions]
     text_height = 16 * max(map(len, lines)) + 6 if any(captions) else 8
-    column = max(width + 8, CARD // COLUMNS)
-    rows = math.ceil(len(images) / COLUMNS)
-    canvas = Canvas(max(CARD, min(COLUMNS, len(images)) * column), rows * (height + text_height))
+    column = max(width + 8, CARD // columns)
+    rows = math.ceil(len(images) / columns)
+    canvas = Canvas(max(CARD, min(columns, len(images)) * column), rows * (height + text_height))
     for number, picture in enumerate(large):
-        left = (number % COLUMNS) * column + 4
-        top = (number // COLUMNS) * (height + text_height) + 4
+        left = (number % columns) * column + 4
+        top = (number // columns) * (height + text_height) + 4
         canvas.paste(picture, left, top, width, height)
         for row, line in enumerate(lines[number]):
             text = cut_to_width(canvas, line, column - 6)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from framework import (
+    Batch,
     Context,
     Every,
     PositiveInt,
