@@ -81,7 +81,7 @@ class Call:
 
     Attributes:
         row: the number of the layer.
-        output: of the activation, or of the layer without one.
+        output: a copy of that of the activation, or of the layer without one.
         activation: the module, or None.
         inputs: those of the activation.
     """
@@ -155,7 +155,8 @@ class Recorder:
         self._finish_call()
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 0:
-                self.call = Call(self.rows[module], leaf)
+                # a copy, since the model may add to its outputs in place
+                self.call = Call(self.rows[module], leaf.detach().clone())
                 return
 
     def _before_activation(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -169,7 +170,7 @@ class Recorder:
             return
         self.call.activation = module
         self.call.inputs = inputs[0] if kept is None else kept
-        self.call.output = output
+        self.call.output = output.detach().clone()
 
     def _finish_call(self) -> None:
         """Add the numbers of the current call to those of its layer."""
@@ -179,7 +180,7 @@ class Recorder:
             return
         layer = self.layers[call.row]
         total = self.totals.setdefault(call.row, Activations())
-        output = call.output.detach()
+        output = call.output
         variance, mean = torch.var_mean(output.float(), correction=0)
         count = output.numel()
         dtype = torch.float32 if output.device.type == "mps" else torch.float64  # mps has none

@@ -127,6 +127,33 @@ def test_an_activation_that_overwrites_its_inputs_does_not_change_the_numbers():
     assert found[0] == found[1]
 
 
+class Adds(nn.Module):
+    """Changes the outputs of a layer and of an activation, in place or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.activation = nn.LeakyReLU()
+        self.last = nn.Linear(6, 3)
+        self.add = torch.Tensor.add_ if inplace else torch.add
+
+    def forward(self, x):
+        hidden = self.add(self.first(x), 100.0)
+        hidden = self.activation(self.second(hidden))
+        return self.last(self.add(hidden, 100.0))
+
+
+def test_the_numbers_are_those_before_a_change_in_place():
+    found = []
+    for inplace in (False, True):
+        _, record = fit(model=Adds(inplace), callbacks=[health(every="2steps")])
+        found.append(of_step(record, 2))
+    assert abs(found[0]["mean/first"]) < 10
+    assert found[0] == found[1]
+
+
 def test_a_step_of_several_batches_is_measured_as_one():
     """The activations are those of the first batch; the gradient is that of the step."""
     reference = Reference(2)
