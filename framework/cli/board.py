@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from framework.errors import Facts, FrameworkError, RunError, wrong_option
 from framework.errors.paths import real_path
@@ -58,9 +59,7 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
     chosen = selected_runs(root, selections) if selections else []
     from tensorboard import program
 
-    from .hparams_page import plugins  # not at the top: it imports TensorBoard
-
-    server = program.TensorBoard(plugins=plugins())
+    server = program.TensorBoard(plugins=pages())
     # its `put` may interrupt its `get`; `set` of an Event that interrupts its `wait` may deadlock
     ending: SimpleQueue[int] = SimpleQueue()
     with ExitStack() as opened:
@@ -163,6 +162,18 @@ def link_runs(root: Path, folder: Path, names: Iterable[str]) -> None:
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(real_path(root / name), target_is_directory=True)
+
+
+def pages() -> list[Any] | None:
+    """Return the plugins of TensorBoard, with another order of metrics on the page HParams.
+
+    None, which stands for its own plugins, with a version that has other modules.
+    """
+    try:
+        from .hparams_page import plugins  # not at the top: it imports TensorBoard
+    except ImportError:
+        return None
+    return plugins()
 
 
 def look_through(root: Path) -> tuple[int, list[Path]]:
