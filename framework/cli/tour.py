@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from framework.errors import FrameworkError, RunError, wrong_option
-from framework.errors.terminal import printable_lines
+from framework.errors.terminal import note, printable_lines
 from framework.runtime.display.console import console
 
 from . import help_texts
@@ -205,7 +205,10 @@ class Guide:
             print_lesson(lesson, len(self.lessons))
             if read_line("[Enter] run the commands") is None:
                 return
-            run_all(lesson, overrides, self.run_command)
+            try:
+                run_all(lesson, overrides, self.run_command)
+            except RunError as error:  # the training was interrupted before it began
+                note(str(error))
             print_markdown(lesson.notes)
             if read_line("[Enter] the answer") is None:
                 return

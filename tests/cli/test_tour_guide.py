@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +14,18 @@ LESSONS = [
 ]
 
 
+def make_run(folder, seconds):
+    """Make the folder of a run, as old as a number of seconds after the epoch."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
+    os.utime(folder / "config.yaml", (seconds, seconds))
+
+
 @pytest.fixture
 def guided(tmp_path, monkeypatch):
     """Return a function that answers the questions of a tour; the commands that it has run."""
     monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs/default/oldest", 1)
 
     def run(*answers):
         left = list(answers)
@@ -40,7 +49,7 @@ def test_the_lessons_follow_each_other_and_the_settings_belong_to_the_first(guid
     commands = guided("", "", "", "", "", "")
     assert commands == [
         "framework train a=1 b=3",
-        "framework find runs/none",
+        "framework find runs/default/oldest",
         "framework train a=2",
     ]
     out = capsys.readouterr().out
@@ -50,7 +59,7 @@ def test_the_lessons_follow_each_other_and_the_settings_belong_to_the_first(guid
 
 def test_a_lesson_is_repeated_with_settings_and_the_tour_goes_back(guided):
     repeated = guided("", "", "r lr='0.1 2'", "", "", "wrong", "r lr", "'", "q")
-    first = ["framework train a=1 b=3", "framework find runs/none"]
+    first = ["framework train a=1 b=3", "framework find runs/default/oldest"]
     assert repeated == [*first, "framework train a=1 'lr=0.1 2'", first[1]]
     assert guided("", "", "", "", "", "b", "", "", "q")[2:] == [
         "framework train a=2",
@@ -62,17 +71,22 @@ def test_a_lesson_is_repeated_with_settings_and_the_tour_goes_back(guided):
 
 def test_a_command_gets_the_newest_run(guided, tmp_path):
     for name, seconds in (("new run", 20), ("old", 10)):
-        folder = tmp_path / "runs/default" / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("")
-        os.utime(folder / "config.yaml", (seconds, seconds))
+        make_run(tmp_path / "runs/default" / name, seconds)
     assert shlex.split(guided("", "q")[1]) == ["framework", "find", "runs/default/new run"]
+
+
+def test_the_tour_continues_if_a_training_was_interrupted_before_it_began(guided, capsys):
+    (Path("runs/default/oldest") / "config.yaml").unlink()
+    assert guided("", "", "", "q") == ["framework train a=1 b=3"]
+    captured = capsys.readouterr()
+    assert "framework find RUN: no run has been trained" in captured.err
+    assert "text two" in captured.out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lesson 11", "--lesson 11: expected 1 to 10"),
+        ("--lesson 11", "--lesson 11: expected an integer from 1 to 10"),
         ("--json", "--json requires --list"),
         ("lr", "expected KEY=VALUE, got lr"),
     ],
