@@ -188,7 +188,7 @@ class WorstSamples:
         rows = self.rows()[:MOST_SHOWN]
         if not rows:
             return ""
-        cells = [[text_of(cell)[:CUT] for cell in row.values()] for row in rows]
+        cells = [[markdown.literal(text_of(cell)[:CUT]) for cell in row.values()] for row in rows]
         return markdown.table(list(rows[0]), cells, wrap=44)
 
 

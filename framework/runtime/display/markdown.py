@@ -1,7 +1,10 @@
 """Tables in Markdown, for the loggers and for model cards."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
+
+MARKUP = re.compile(r"[\\`*\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def table(
@@ -42,3 +45,8 @@ def cell(content: object) -> str:
     """Return a text for a cell: on one line, without markup of tables and HTML."""
     text = " ".join(str(content).split())
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def literal(text: str) -> str:
+    """Return a text that is shown as it is, such as __init__ or a*b*c."""
+    return MARKUP.sub(r"\\\g<0>", text)

@@ -192,7 +192,9 @@ def scores_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     cells = []
     for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[1][2]):
         *scores, samples = row
-        cells.append([name, *(f"{score:.3f}" for score in scores), f"{samples:.0f}"])
+        cells.append(
+            [markdown.literal(name), *(f"{score:.3f}" for score in scores), f"{samples:.0f}"]
+        )
     return markdown.table(["class", "precision", "recall", "F1", "samples"], cells, texts=1)
 
 
@@ -240,6 +242,7 @@ def pairs_of(rows: evaluation.Rows, name: str) -> tuple[Tensor, Tensor]:
 
 def counts_table(counts: Tensor, names: Sequence[str]) -> str:
     """Return the counts as a markdown table, the last column only if it has counts."""
+    names = [markdown.literal(name) for name in names]
     heads = ["true \\ predicted", *names]
     if counts[:, -1].any():
         heads.append("no prediction (NaN)")

@@ -1,5 +1,9 @@
 """Tables in Markdown."""
 
+import html
+
+from markdown_it import MarkdownIt
+
 from framework.runtime.display import markdown
 
 
@@ -27,3 +31,10 @@ def test_a_long_text_continues_on_a_new_line():
         "| one two<br>three | &lt;b> |",
         "|  | x\\|y |",
     ]
+
+
+def test_a_literal_text_is_shown_as_it_is():
+    text = r"__init__ of a_b, x*y*z, `code`, [a](b), _x_ and \d_"
+    shown = MarkdownIt().renderInline(markdown.literal(text))
+    assert html.unescape(shown) == text
+    assert markdown.literal("max_length") == "max_length"
