@@ -2,10 +2,13 @@
 
 import os
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
 from framework.cli import tour
+from framework.errors import RunError
 
 LESSONS = [
     tour.Lesson(1, "one", "text one", ["framework train a=1", "framework find RUN"], "", "first"),
@@ -13,10 +16,19 @@ LESSONS = [
 ]
 
 
+def add_run(name, seconds):
+    """Add the folder of a run to the working folder, with the time of its config."""
+    config = Path("runs/default", name, "config.yaml")
+    config.parent.mkdir(parents=True)
+    config.touch()
+    os.utime(config, (seconds, seconds))
+
+
 @pytest.fixture
 def guided(tmp_path, monkeypatch):
     """Return a function that answers the questions of a tour; the commands that it has run."""
     monkeypatch.chdir(tmp_path)
+    add_run("only", seconds=1)
 
     def run(*answers):
         left = list(answers)
@@ -40,7 +52,7 @@ def test_the_lessons_follow_each_other_and_the_settings_belong_to_the_first(guid
     commands = guided("", "", "", "", "", "")
     assert commands == [
         "framework train a=1 b=3",
-        "framework find runs/none",
+        "framework find runs/default/only",
         "framework train a=2",
     ]
     out = capsys.readouterr().out
@@ -50,7 +62,7 @@ def test_the_lessons_follow_each_other_and_the_settings_belong_to_the_first(guid
 
 def test_a_lesson_is_repeated_with_settings_and_the_tour_goes_back(guided):
     repeated = guided("", "", "r lr='0.1 2'", "", "", "wrong", "r lr", "'", "q")
-    first = ["framework train a=1 b=3", "framework find runs/none"]
+    first = ["framework train a=1 b=3", "framework find runs/default/only"]
     assert repeated == [*first, "framework train a=1 'lr=0.1 2'", first[1]]
     assert guided("", "", "", "", "", "b", "", "", "q")[2:] == [
         "framework train a=2",
@@ -60,19 +72,19 @@ def test_a_lesson_is_repeated_with_settings_and_the_tour_goes_back(guided):
     assert guided("q") == []
 
 
-def test_a_command_gets_the_newest_run(guided, tmp_path):
-    for name, seconds in (("new run", 20), ("old", 10)):
-        folder = tmp_path / "runs/default" / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("")
-        os.utime(folder / "config.yaml", (seconds, seconds))
+def test_a_command_gets_the_newest_run(guided):
+    add_run("new run", seconds=20)
+    add_run("old", seconds=10)
     assert shlex.split(guided("", "q")[1]) == ["framework", "find", "runs/default/new run"]
+    shutil.rmtree("runs")
+    with pytest.raises(RunError, match="framework find RUN: no run has been trained"):
+        guided("", "q")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lesson 11", "--lesson 11: expected 1 to 10"),
+        ("--lesson 11", "--lesson 11: expected an integer from 1 to 10"),
         ("--json", "--json requires --list"),
         ("lr", "expected KEY=VALUE, got lr"),
     ],
