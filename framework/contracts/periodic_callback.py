@@ -1,4 +1,4 @@
-"""Bases of callbacks that show the model at a cadence, and the trained model at the end."""
+"""Bases of callbacks that show the model at a cadence, and at the last step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PeriodicCallback(Callback):
-    """Base of callbacks that show something at a cadence, and once more at the end of the run.
+    """Base of callbacks that show something at a cadence, and at the last step of the run.
 
     A subclass implements `show`, and calls `show_if_due` in the event in which it shows: after a
     step, or after a validation.
@@ -26,8 +26,9 @@ class PeriodicCallback(Callback):
             def show(self, trainer: Context) -> None:
                 trainer.log({"bias": trainer.model.bias.detach()})
 
-    The last step of the run is shown even if it is not due, with the weights that the model keeps.
-    If a signal ends the run, it is not, since the run may be resumed. No step is shown twice.
+    A last step that is not due is shown when the fit ends, with the weights that the model keeps,
+    such as an average. If a signal ends the run, it is not, since the run may be resumed. No step
+    is shown twice.
 
     Args:
         every: how often to show it.

@@ -173,7 +173,7 @@ class Cadence:
         self._is_due = False
 
     def due(self, state: State, *, epoch_end: bool | None = None) -> bool:
-        """Return whether it is due. Call it after each step; further calls return the same.
+        """Return whether it is due. Call it after each step; all calls at a step return the same.
 
         Args:
             state: the counters after the step.

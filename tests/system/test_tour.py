@@ -1,7 +1,6 @@
 """The lessons of `framework tour`: their text, their commands, and what they claim."""
 
 import json
-import os
 import shlex
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from framework.cli import tour
 from framework.cli.main import COMMANDS
-from framework.errors import RunError
 
 LESSONS = {lesson.number: lesson for lesson in tour.read_lessons()}
 QUIET = "callbacks=[] loggers=[]"
@@ -26,21 +24,6 @@ def test_there_are_ten_lessons_with_a_question():
             program, name, *_ = shlex.split(command)
             assert program == "framework"
             assert name in COMMANDS
-
-
-def test_a_command_for_the_newest_run_needs_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    lesson = tour.Lesson(1, "A run", "", ["framework predict RUN"], "", "")
-    commands = []
-    with pytest.raises(RunError, match="framework predict RUN: no run has been trained"):
-        tour.run_all(lesson, [], commands.append)
-    for number, name in enumerate(["older", "newer"]):
-        config = tmp_path / "runs" / "default" / name / "config.yaml"
-        config.parent.mkdir(parents=True)
-        config.touch()
-        os.utime(config, (number, number))
-    tour.run_all(lesson, [], lambda command: commands.append(command) or 0)
-    assert commands == ["framework predict runs/default/newer"]
 
 
 @pytest.fixture
