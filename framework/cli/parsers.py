@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from framework.errors import Facts, FrameworkError, did_you_mean, nearest, short, suggestion
+from framework.errors import (
+    Facts,
+    FrameworkError,
+    did_you_mean,
+    nearest,
+    short,
+    suggestion,
+    wrong_option,
+)
 from framework.errors.paths import expanded
 from framework.errors.terminal import note
 
@@ -289,7 +297,7 @@ def sweep_over(
         values: those of the trials.
     """
     if count < 2:
-        parser.error(f"{flag} {count}: expected 2 or more")
+        raise wrong_option(flag, count, "at least 2")
     if any(word.lstrip("+").startswith(f"{key}=") for word in args.overrides):
         parser.error(f"{flag} {count} sets {key}; remove {key}=")
     args.overrides.append(f"{key}={','.join(map(str, values))}")

@@ -8,7 +8,7 @@ from typing import Any
 from framework.composition.catalogue import Index
 from framework.composition.compose import config_folders
 from framework.composition.experiment_schema import choice_files, experiment_schema
-from framework.errors import FrameworkError, RunError
+from framework.errors import FrameworkError, RunError, wrong_option
 from framework.errors.paths import real_path, shorter
 from framework.errors.terminal import print_line
 from framework.system.files import write_file
@@ -46,7 +46,7 @@ def write_schema(path: Path, schema: Any) -> None:
     """Write a schema to a file; see `print_schema`."""
     target = real_path(path)
     if target.is_dir():
-        raise FrameworkError(f"--output {path}: is a folder")
+        raise wrong_option("--output", str(path), "a file, not a folder")
     if not target.parent.is_dir():
         raise FrameworkError(f"--output {path}: no folder {path.parent}")
     try:

@@ -131,9 +131,8 @@ def parts_not_chosen(
         elif isinstance(parts, Mapping):
             chosen.update(parts)
     for name, settings in composed.items():
-        if (
-            isinstance(settings, Mapping) and "name" in settings
-        ):  # the content of the chosen config group option
+        # the content of the chosen config group option
+        if isinstance(settings, Mapping) and "name" in settings:
             chosen.add(name)
     return listed - chosen
 

@@ -26,9 +26,11 @@ from framework import (
     class_names,
     drawing,
     markdown,
+    names_or_numbers,
     read_spread_samples,
     shapes,
 )
+from framework.contracts.metric import predicted_classes
 from framework.contracts.periodic_callback import ValidationCallback
 
 Scale = Literal["slaney", "htk"]
@@ -335,8 +337,8 @@ class Spectrograms(ValidationCallback):
     """Logs spectrograms of validation samples, framed green if predicted correctly, else red.
 
     Below each is the predicted class with its probability, and the true class; a table also lists
-    them. The features are the output of the log_mel or
-    mfcc block of the model; without such a block, its inputs.
+    them. The features are the output of the log_mel or mfcc block of the model; without such a
+    block, its inputs.
 
     Args:
         samples: number of samples, evenly spaced in the validation split.
@@ -352,9 +354,14 @@ class Spectrograms(ValidationCallback):
     def cost(self) -> str:
         return f"runs the model on {self.samples:,} samples, {self.cadence}"
 
-    def show(self, trainer: Context) -> None:
+    def on_fit_start(self, trainer: Context) -> None:
+        super().on_fit_start(trainer)
+        self._read_samples(trainer, 1)
+
+    def _read_samples(self, trainer: Context, count: int) -> tuple[Tensor, Tensor]:
+        """Return inputs (samples, channels + 1, length) and classes of the validation split."""
         assert trainer.val_batches is not None
-        batch = read_spread_samples(trainer.val_batches, self.samples, trainer.device)
+        batch = read_spread_samples(trainer.val_batches, count, trainer.device)
         inputs = trainer.task.fields.only_input(batch)
         targets = trainer.task.fields.targets(batch)
         if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
@@ -363,18 +370,26 @@ class Spectrograms(ValidationCallback):
                 f"got inputs {tuple(inputs.shape[1:])} and targets {targets.dtype} "
                 f"{tuple(targets.shape[1:])}"
             )
-        targets = targets.cpu()
+        return inputs, targets
+
+    def show(self, trainer: Context) -> None:
+        inputs, targets = self._read_samples(trainer, self.samples)
         features, outputs = features_and_outputs(trainer.model, inputs)
-        probability, predicted = outputs.float().cpu().softmax(1).max(1)
+        outputs = outputs.float().cpu()
+        shares = outputs.softmax(1).amax(1).tolist()
+        predicted = predicted_classes(outputs).tolist()
+        names = names_or_numbers(class_names(trainer.folder), outputs.shape[1])
+        names.append("NaN")  # no prediction
         images = []
-        for feature, correct in zip(features.cpu(), predicted == targets, strict=True):
-            images.append(framed_image(feature, bool(correct)))
-        names = class_names(trainer.folder)
-        rows = predictions(targets.tolist(), predicted.tolist(), probability.tolist(), names)
+        rows = []
+        captions = []
+        samples = zip(features.cpu(), targets.tolist(), predicted, shares, strict=True)
+        for feature, target, guess, share in samples:
+            images.append(framed_image(feature, guess == target))
+            label = names[target] if target >= 0 else str(target)
+            rows.append([len(images), label, names[guess], f"{share:.2f}"])
+            captions.append(f"{names[guess]} {share:.0%}\ntrue: {label}")
         table = markdown.table(["sample", "true", "predicted", "probability"], rows)
-        captions = [
-            f"{guess} {float(share):.0%}\ntrue: {target}" for _, target, guess, share in rows
-        ]
         columns = min(4, max(1, drawing.CARD // (images[0].shape[-1] + 8)))
         pictures = drawing.captioned(torch.stack(images), captions, columns)
         for logger in trainer.loggers:
@@ -413,18 +428,3 @@ def framed_image(features: Tensor, correct: bool) -> Tensor:
     image = color[:, None, None].repeat(1, height + 2 * frame, width + 2 * frame)
     image[:, frame:-frame, frame:-frame] = rgb
     return image
-
-
-def predictions(
-    targets: list[int], predicted: list[int], probability: list[float], names: list[str]
-) -> list[list[str]]:
-    """Return the number, the true class, the predicted class and its probability of each sample."""
-
-    def name(index: int) -> str:
-        return names[index] if index < len(names) else str(index)
-
-    rows = []
-    columns = zip(targets, predicted, probability, strict=True)
-    for number, (target, guess, share) in enumerate(columns, 1):
-        rows.append([str(number), name(target), name(guess), f"{share:.2f}"])
-    return rows

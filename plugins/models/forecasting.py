@@ -36,6 +36,7 @@ from framework.contracts.periodic_callback import ValidationCallback
 
 RED = (220, 0, 0)
 MOST_POINTS = 500  # of a scatter plot; more are drawn as shades
+SHADES = 140  # rows and columns of shades
 
 
 class SeasonalNaive(nn.Module):
@@ -155,7 +156,7 @@ class NBeats(nn.Module):
         sizes = (lookback + channels - 1, lookback, prod(out_shape), width, layers)
         self.naive = SeasonalNaive(in_shape, out_shape, season or 1, "nbeats")
         self.blocks = nn.ModuleList(NBeatsBlock(*sizes, activation, dropout) for _ in range(depth))
-        self.blocks[-1].backcast.requires_grad_(False)  # no block reads the rest of the past
+        self.blocks[-1].backcast.requires_grad_(False)  # no block reads its residual
 
     def forward(self, x: Tensor) -> Tensor:
         past = x[:, :, 0] - x[:, -1:, 0]
@@ -266,7 +267,7 @@ def rescale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (values - low) / (high - low).clamp_min(1e-12)
 
 
-def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
+def draw_scatter(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return an image (1, 3, H, W) of outputs against targets, over the range of targets.
 
     Samples whose output or target is not finite are left out.
@@ -280,10 +281,10 @@ def draw_scatter(outputs: Tensor, targets: Tensor, size: int = 140) -> Tensor:
     title = f"{len(targets):,} validation samples"
     chart = drawing.Chart(title, axis, axis, "true value", "prediction", height=drawing.CARD)
     if len(targets) > MOST_POINTS:
-        x = rescale(targets, low, high).clamp(0, 1) * (size - 1)
-        y = rescale(outputs, low, high).clamp(0, 1) * (size - 1)
-        pixels = (size - 1 - y.round().long()) * size + x.round().long()
-        counts = pixels.flatten().bincount(minlength=size * size).reshape(size, size).float()
+        x = rescale(targets, low, high).clamp(0, 1) * (SHADES - 1)
+        y = rescale(outputs, low, high).clamp(0, 1) * (SHADES - 1)
+        pixels = (SHADES - 1 - y.round().long()) * SHADES + x.round().long()
+        counts = pixels.flatten().bincount(minlength=SHADES**2).reshape(SHADES, SHADES).float()
         chart.background(1 - counts.log1p()[None] / counts.max().log1p())
     else:
         chart.points(list(zip(targets.tolist(), outputs.tolist(), strict=True)), drawing.COLORS[0])

@@ -274,14 +274,18 @@ class TextSamples(PeriodicCallback):
     def cost(self) -> str:
         return f"generates {self.sampling['length']:,} tokens, {self.cadence}"
 
+    def on_fit_start(self, trainer: Context) -> None:
+        split = trainer.train_batches.split
+        if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
+            raise SettingError("callbacks.text_samples: expected the text data of a language model")
+
     def on_step_end(self, trainer: Context) -> None:
         self.show_if_due(trainer)
 
     def show(self, trainer: Context) -> None:
         """Generate a text and pass it to the loggers as a markdown code block."""
         split = trainer.train_batches.split
-        if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError("text_samples: expected the text data of a language model")
+        assert isinstance(split, WindowSplit)
         tokenizer = split.facts["tokenizer"]
         prompt = tokenizer.encode(self.prompt)
         tokens = sample(trainer.model, prompt, split.length, **self.sampling)

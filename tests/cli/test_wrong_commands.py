@@ -358,7 +358,7 @@ def test_problems_of_the_command_line_and_of_files_are_reported_together(refuse)
         ("train -m --cfg job", "only one of -m, --cfg and --info"),
         ("train --info config --cfg job", "only one of -m, --cfg and --info"),
         ("plan --resolve", "--resolve requires --cfg"),
-        ("train --repeat 1", "--repeat 1: expected 2 or more"),
+        ("train --repeat 1", "--repeat 1: expected at least 2"),
         ("train --folds 3 fold=1/3", "--folds 3 sets fold; remove fold="),
         ("train --config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("train --plugins nowhere.py", "plugin nowhere.py: no such file or folder"),

@@ -265,8 +265,8 @@ def test_repetition_is_a_sweep_over_seeds(command):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--folds 1", "--folds 1: expected 2 or more"),
-        ("--repeat 0", "--repeat 0: expected 2 or more"),
+        ("--folds 1", "--folds 1: expected at least 2"),
+        ("--repeat 0", "--repeat 0: expected at least 2"),
         ("--repeat 3 seed=5", "--repeat 3 sets seed; remove seed="),
         ("--folds 3 fold=1/3", "remove fold="),
         ("fold=7/5", "fold=7/5: expected K/N"),

@@ -88,8 +88,8 @@ def movable_weights(model: nn.Module) -> Weights:
     numbers = sum(weight.numel() for weight in found.values())
     if numbers < 2:
         raise BuildError(
-            f"{type(model).__name__} has {numbers} numbers in weights with two axes or more: a "
-            "plane needs at least 2"
+            f"{type(model).__name__}: a plane needs at least 2 numbers in weights with two axes or "
+            f"more, got {numbers}"
         )
     return found
 

@@ -121,8 +121,7 @@ class Health(Callback):
         self.drawn = time.monotonic()
 
     def needs_gradients(self, trainer: Context) -> bool:
-        in_minutes = self.cadence is not None and self.cadence.unit not in ("step", "epoch")
-        return trainer.state.step == 0 or in_minutes or self._is_due(trainer)
+        return trainer.state.step == 0 or self._is_due(trainer)
 
     def _is_due(self, trainer: Context) -> bool:
         """Return whether to observe the step that follows the counted ones."""

@@ -152,7 +152,8 @@ class Watch:
         }
         for cause, effects in EFFECTS.items():
             if found[cause]:
-                found.update((effect, []) for effect in effects)
+                for effect in effects:
+                    found[effect] = []
         texts = []
         for name, rows in self._persistent(found, seen.step).items():
             unknown = [row for row in rows if (name, row) not in self.reported]
@@ -250,7 +251,6 @@ class Watch:
         return float(dead.float().mean())
 
     def _text(self, name: str, rows: list[int], seen: Observation) -> str:
-        losses = f"the loss went from {self.first_loss:.3g} to {self.recent_loss:.3g}"
         gradients = seen.numbers["gradient"]
         worst = worst_layer(name, rows, gradients)
         where = describe_layer(seen, worst) + describe_others(rows, worst)
@@ -299,7 +299,8 @@ class Watch:
             case "small":
                 return (
                     f"the learning rate is too small: a step changes no layer by more than "
-                    f"{update:.1e} of its weights (typical: {TYPICAL_UPDATE:g}), and {losses}; try "
+                    f"{update:.1e} of its weights (typical: {TYPICAL_UPDATE:g}), and the loss went "
+                    f"from {self.first_loss:.3g} to {self.recent_loss:.3g}; try "
                     f"{better_rate(seen.rate, update, 'a higher learning rate')}{now}"
                 )
             case "large":

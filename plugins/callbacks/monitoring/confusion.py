@@ -75,10 +75,10 @@ class ClassCounts(ValidationCallback):
 class Confusion(ClassCounts):
     """Shows the confusion matrix of the validation split.
 
-    Rows are true classes, columns predicted classes. The loggers get it as an image
-    (dark: all samples of the class; numbers are per cent; the diagonal is correct) and as a table
-    of counts. It reads the split a second time. A sample whose outputs have NaN is no prediction:
-    it has a column of its own in the table.
+    Rows are true classes, columns predicted classes. The loggers get it as an image (dark: all
+    samples of the class; numbers are per cent; the diagonal is correct) and as a table of counts.
+    It reads the split a second time. An output of NaN is no prediction: it has a column of its own
+    in the table.
 
     Args:
         every: how often to show it.
@@ -140,9 +140,9 @@ class PerClass(ClassCounts):
     The tags are val_per_class/precision/<class>, and the same for recall and f1;
     TensorBoard's Custom Scalars page shows all classes in one chart. The worst class is the first
     in a table. With more than 20 classes there is only the table. The values are those of
-    scikit-learn's `precision_recall_fscore_support`; 0 if the denominator is 0. A sample whose
-    outputs have NaN is no prediction, but counts as a sample of its class. It reads the split a
-    second time, together with `confusion` if both are due.
+    scikit-learn's `precision_recall_fscore_support`; 0 if the denominator is 0. An output
+    of NaN is no prediction, but its sample counts as one of its class. It reads the split a second
+    time, together with `confusion` if both are due.
 
     Args:
         every: how often to log them.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from framework import (
-    Batches,
     Callback,
     Context,
     Every,
@@ -23,6 +22,8 @@ from framework import (
 from framework.contracts.model import GenerativeModel
 from framework.contracts.periodic_callback import PeriodicCallback
 from framework.contracts.task import PictureTask
+
+from .samples import measured_batches
 
 NEIGHBORS = 5  # of an input, to define its neighborhood
 
@@ -50,7 +51,7 @@ class Pictures(PeriodicCallback):
         if not isinstance(trainer.task, PictureTask):
             name = type(trainer.task).__name__
             raise SettingError(f"callbacks.pictures: task {name} generates no images")
-        check_read_again(held_out_batches(trainer), "callbacks.pictures")
+        check_read_again(measured_batches(trainer), "callbacks.pictures")
 
     def cost(self) -> str:
         return f"runs the model on {self.count:,} samples, {self.cadence}"
@@ -140,13 +141,8 @@ class SampleDistance(Callback):
 
 def held_out(trainer: Context, count: int) -> Tensor:
     """Return the first inputs of the validation split, or of the training split without one."""
-    batch = read_first_samples(held_out_batches(trainer), count, trainer.device)
+    batch = read_first_samples(measured_batches(trainer), count, trainer.device)
     return trainer.task.fields.only_input(batch)
-
-
-def held_out_batches(trainer: Context) -> Batches:
-    """Return the batches of the validation split, or of the training split without one."""
-    return trainer.train_batches if trainer.val_batches is None else trainer.val_batches
 
 
 def as_images(rows: Tensor) -> Tensor:

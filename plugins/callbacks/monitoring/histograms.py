@@ -17,7 +17,7 @@ from framework import (
 )
 from framework.contracts.periodic_callback import PeriodicCallback
 
-from .samples import measured_samples, model_outputs
+from .samples import measured_batches, measured_samples, model_outputs
 
 
 @callbacks.register("histograms", aliases=["histogram"])
@@ -28,9 +28,8 @@ class Histograms(PeriodicCallback):
     not finite are left out. A sparse gradient counts with its stored values, a complex number with
     both parts. Activations are the outputs of the innermost modules in evaluation mode for some
     samples of the validation split, or of the training split without one. Modules that only reshape
-    or return their input, such as dropout, have none. The step is that whose
-    update follows; the last values are those of the trained model, unless its step is logged or a
-    signal ends the run.
+    or return their input, such as dropout, have none. The step is that whose update follows; the
+    last values are those of the trained model, unless its step is logged or a signal ends the run.
 
     Args:
         every: how often to log them; each time copies all parameters from the device.
@@ -52,10 +51,7 @@ class Histograms(PeriodicCallback):
 
     def on_fit_start(self, trainer: Context) -> None:
         if self.activations:
-            batches = trainer.train_batches
-            if trainer.val_batches is not None:
-                batches = trainer.val_batches
-            check_read_again(batches, "callbacks.histograms.activations")
+            check_read_again(measured_batches(trainer), "callbacks.histograms.activations")
 
     def needs_gradients(self, trainer: Context) -> bool:
         return self.cadence.due(trainer.state)

@@ -36,8 +36,8 @@ class Curves(ValidationCallback):
     """Shows precision and recall, ROC, and calibration on the validation split.
 
     Each class is compared with all others; with labels, each label by itself. The loggers get the
-    three charts as images with the 8 lowest classes, and the curve of precision and recall of
-    the first 20 classes. It reads the split a second time.
+    three charts as images with the 8 lowest classes, and the curve of precision and recall of the
+    first 20 classes. It reads the split a second time.
 
     Args:
         every: how often to show them.

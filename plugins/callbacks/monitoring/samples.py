@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from framework import (
     Batch,
+    Batches,
     Context,
     RaggedSplit,
     WindowSplit,
@@ -19,19 +20,25 @@ from framework import (
     select_rows,
 )
 
+ROWS = 256  # of a forward pass
+
+
+def measured_batches(trainer: Context) -> Batches:
+    """Return the batches of the validation split, or of the training split without one."""
+    return trainer.train_batches if trainer.val_batches is None else trainer.val_batches
+
 
 def measured_samples(trainer: Context, count: int) -> Batch:
-    """Return evenly spaced samples of the validation split, or of training without one."""
-    batches = trainer.train_batches if trainer.val_batches is None else trainer.val_batches
-    return read_spread_samples(batches, count, trainer.device)
+    """Return evenly spaced samples of `measured_batches`."""
+    return read_spread_samples(measured_batches(trainer), count, trainer.device)
 
 
-def model_outputs(trainer: Context, batch: Batch, rows: int = 256) -> Any:
+def model_outputs(trainer: Context, batch: Batch) -> Any:
     """Return the outputs of the model in evaluation mode, on the device (collective)."""
     outputs = []
     with torch.no_grad(), trainer.precision.inference(trainer.model), seeds.undisturbed():
-        for first in range(0, count_rows(batch), rows):
-            part = select_rows(batch, first, first + rows)
+        for first in range(0, count_rows(batch), ROWS):
+            part = select_rows(batch, first, first + ROWS)
             call = trainer.task.model_outputs
             outputs.append(trainer.strategy.forward(call, trainer.model, part))
     return outputs[0] if len(outputs) == 1 else join_rows(outputs)

@@ -1,5 +1,6 @@
 """The numbers of the callback `health`, compared with hooks of torch, and what it leaves alone."""
 
+import itertools
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import framework as fw
 from fits import SPLIT, Record, X, Y, fit, network, same
+from framework.contracts.state import SHARED_TIME
 from framework.errors.terminal import printable
 from framework_plugins.callbacks.health.callback import is_due_by_default
 from framework_plugins.callbacks.health.layers import find_layers
@@ -172,6 +174,22 @@ def test_the_default_steps_become_rarer():
     assert due == [16, 32, 64, 256, 1024, 2048]
     stacked = [step for step in range(1, 5000) if is_due_by_default(step, 8)]
     assert stacked == [16, 64, 256, 1024, 4096]
+
+
+def test_a_cadence_in_minutes_needs_gradients_at_its_steps_only(monkeypatch):
+    clock = itertools.count(step=100)  # seconds
+    monkeypatch.setattr(SHARED_TIME, "now", lambda: float(next(clock)))
+    callback = health(every="15min")
+    needed = []
+
+    class Ask(fw.Callback):
+        def on_step_start(self, trainer):
+            if callback.needs_gradients(trainer):
+                needed.append(trainer.state.step + 1)
+
+    fit(callbacks=[callback, Ask()])
+    assert needed == [1, *callback.steps], "the first one for the first loss"
+    assert 0 < len(callback.steps) < 7
 
 
 class Unusual(nn.Module):

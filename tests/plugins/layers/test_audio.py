@@ -527,11 +527,29 @@ def test_spectrograms_show_features_and_predictions(trained_cnn):
     assert [row[1] for row in rows[:6]] == [data.classes[data.val[n][1]] for n in samples]
 
 
-def test_without_classes_there_are_no_spectrograms():
+def test_the_spectrogram_of_a_sample_without_a_prediction_is_red():
+    recorder = Recorder()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    model[1].bias.data[0] = torch.nan
+    callback = fw.callbacks.build("spectrograms", samples=1)
+    trainer = fw.Trainer(max_steps=1, callbacks=[callback], loggers=[recorder])
+    sounds = fw.TensorSplit(torch.rand(4, 2, 6), torch.zeros(4, dtype=torch.long))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    task = torch.nn.CrossEntropyLoss()
+    trainer.fit(model, sounds, val=sounds, task=task, optimizer=optimizer)
+    assert "| 1 | 0 | NaN | nan |" in recorder.texts["spectrograms/predictions"][0]
+    red, green, _ = recorder.pictures["spectrograms"][0][0, :, 4, 4]
+    assert red > green
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("spectrograms", "one class"), ("text_samples", "text data")]
+)
+def test_other_data_is_an_error_before_the_first_step(name, expected):
     data = fw.datasets.build("friedman1", samples=40)
-    trainer = fw.Trainer(max_steps=1, callbacks=[fw.callbacks.build("spectrograms")])
+    trainer = fw.Trainer(max_steps=1, callbacks=[fw.callbacks.build(name)])
     model = torch.nn.Linear(10, 1)
-    with pytest.raises(fw.SettingError, match=r"callbacks\.spectrograms: expected .* one class"):
-        trainer.fit(
-            model, data, task=torch.nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), 0.1)
-        )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(fw.SettingError, match=rf"callbacks\.{name}: expected .*{expected}"):
+        trainer.fit(model, data, task=torch.nn.MSELoss(), optimizer=optimizer)
+    assert trainer.state.step == 0

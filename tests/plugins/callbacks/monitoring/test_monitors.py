@@ -1,13 +1,10 @@
 """Callbacks that only log, each in a fit of a tiny regression."""
 
-import signal
-
 import pytest
 import torch
 
-import framework as fw
 from framework import Callback
-from regressions import Record, build, fit, linear
+from regressions import build, fit, linear
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [("1epoch", [3, 6]), ("2steps", [2, 3, 4, 6])])
@@ -46,16 +43,6 @@ def test_the_learning_rate_of_each_parameter_group_is_logged():
     assert record.of("train/learning_rate") == largest_rates
 
 
-def test_histograms_of_an_interrupted_run_are_those_of_the_whole_run():
-    class Interrupt(Callback):
-        def on_step_end(self, trainer):
-            if trainer.state.step == 5:
-                trainer.stop("signal", "SIGTERM", signal.SIGTERM)
-
-    _, record = fit(build("histograms"), Interrupt(), epochs=2)
-    assert {step for step, _, _ in record.histograms} == {1, 4}, "not 5, which is not due"
-
-
 def test_histograms_show_weights_and_gradients_from_the_start_to_the_end():
     _, record = fit(build("histograms"), epochs=2)
     weights = ["weights/weight", "weights/bias"]
@@ -65,22 +52,3 @@ def test_histograms_show_weights_and_gradients_from_the_start_to_the_end():
         tags_by_step[step].append(tag)
     assert tags_by_step == {1: weights + gradients, 4: weights + gradients, 6: weights}
     assert torch.equal(record.histograms[0][2], linear().weight.detach().flatten())
-
-
-def test_histograms_of_a_task_with_phases_are_logged_once_per_step():
-    split = fw.TensorSplit(torch.rand(8, 1, 4, 4), torch.zeros(8))
-    model = fw.models.build("gan", (1, 4, 4), (1,), latent=4, network="mlp", widths=[8])
-    task = fw.tasks.build("adversarial", critic_steps=2)
-    record = Record()
-    trainer = fw.Trainer(
-        max_epochs=1, callbacks=[build("histograms")], loggers=[record], device="cpu"
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer.fit(model, split, task=task, optimizer=optimizer, batch_size=4)
-    tags = [(step, tag) for step, tag, _ in record.histograms]
-    assert len(tags) == len(set(tags))
-    names = [name for name, _ in model.named_parameters()]
-    assert {tag for step, tag in tags if step == 1} == {
-        *(f"weights/{name}" for name in names),
-        *(f"gradients/{name}" for name in names),
-    }
