@@ -356,24 +356,10 @@ class Spectrograms(ValidationCallback):
 
     def on_fit_start(self, trainer: Context) -> None:
         super().on_fit_start(trainer)
-        self._read_samples(trainer, 1)
-
-    def _read_samples(self, trainer: Context, count: int) -> tuple[Tensor, Tensor]:
-        """Return inputs (samples, channels + 1, length) and classes of the validation split."""
-        assert trainer.val_batches is not None
-        batch = read_spread_samples(trainer.val_batches, count, trainer.device)
-        inputs = trainer.task.fields.only_input(batch)
-        targets = trainer.task.fields.targets(batch)
-        if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
-            raise SettingError(
-                "callbacks.spectrograms: expected inputs (channels, length) with one class each, "
-                f"got inputs {tuple(inputs.shape[1:])} and targets {targets.dtype} "
-                f"{tuple(targets.shape[1:])}"
-            )
-        return inputs, targets
+        self._read_sounds(trainer, 1)
 
     def show(self, trainer: Context) -> None:
-        inputs, targets = self._read_samples(trainer, self.samples)
+        inputs, targets = self._read_sounds(trainer, self.samples)
         features, outputs = features_and_outputs(trainer.model, inputs)
         outputs = outputs.float().cpu()
         shares = outputs.softmax(1).amax(1).tolist()
@@ -395,6 +381,24 @@ class Spectrograms(ValidationCallback):
         for logger in trainer.loggers:
             logger.images("spectrograms", pictures, trainer.state.step)
             logger.text("spectrograms/predictions", table, trainer.state.step)
+
+    def _read_sounds(self, trainer: Context, count: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and classes of samples of the validation split (collective).
+
+        Raises:
+            SettingError: they are no sounds with one class each.
+        """
+        assert trainer.val_batches is not None
+        batch = read_spread_samples(trainer.val_batches, count, trainer.device)
+        inputs = trainer.task.fields.only_input(batch)
+        targets = trainer.task.fields.targets(batch)
+        if inputs.ndim != 3 or targets.ndim != 1 or targets.is_floating_point():
+            raise SettingError(
+                "callbacks.spectrograms: expected inputs (channels, length) with one class each, "
+                f"got inputs {tuple(inputs.shape[1:])} and targets {targets.dtype} "
+                f"{tuple(targets.shape[1:])}"
+            )
+        return inputs, targets
 
 
 def features_and_outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

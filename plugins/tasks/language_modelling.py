@@ -275,17 +275,14 @@ class TextSamples(PeriodicCallback):
         return f"generates {self.sampling['length']:,} tokens, {self.cadence}"
 
     def on_fit_start(self, trainer: Context) -> None:
-        split = trainer.train_batches.split
-        if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
-            raise SettingError("callbacks.text_samples: expected the text data of a language model")
+        text_split(trainer)
 
     def on_step_end(self, trainer: Context) -> None:
         self.show_if_due(trainer)
 
     def show(self, trainer: Context) -> None:
         """Generate a text and pass it to the loggers as a markdown code block."""
-        split = trainer.train_batches.split
-        assert isinstance(split, WindowSplit)
+        split = text_split(trainer)
         tokenizer = split.facts["tokenizer"]
         prompt = tokenizer.encode(self.prompt)
         tokens = sample(trainer.model, prompt, split.length, **self.sampling)
@@ -293,3 +290,15 @@ class TextSamples(PeriodicCallback):
         block = "".join(f"    {line}\n" for line in text.splitlines())
         for logger in trainer.loggers:
             logger.text("samples", block, trainer.state.step)
+
+
+def text_split(trainer: Context) -> WindowSplit:
+    """Return the training split, with the tokenizer in its facts.
+
+    Raises:
+        SettingError: it is no text of a language model.
+    """
+    split = trainer.train_batches.split
+    if not isinstance(split, WindowSplit) or "tokenizer" not in split.facts:
+        raise SettingError("callbacks.text_samples: expected the text data of a language model")
+    return split

@@ -29,6 +29,7 @@ from framework import (
     callbacks,
     check_read_again,
     did_you_mean,
+    read_spread_samples,
     seeds,
     tasks,
     whole_batches,
@@ -309,6 +310,12 @@ class LinearProbe(Callback):
         if self.layer not in dict(trainer.model.named_modules()):
             suggestion = did_you_mean(self.layer, names)
             raise SettingError(f"callbacks.linear_probe.layer={self.layer}: {suggestion}")
+        targets = read_spread_samples(trainer.train_batches, 1, trainer.device)[1]
+        if targets.ndim != 1 or targets.is_floating_point():
+            raise SettingError(
+                "callbacks.linear_probe: expected one class for each sample, got targets "
+                f"{targets.dtype} {tuple(targets.shape[1:])}"
+            )
 
     def cost(self) -> str:
         return (

@@ -234,3 +234,22 @@ def test_data_of_unknown_length_has_a_last_step_too():
     trainer.fit(model, data, val=POINTS, task=CROSS_ENTROPY, optimizer=optimizer)
     assert trainer.state.total_steps == 0
     check_shown(shown, [6])
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "spectrograms", "text_samples"])
+def test_data_that_a_callback_cannot_show_are_refused_before_training(name):
+    steps = []
+
+    class Count(fw.Callback):
+        def on_step_start(self, trainer):
+            steps.append(trainer.state.step)
+
+    settings = {"layer": "0"} if name == "linear_probe" else {}
+    callbacks = [fw.callbacks.build(name, **settings), Count()]
+    trainer = fw.Trainer(max_epochs=1, callbacks=callbacks, device="cpu")
+    model = linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    data = fw.TensorSplit(FACTORS, FACTORS.sum(1, keepdim=True))
+    with pytest.raises(fw.SettingError, match=f"callbacks.{name}: expected"):
+        trainer.fit(model, data, val=data, task=nn.MSELoss(), optimizer=optimizer)
+    assert not steps
