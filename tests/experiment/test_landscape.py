@@ -67,7 +67,7 @@ def test_the_path_on_parallel_directions_has_the_smallest_coordinates():
 
 
 def test_a_model_without_two_finite_weights_has_no_plane():
-    with pytest.raises(BuildError, match="at least 2 numbers in weights .* got 1"):
+    with pytest.raises(BuildError, match=r"at least 2 numbers in weights .* got 1"):
         movable_weights(nn.Linear(1, 1))
     model = nn.Linear(2, 2)
     model.weight.data[0, 0] = torch.inf
