@@ -71,7 +71,7 @@ def serve_board(root: Path, port: int, selections: Sequence[str] = ()) -> int:
         options = ["--logdir", str(shown), "--host", "127.0.0.1", "--port", str(port)]
         if odd:
             reason = f"{odd[0]} is outside of {root} or not a regular file"
-            note(f"{len(odd)} entries are not shown: {reason}")
+            note(f"files not shown: {len(odd)}; {reason}")
         if odd or (root / BIN).is_dir():
             options.append("--load_fast=false")
             use_plain_files(shown if selections else None)

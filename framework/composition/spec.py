@@ -402,6 +402,10 @@ class Reader:
         takes_text = any(strip(each) in (str, Path) for each in members(setting.annotation))
         if not text or not takes_text or isinstance(value, str | list | Mapping):
             return ""
+        try:
+            setting.convert(text)
+        except SettingError:  # the text would be refused too
+            return ""
         typed = text if re.fullmatch(r"[\w.+-]+", text) else "..."
         return f"; for a text write {path}=\"'{typed}'\""
 

@@ -217,6 +217,11 @@ def test_invalid_overrides_are_reported_together(refuse, overrides, messages):
     refuse(f"train {overrides}", *messages, "(command line)", problems=len(messages))
 
 
+def test_quotes_are_suggested_only_for_a_text_that_would_be_valid(refuse):
+    refuse("train callbacks.confusion.every=3", "got 3 (command line)")
+    refuse("train run.name=nan", "got nan; for a text write run.name=\"'nan'\" (command line)")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

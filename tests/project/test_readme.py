@@ -134,6 +134,7 @@ def test_every_block_runs(page, forks, tmp_path):
                 assert known, f"{page}: mark a block with {program} as not run"
                 status, output = run(tmp_path, arguments=arguments)
                 assert status == 0, f"{arguments}\n{output}"
+                assert "UserWarning" not in output, f"{arguments}\n{output}"
         else:
             pytest.fail(f"{page}: a block of {language} is neither a file nor runs")
 
