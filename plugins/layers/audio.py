@@ -373,7 +373,8 @@ class Spectrograms(ValidationCallback):
         for feature, target, guess, share in samples:
             images.append(framed_image(feature, guess == target))
             label = names[target] if target >= 0 else str(target)
-            rows.append([len(images), label, names[guess], f"{share:.2f}"])
+            shown = [markdown.literal(name) for name in (label, names[guess])]
+            rows.append([len(images), *shown, f"{share:.2f}"])
             captions.append(f"{names[guess]} {share:.0%}\ntrue: {label}")
         table = markdown.table(["sample", "true", "predicted", "probability"], rows)
         columns = min(4, max(1, drawing.CARD // (images[0].shape[-1] + 8)))

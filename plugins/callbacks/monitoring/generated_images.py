@@ -109,7 +109,7 @@ class SampleDistance(Callback):
             name = type(trainer.model).__name__
             raise SettingError(f"callbacks.sample_distance: model {name} generates no samples")
         check_has_validation(trainer.val_batches, "callbacks.sample_distance")
-        inputs = len(held_out(trainer, self.count))
+        inputs = len(held_out(trainer, NEIGHBORS + 1))
         if inputs <= NEIGHBORS:
             raise SettingError(
                 f"callbacks.sample_distance: expected at least {NEIGHBORS + 1} samples in the "

@@ -1,5 +1,6 @@
 """Audio: features against librosa, SpecAugment against its definition, files, and models."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from scipy import signal
 
 import framework as fw
@@ -540,6 +542,24 @@ def test_the_spectrogram_of_a_sample_without_a_prediction_is_red():
     assert "| 1 | 0 | NaN | nan |" in recorder.texts["spectrograms/predictions"][0]
     red, green, _ = recorder.pictures["spectrograms"][0][0, :, 4, 4]
     assert red > green
+
+
+def test_the_table_of_spectrograms_shows_the_names_of_classes_as_they_are(tmp_path):
+    names = ["_background_noise_", "*", "yes"]
+    (tmp_path / "facts.json").write_text(json.dumps({"classes": names}))
+    recorder = Recorder()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    torch.nn.init.zeros_(model[1].weight)
+    model[1].bias.data = torch.tensor([0.0, 9.0, 0.0])
+    callback = fw.callbacks.build("spectrograms", samples=1)
+    trainer = fw.Trainer(max_steps=1, callbacks=[callback], loggers=[recorder], folder=tmp_path)
+    sounds = fw.TensorSplit(torch.rand(4, 2, 6), torch.zeros(4, dtype=torch.long))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    task = torch.nn.CrossEntropyLoss()
+    trainer.fit(model, sounds, val=sounds, task=task, optimizer=optimizer)
+    (table,) = recorder.texts["spectrograms/predictions"]
+    shown = MarkdownIt().enable("table").render(table)
+    assert f"<td>{names[0]}</td>\n<td>{names[1]}</td>" in shown
 
 
 @pytest.mark.parametrize(
